@@ -1,0 +1,47 @@
+# "make test" and "make demo" need nothing before them: both set up .venv first.
+# PYTHON=python3.12 make test   picks a Python; launch/setup_env.py --help names the other settings.
+
+VENV := $(CURDIR)/.venv
+TEST_ARGS ?=
+
+# A Python that was asked for is asked for; otherwise set-up takes what it finds.
+ifeq ($(origin PYTHON),undefined)
+  SETUP = python3 launch/setup_env.py
+else
+  SETUP = "$(PYTHON)" launch/setup_env.py --python "$(PYTHON)"
+endif
+
+# As an activated environment, whatever other one is active. OMP_NUM_THREADS and the like are left to
+# the programs. mpirun refuses to run as root unless told twice.
+IN_VENV = env -u PYTHONHOME -u PYTHONPATH VIRTUAL_ENV="$(VENV)" PATH="$(VENV)/bin:$$PATH"
+ifeq ($(shell id -u),0)
+  IN_VENV += OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint format clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv: pinned packages, Horovod, the project (once; then it starts at once)
+	@$(SETUP)
+
+test: setup ## all tests (TEST_ARGS="-k word" for some)
+	@$(IN_VENV) "$(VENV)/bin/python" -m pytest $(TEST_ARGS)
+
+demo: setup ## the main job: Horovod's optimizer against the Anderson one, on real images
+	@$(IN_VENV) "$(VENV)/bin/python" -m models.demo
+
+lint: setup ## ruff and mypy
+	@$(IN_VENV) ruff check .
+	@$(IN_VENV) ruff format --check .
+	@$(IN_VENV) mypy
+
+format: setup ## ruff's formatting and safe fixes
+	@$(IN_VENV) ruff check --fix .
+	@$(IN_VENV) ruff format .
+
+clean: ## remove .venv and what set-up, tests and builds left (not the cache of built wheels)
+	rm -rf .venv .setup build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
