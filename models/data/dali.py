@@ -1,0 +1,199 @@
+"""NVIDIA DALI: decoding and augmentation on the CPU, or on the GPU with ``device="mixed"``.
+
+The reader's settings are the safe ones of many that look right: with DROP and padded batches the
+ranks fall out of step after the first epoch; with FILL, or PARTIAL without padding, images are
+lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from models.data.folder import ImageList
+from models.data.loader import CROP_AREA, CROP_RATIO, Loader, LoaderOptions
+from models.errors import UserError
+
+try:
+    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+except ImportError as error:
+    raise UserError(
+        "NVIDIA DALI is not installed: `pip install nvidia-dali-cuda130`, or choose the other "
+        "loader with `--loader torch`"
+    ) from error
+
+READER = "images"
+
+
+class DaliLoader(Loader):
+    """Batches from a DALI pipeline; see `Loader`."""
+
+    kind = "dali"
+
+    def __init__(self, images: ImageList, options: LoaderOptions) -> None:
+        """See `Loader`; the pipeline is built at the first batch."""
+        super().__init__(images, options)
+        self._iterator: Any = None
+        self._checkpoint: str | None = None
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Loader`."""
+        if self._iterator is None:
+            self._iterator = self._build()
+        while True:
+            batch = next(self._iterator, None) if self.batch < len(self) else None
+            if batch is None:  # validation: the shard was short of a batch
+                self._next_epoch()
+                return
+            self.batch += 1
+            last = self.batch == len(self)
+            if last:
+                self._next_epoch()
+            images, labels = batch[0]["images"], batch[0]["labels"].flatten().long()
+            if len(images):
+                yield images, labels
+            if last:
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Loader`; holds DALI's own checkpoint of about 0.5 kB."""
+        if self._iterator is None:
+            self._iterator = self._build()
+        checkpoint = self._iterator.checkpoints()[0]
+        if isinstance(checkpoint, bytes):
+            checkpoint = checkpoint.decode("latin1")
+        return super().state_dict() | {"dali": checkpoint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Loader`."""
+        super().load_state_dict(state)
+        self._iterator, self._checkpoint = None, state["dali"]
+
+    def close(self) -> None:
+        """See `Loader`."""
+        self._iterator = None
+
+    def _next_epoch(self) -> None:
+        # Batches past the last full one belong to the epoch and have to be drawn: some ranks have
+        # one more of them than others, and the iterator resets only at its own end.
+        while next(self._iterator, None) is not None:
+            pass
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def _build(self) -> Any:
+        pipeline = build_pipeline(
+            self.images,
+            self.options,
+            gpu=self.options.device.type == "cuda",
+            device_id=self.options.device.index,
+            checkpoint=self._checkpoint,
+        )
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise RuntimeError(f"DALI could not build its pipeline: {error}") from error
+        return DALIGenericIterator(
+            pipeline,
+            ["images", "labels"],
+            reader_name=READER,
+            last_batch_policy=LastBatchPolicy.PARTIAL,
+            auto_reset=True,
+            prepare_first_batch=False,
+        )
+
+
+def build_pipeline(
+    images: ImageList,
+    options: LoaderOptions,
+    *,
+    gpu: bool,
+    device_id: int | None,
+    checkpoint: str | None = None,
+) -> Pipeline:
+    """Defines the graph; nothing is read or decoded before its ``build()``.
+
+    Args:
+        images: The data set, the same on every rank.
+        options: How to shard, shuffle and transform it.
+        gpu: Decode with nvJPEG (``device="mixed"``) and transform on the GPU.
+        device_id: The GPU, that is the local rank; None for a pipeline without one. A graph for
+            the GPU can be serialised, and so checked, without any.
+        checkpoint: DALI's own, to go on from.
+
+    Returns:
+        A pipeline with the outputs images, float32 [B, C, H, W], and labels, int32 [B, 1].
+    """
+    pipeline = Pipeline(
+        batch_size=options.batch_size,
+        num_threads=options.workers,
+        device_id=device_id,
+        # By rank, or all ranks would draw the same crops.
+        seed=options.seed * 100_003 + options.rank,
+        prefetch_queue_depth=3 if gpu else 2,
+        # Always on, since it changes the order in which images come.
+        enable_checkpointing=True,
+        checkpoint=None if checkpoint is None else checkpoint.encode("latin1"),
+    )
+    reshuffle = options.train and options.shuffle == "epoch"
+    order = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": options.seed + 1}
+    with pipeline:
+        files, labels = fn.readers.file(
+            files=images.paths(),
+            labels=list(images.labels),
+            shard_id=options.rank,  # of the world, not of the node
+            num_shards=options.world,
+            pad_last_batch=True,
+            stick_to_shard=not reshuffle,
+            name=READER,
+            **(order if reshuffle else {}),
+        )
+        pipeline.set_outputs(_images(files, options, gpu=gpu), labels.gpu() if gpu else labels)
+    return pipeline
+
+
+def _images(files: Any, options: LoaderOptions, *, gpu: bool) -> Any:
+    decoder = {
+        "device": "mixed" if gpu else "cpu",
+        "output_type": types.RGB if options.channels == 3 else types.GRAY,
+    }
+    if gpu:
+        # The largest images of ImageNet; saves reallocations while training.
+        decoder |= {"preallocate_width_hint": 5980, "preallocate_height_hint": 6430}
+    mirror: Any = 0
+    if options.train and options.augment != "none":
+        pixels = fn.decoders.image_random_crop(
+            files,
+            random_area=list(CROP_AREA),
+            random_aspect_ratio=list(CROP_RATIO),
+            num_attempts=10,
+            **decoder,
+        )
+        pixels = fn.resize(
+            pixels,
+            size=(options.image_size, options.image_size),
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        if options.augment == "imagenet":
+            mirror = fn.random.coin_flip(probability=0.5)
+    else:
+        pixels = fn.decoders.image(files, **decoder)
+        pixels = fn.resize(
+            pixels,
+            resize_shorter=options.resize,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+    return fn.crop_mirror_normalize(
+        pixels,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        crop=(options.image_size, options.image_size),
+        mean=[255 * value for value in options.mean],
+        std=[255 * value for value in options.std],
+        mirror=mirror,
+    )

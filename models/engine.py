@@ -1,0 +1,299 @@
+"""Training steps, validation and batch-norm statistics, on any number of ranks.
+
+The rule that keeps ranks from waiting for each other for ever: whether a collective is entered
+depends only on what all ranks know (step counts, settings, sums over ranks), never on what one
+rank sees.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.data import Loader
+from models.dist import sum_over_ranks
+from models.errors import UserError
+from models.schedule import Schedule
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """What was measured since the last report; the same on all ranks except the seconds.
+
+    Attributes:
+        step: Optimizer steps done in the whole training.
+        steps: Optimizer steps in this interval.
+        lr: Learning rate of the last step.
+        loss: Mean over images and ranks, before each step's update, label smoothing included.
+        top1: Share of images whose largest logit was right.
+        seconds: Wall-clock time, waiting for data included.
+        data_seconds: Of these, waiting for data.
+    """
+
+    step: int
+    steps: int
+    lr: float
+    loss: float
+    top1: float
+    images: int
+    seconds: float
+    data_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Means over all validation images of all ranks.
+
+    Attributes:
+        loss: Cross-entropy without label smoothing.
+        top1: Share of images whose largest logit was right.
+        top5: Share of images among whose 5 largest logits was the right one.
+        images: How many.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """The training loop's state that is not in a checkpoint, and its one step.
+
+    Attributes:
+        model: On `device`.
+        optimizer: From `horovod.torch.DistributedOptimizer` or an aadl_hvd optimizer.
+        schedule: Learning rate by step.
+        device: Of model and batches.
+        label_smoothing: Share of the target spread over all classes.
+        amp: "off", "bf16" or "fp16".
+        channels_last: Lay images out as NHWC, and so all activations. The weights stay as they
+            are: Horovod sends contiguous tensors only.
+        clip_norm: Largest norm of the averaged gradient; None for no clipping.
+        accumulate: Batches in a step.
+        keep_batches: Batches remembered for `recalibrate`.
+        step: Optimizer steps done in the whole training.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    schedule: Schedule
+    device: torch.device
+    label_smoothing: float = 0.0
+    amp: str = "off"
+    channels_last: bool = False
+    clip_norm: float | None = None
+    accumulate: int = 1
+    keep_batches: int = 0
+    step: int = 0
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Makes loss and loss scaler."""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        self._loss = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
+        self._recent: deque[torch.Tensor] = deque(maxlen=self.keep_batches)
+
+    def train_epoch(self, loader: Loader, log_every: int) -> Iterator[Interval]:
+        """Trains on the rest of the loader's epoch. Collective.
+
+        Args:
+            loader: Gives equally many batches on all ranks; those that do not fill a step of
+                `accumulate` batches are left out.
+            log_every: Steps in an interval; the epoch's last may be shorter.
+
+        Yields:
+            What was measured, at the end of each interval.
+
+        Raises:
+            UserError: On all ranks, when the loss of any rank is no longer finite.
+        """
+        self.model.train()
+        self._recent.clear()
+        steps = (len(loader) - loader.batch) // self.accumulate
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        started, waited, done = time.perf_counter(), 0.0, 0
+        batches = iter(loader)
+        for index in range(steps):
+            group = []
+            waiting = time.perf_counter()
+            for _ in range(self.accumulate):
+                group.append(next(batches))
+            if index == steps - 1:
+                for _ in batches:  # the loader's epoch ends only when it is drawn to its end
+                    pass
+            waited += time.perf_counter() - waiting
+            lr = self._take_step(group, sums)
+            done += 1
+            if done == log_every or index == steps - 1:
+                loss, right, images = sum_over_ranks(sums.tolist(), "interval")
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"the training loss is {loss} after step {self.step}: training diverged. "
+                        "A lower --lr, a longer --warmup-epochs or --clip-norm may help"
+                    )
+                now = time.perf_counter()
+                yield Interval(
+                    step=self.step,
+                    steps=done,
+                    lr=lr,
+                    loss=loss / images,
+                    top1=right / images,
+                    images=round(images),
+                    seconds=now - started,
+                    data_seconds=waited,
+                )
+                started, waited, done = time.perf_counter(), 0.0, 0
+                sums.zero_()
+
+    def _take_step(self, group: list[Batch], sums: torch.Tensor) -> float:
+        lr = self.schedule.learning_rate(self.step)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
+        self.optimizer.zero_grad()
+        for images, labels in group:
+            if self.keep_batches:
+                self._recent.append(images)
+            with self._autocast():
+                logits = self.model(self._laid_out(images))
+                loss = self._loss(logits.float(), labels)
+            self.scaler.scale(loss / len(group)).backward()
+            right = (logits.detach().argmax(1) == labels).sum()
+            count = right.new_tensor(len(labels))
+            sums += torch.stack([loss.detach().double() * count, right, count])
+        if self.clip_norm is not None or self.scaler.is_enabled():
+            # Clipping has to see the gradient averaged over ranks, without the loss's scale; and
+            # inf on one rank has to reach all before any of them decides to skip the step.
+            self.optimizer.synchronize()
+            self.scaler.unscale_(self.optimizer)
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            with self.optimizer.skip_synchronize():
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.step += 1
+        return lr
+
+    def recalibrate(self) -> None:
+        """Measures the batch-norm statistics of the present weights. Collective.
+
+        The running statistics follow weights that move a little at a time; after an accelerated
+        or averaged step they belong to weights that no longer exist. They are measured on the last
+        `keep_batches` training batches of this epoch, which costs no reading and leaves the
+        order of the data as it is.
+        """
+        norms = batch_norms(self.model)
+        if not norms or not self._recent:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over batches
+        self.model.train()
+        with torch.no_grad(), self._autocast():
+            for images in self._recent:
+                self.model(self._laid_out(images))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        average_batch_norm(self.model)
+
+    def validate(self, batches: Iterable[Batch]) -> Validation:
+        """Evaluates the model on this rank's batches and sums over ranks. Collective.
+
+        Args:
+            batches: Every image once over all ranks, batches of any sizes.
+
+        Returns:
+            The same on all ranks.
+        """
+        self.model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for images, labels in batches:
+                with self._autocast():
+                    logits = self.model(self._laid_out(images)).float()
+                sums += count_correct(logits, labels)
+        self.model.train()
+        loss, top1, top5, images_seen = sum_over_ranks(sums.tolist(), "validation")
+        return Validation(
+            loss=loss / images_seen,
+            top1=top1 / images_seen,
+            top5=top5 / images_seen,
+            images=round(images_seen),
+        )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AMP_DTYPES[self.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
+        if self.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+
+def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums over a batch, so that batches of different sizes can be added up.
+
+    Args:
+        logits: float32 [B, classes].
+        labels: int64 [B].
+
+    Returns:
+        float64 [4]: cross-entropy, right by the largest logit, right by the five largest, B. With
+        fewer than five classes all of them count.
+    """
+    largest = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack(
+        [
+            loss.double(),
+            largest[:, 0].sum().double(),
+            largest.sum().double(),
+            torch.tensor(float(len(labels)), dtype=torch.float64, device=logits.device),
+        ]
+    )
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch-norm layers that keep running statistics, in the model's order."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Gives all ranks the batch-norm statistics of their images together. Collective.
+
+    Every rank sees other images. Without this the ranks would validate different models and a
+    checkpoint would hold those of rank 0 alone. Second moments are averaged, not variances, so
+    that differences between the ranks' means count as variance.
+    """
+    norms = batch_norms(model)
+    if not norms or hvd.size() == 1:
+        return
+    means = torch.cat([norm.running_mean for norm in norms])
+    squares = torch.cat([norm.running_var for norm in norms]) + means**2
+    both = hvd.allreduce(torch.stack([means, squares]), name="batch_norm", op=hvd.Average)
+    sizes = [norm.num_features for norm in norms]
+    for norm, mean, square in zip(norms, both[0].split(sizes), both[1].split(sizes), strict=True):
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_((square - mean**2).clamp_min_(0))

@@ -1,0 +1,454 @@
+"""Trains a residual network on a folder of images: ``python -m models.train --help``.
+
+On one rank as it stands; on several under horovodrun, mpirun or jsrun.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+
+from models import checkpoint, networks
+from models.data import ImageList, Loader, LoaderOptions, find_corrupt, list_images, open_loader
+from models.dist import fail_together, gather, on_rank0, start
+from models.engine import Trainer, average_batch_norm
+from models.errors import UserError
+from models.metrics import MetricsLog
+from models.progress import Progress
+from models.report import plot_training, write_summary
+from models.schedule import Schedule
+from models.settings import Settings, parse
+
+LAST, BEST = "last.pt", "best.pt"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        arguments: The command line without the program's name; None takes this process's.
+
+    Returns:
+        Exit code: 0, or 2 for wrong input, the same on all ranks.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(arguments):
+        parse(arguments)
+    start()
+    try:
+        run(on_rank0(lambda: parse(arguments)))
+    except UserError as error:
+        # Every rank comes here with the same message; one prints it, and none leaves before it
+        # has, since launchers end all ranks as soon as the first one fails.
+        if hvd.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        hvd.barrier()
+        return 2
+    finally:
+        hvd.shutdown()
+    return 0
+
+
+def run(settings: Settings) -> None:
+    """Trains as the settings say. Collective; Horovod has to be initialised (`models.dist.start`).
+
+    Raises:
+        UserError: On all ranks, for wrong input and for a training that diverged.
+    """
+    started = time.perf_counter()
+    device = _device(settings)
+    folder = Path(settings.out)
+    on_rank0(lambda: _make_folder(folder))
+    train_images, val_images = on_rank0(lambda: _list(settings))
+    if settings.check_images:
+        _check_images(settings, train_images, val_images)
+    train_loader = _loader(settings, device, train_images, train=True)
+    val_loader = _loader(settings, device, val_images, train=False)
+    steps_per_epoch = len(train_loader) // settings.accumulate
+    if not steps_per_epoch:
+        raise UserError(
+            f"--accumulate is {settings.accumulate}, but an epoch has {len(train_loader)} batches"
+        )
+
+    _seed(settings.seed)
+    model = networks.build(
+        settings.model,
+        len(train_images.classes),
+        channels=settings.channels,
+        width=settings.width,
+    ).to(device)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    trainer = Trainer(
+        model=model,
+        optimizer=_optimizer(settings, model),
+        schedule=_schedule(settings, steps_per_epoch),
+        device=device,
+        label_smoothing=settings.label_smoothing,
+        amp=settings.amp,
+        channels_last=settings.channels_last,
+        clip_norm=settings.clip_norm,
+        accumulate=settings.accumulate,
+        keep_batches=0 if settings.recalibrate == "never" else settings.recalibrate_batches,
+    )
+    _seed(settings.seed + 1 + hvd.rank())
+    identity = _identity(settings, train_images)
+    epoch, best = _resume(settings, folder, trainer, train_loader, identity)
+
+    chief = hvd.rank() == 0
+    log = None
+    if chief:
+        resumed_at = trainer.step if epoch else None
+        log = MetricsLog(folder, tensorboard=settings.tensorboard, resume_step=resumed_at)
+    progress = Progress(
+        settings.progress if chief else "off",
+        total=settings.epochs * steps_per_epoch,
+        done=trainer.step,
+        accelerated=settings.anderson != "off",
+    )
+    progress.say(_opening(settings, trainer, train_images, val_images, steps_per_epoch))
+
+    totals = {"seconds": 0.0, "data_seconds": 0.0, "steps": 0, "images": 0}
+    moved_before, interval, validation = 0, None, None
+    try:
+        while epoch < settings.epochs:
+            for interval in trainer.train_epoch(train_loader, settings.log_every):
+                for name in totals:
+                    totals[name] += getattr(interval, name)
+                progress.update(interval, epoch + 1, _stats(trainer))
+                if log is not None:
+                    log.write("steps", _step_row(interval, epoch, _stats(trainer)))
+            epoch += 1
+            final = epoch == settings.epochs
+            validating = final or epoch % settings.validate_every == 0
+            every = settings.checkpoint_every
+            saving = every > 0 and (final or epoch % every == 0)
+            if validating or saving:
+                moved = _times_moved(_stats(trainer))
+                wanted = settings.recalibrate
+                if wanted == "always" or (wanted == "auto" and moved > moved_before):
+                    trainer.recalibrate()
+                else:
+                    average_batch_norm(model)
+                moved_before = moved
+            if validating:
+                validation = trainer.validate(val_loader)
+                progress.say(
+                    f"epoch {epoch}/{settings.epochs}: training loss {interval.loss:.4g}, "
+                    f"validation loss {validation.loss:.4g}, top-1 {validation.top1:.2%}, "
+                    f"top-5 {validation.top5:.2%}"
+                )
+                if log is not None:
+                    log.write("epochs", _epoch_row(interval, epoch, validation))
+            improved = validating and validation.top1 > best
+            if validating:
+                best = max(best, validation.top1)
+            if saving:
+                state = _state(identity, epoch, best, trainer, train_loader)
+                if chief:
+                    checkpoint.save(folder / LAST, state)
+                    if improved:
+                        checkpoint.save(folder / BEST, state)
+    finally:
+        progress.close()
+        if log is not None:
+            log.close()
+        train_loader.close()
+        val_loader.close()
+
+    if chief and validation is None:
+        print(f"nothing left to train: {epoch} of {settings.epochs} epochs are done")
+    elif chief:
+        summary = _summary(settings, trainer, totals, interval, validation, best)
+        summary["total_seconds"] = time.perf_counter() - started
+        print("\n" + write_summary(folder, summary))
+        print(f"plot  {plot_training(folder)}", flush=True)
+
+
+def _device(settings: Settings) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings.device == "cpu" or (settings.device == "auto" and not max(gather(count))):
+        return torch.device("cpu")
+    if hvd.local_rank() < count:
+        problem = None
+    elif count:
+        problem = f"local rank {hvd.local_rank()} has no GPU of its own, the machine has {count}"
+    else:
+        problem = "torch sees no GPU here; use --device cpu"
+    fail_together(problem)
+    torch.cuda.set_device(hvd.local_rank())
+    return torch.device("cuda", hvd.local_rank())
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to the folder {folder}")
+
+
+def _list(settings: Settings) -> tuple[ImageList, ImageList]:
+    root = Path(settings.data)
+    for folder in (root, root / "train", root / "val"):
+        if not folder.is_dir():
+            raise UserError(f"no such data folder: {folder}")
+    train = list_images(root / "train")
+    return train, list_images(root / "val", train.classes)
+
+
+def _check_images(settings: Settings, *parts: ImageList) -> None:
+    shard = {"shard": hvd.rank(), "shards": hvd.size(), "threads": max(1, settings.workers)}
+    found = gather([name for images in parts for name in find_corrupt(images, **shard)])
+    corrupt = sorted(name for names in found for name in names)
+    if corrupt:
+        shown = "".join(f"\n  {name}" for name in corrupt[:20])
+        more = f"\n  and {len(corrupt) - 20} more" if len(corrupt) > 20 else ""
+        raise UserError(f"{len(corrupt)} corrupt images: remove or replace them{shown}{more}")
+
+
+def _loader(settings: Settings, device: torch.device, images: ImageList, *, train: bool) -> Loader:
+    options = LoaderOptions(
+        train=train,
+        rank=hvd.rank(),
+        world=hvd.size(),
+        batch_size=settings.batch_size,
+        image_size=settings.image_size,
+        resize=settings.resize_to,
+        channels=settings.channels,
+        augment=settings.augment,
+        shuffle=settings.shuffle,
+        seed=settings.seed,
+        workers=settings.workers,
+        device=device,
+    )
+    return open_loader(settings.loader, images, options)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _optimizer(settings: Settings, model: nn.Module) -> Any:
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    parameters = model.parameters()
+    base: torch.optim.Optimizer
+    if settings.optimizer in ("sgd", "nesterov"):
+        nesterov = settings.optimizer == "nesterov"
+        base = torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=nesterov, **common)
+    elif settings.optimizer == "rmsprop":
+        base = torch.optim.RMSprop(parameters, momentum=settings.momentum, **common)
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+        base = kind(parameters, **common)
+    config = settings.anderson_config()
+    fp16 = settings.compression == "fp16"
+    wrapping = {
+        "named_parameters": model.named_parameters(),
+        "compression": hvd.Compression.fp16 if fp16 else hvd.Compression.none,
+        "backward_passes_per_step": settings.accumulate,
+    }
+    if config is None:
+        return hvd.DistributedOptimizer(base, **wrapping)
+    from aadl_hvd import DistributedAndersonOptimizer
+
+    return DistributedAndersonOptimizer(base, **wrapping, anderson=config)
+
+
+def _schedule(settings: Settings, steps_per_epoch: int) -> Schedule:
+    return Schedule(
+        peak=settings.lr,
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup=settings.warmup,
+        warmup_lr=settings.warmup_lr,
+        warmup_epochs=settings.warmup_epochs,
+        decay=settings.decay,
+        milestones=settings.milestones,
+        factor=settings.decay_factor,
+    )
+
+
+def _stats(trainer: Trainer) -> Any:
+    anderson = getattr(trainer.optimizer, "anderson", None)
+    return None if anderson is None else anderson.stats
+
+
+def _times_moved(stats: Any) -> int:
+    return 0 if stats is None else stats.accelerated + stats.averaged
+
+
+def _identity(settings: Settings, images: ImageList) -> dict[str, Any]:
+    config = settings.anderson_config()
+    return {
+        "model": settings.model,
+        "width": settings.width,
+        "channels": settings.channels,
+        "classes": list(images.classes),
+        "optimizer": settings.optimizer,
+        "accumulate": settings.accumulate,
+        "anderson": settings.anderson if config is None else config.to_dict(),
+    }
+
+
+def _state(
+    identity: dict[str, Any], epoch: int, best: float, trainer: Trainer, loader: Loader
+) -> dict[str, Any]:
+    """What a checkpoint holds; collective, since every rank has its own part."""
+    own = {
+        "data": loader.state_dict(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if trainer.device.type == "cuda" else None,
+        "python": random.getstate(),
+    }
+    return {
+        "identity": identity,
+        "epoch": epoch,
+        "best": best,
+        "step": trainer.step,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "ranks": gather(own),
+    }
+
+
+def _resume(
+    settings: Settings,
+    folder: Path,
+    trainer: Trainer,
+    loader: Loader,
+    identity: dict[str, Any],
+) -> tuple[int, float]:
+    """Restores everything on every rank from what rank 0 reads; epochs done and best top-1."""
+    if settings.resume is None:
+        return 0, 0.0
+    auto = settings.resume == "auto"
+    path = folder / LAST if auto else Path(settings.resume)
+    state = on_rank0(
+        lambda: None if auto and not path.exists() else checkpoint.load(path, expected=identity)
+    )
+    if state is None:
+        return 0, 0.0
+    ranks = state["ranks"]
+    if len(ranks) != hvd.size():
+        raise UserError(f"{path} was written by {len(ranks)} ranks, this run has {hvd.size()}")
+    own = ranks[hvd.rank()]
+    problem = None
+    try:
+        loader.load_state_dict(own["data"])
+    except UserError as error:
+        problem = f"{path}: {error}"
+    fail_together(problem)
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.step = state["step"]
+    torch.set_rng_state(own["torch"])
+    if own["cuda"] is not None and trainer.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"])
+    random.setstate(own["python"])
+    return state["epoch"], state["best"]
+
+
+def _opening(
+    settings: Settings, trainer: Trainer, train: ImageList, val: ImageList, steps_per_epoch: int
+) -> str:
+    count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    config = settings.anderson_config()
+    return (
+        f"{settings.model}, {count:,} parameters; {len(train):,} training and {len(val):,} "
+        f"validation images of {len(train.classes)} classes, read by {settings.loader}\n"
+        f"{hvd.size()} ranks on {trainer.device.type}, batch {settings.batch_size} x "
+        f"{hvd.size() * settings.accumulate} = "
+        f"{settings.batch_size * hvd.size() * settings.accumulate:,}, "
+        f"{settings.epochs} epochs of {steps_per_epoch} steps; {settings.optimizer}, "
+        + ("horovod.torch.DistributedOptimizer" if config is None else repr(config))
+    )
+
+
+def _step_row(interval: Any, epoch: int, stats: Any) -> dict[str, Any]:
+    row = {
+        "step": interval.step,
+        "epoch": epoch,
+        "lr": interval.lr,
+        "loss": interval.loss,
+        "top1": interval.top1,
+        "images_per_s": interval.images / interval.seconds,
+        "seconds": interval.seconds,
+        "data_seconds": interval.data_seconds,
+    }
+    if stats is not None:
+        row |= {
+            "aa_stored": stats.stored,
+            "aa_accelerated": stats.accelerated,
+            "aa_rejected": sum(stats.rejected.values()),
+            "aa_averaged": stats.averaged,
+            "aa_promised_reduction": stats.promised_reduction,
+            "aa_condition": stats.condition,
+            "aa_seconds": sum(stats.seconds.values()),
+        }
+    return row
+
+
+def _epoch_row(interval: Any, epoch: int, validation: Any) -> dict[str, Any]:
+    row = {"step": interval.step, "epoch": epoch, "train_loss": interval.loss}
+    return row | {f"val_{name}": value for name, value in asdict(validation).items()}
+
+
+def _summary(
+    settings: Settings,
+    trainer: Trainer,
+    totals: dict[str, Any],
+    interval: Any,
+    validation: Any,
+    best: float,
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "model": settings.model,
+        "optimizer": settings.optimizer,
+        "anderson": settings.anderson,
+        "loader": settings.loader,
+        "ranks": hvd.size(),
+        "device": trainer.device.type,
+        "steps": trainer.step,
+        "training_loss": interval.loss,
+        "validation_loss": validation.loss,
+        "validation_top1": validation.top1,
+        "validation_top5": validation.top5,
+        "best_validation_top1": best,
+        "training_seconds": totals["seconds"],
+        "waiting_for_data_seconds": totals["data_seconds"],
+        "ms_per_step": 1000 * totals["seconds"] / totals["steps"],
+        "images_per_second": totals["images"] / totals["seconds"],
+    }
+    stats = _stats(trainer)
+    if stats is not None:
+        seconds = sum(stats.seconds.values())
+        summary["acceleration"] = {
+            "stored": stats.stored,
+            "accelerated": stats.accelerated,
+            "averaged": stats.averaged,
+            "rejected": dict(stats.rejected),
+            "restarts": dict(stats.restarts),
+            "history_bytes_on_rank_0": trainer.optimizer.anderson.history_bytes,
+            "seconds": seconds,
+            "seconds_of": dict(stats.seconds),
+            "percent_of_training_time": 100 * seconds / totals["seconds"],
+        }
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(main())
