@@ -1,0 +1,28 @@
+"""Distributed Anderson acceleration for torch optimizers, on Horovod.
+
+    opt = DistributedAndersonOptimizer(opt, named_parameters=model.named_parameters())
+
+Neither Horovod nor MPI is needed to import this package or to use `AndersonOptimizer`.
+"""
+
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.errors import (
+    AndersonError,
+    CommunicationError,
+    ConfigError,
+    ReplicaMismatchError,
+    UnsupportedError,
+)
+from aadl_hvd.optimizer import AndersonOptimizer, DistributedAndersonOptimizer
+
+__all__ = [
+    "AndersonConfig",
+    "AndersonError",
+    "AndersonOptimizer",
+    "CommunicationError",
+    "ConfigError",
+    "DistributedAndersonOptimizer",
+    "ReplicaMismatchError",
+    "UnsupportedError",
+]
+__version__ = "0.1.0"

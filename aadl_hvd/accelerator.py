@@ -1,0 +1,322 @@
+"""Anderson acceleration of a fixed-point iteration w <- G(w), its history shared by P ranks.
+
+    r = G(w) - w                                         residual
+    W, R                                                 differences of stored w and r, n x m
+    gamma = argmin || r - R gamma ||                     paper, Eq. 5
+    w+ = w + beta [ -W gamma + damping (r - R gamma) ]   paper, Eq. 4 and 6 (damping = 1)
+
+The paper's Eq. 8 prints (1 - beta) I - beta (W + R) ..., which contradicts its Eq. 4 and 6, and
+Algorithm 1 stores where "k (mod q) != 0": both are taken as misprints.
+
+Weights are replicated, bit for bit; the history is not. A step that neither stores nor
+accelerates costs nothing. What any rank decides is decided by numbers that all ranks have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadl_hvd import safeguard
+from aadl_hvd.averaging import MovingAverage
+from aadl_hvd.comm.base import Communicator
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.diagnostics import Stats
+from aadl_hvd.gram import Gram
+from aadl_hvd.history import History, chunked_dot
+from aadl_hvd.safeguard import Rejection, Restart, Trial
+from aadl_hvd.sharding import Sharding
+from aadl_hvd.solve import Factorization, Vector, promised_reduction
+
+
+class FixedPoint(Protocol):
+    """The iteration to accelerate: what `Accelerator` needs to know of an optimizer."""
+
+    @property
+    def signature(self) -> Hashable:
+        """What stored pairs depend on; when it changes, the history is worth nothing."""
+
+    @property
+    def n(self) -> int:
+        """Length of the flat vector w."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Widest dtype among the parts of w."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where w is."""
+
+    @property
+    def residual_scale(self) -> float:
+        """What r is proportional to (the learning rate): residuals are stored divided by it."""
+
+    def read_before(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of w, before `advance`."""
+
+    def advance(self) -> Any:
+        """One step of the base optimizer; its return value is handed to the user."""
+
+    def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of the current weights."""
+
+    def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of r / residual_scale, after `advance`; w: rows from before it."""
+
+    def write(self, flat: Tensor) -> None:
+        """Sets the weights from a flat vector [>= n]."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copies the base optimizer's state; the result puts it back."""
+
+    def loss(self) -> float:
+        """Evaluates the loss of this rank at the current weights."""
+
+
+class Accelerator:
+    """The algorithm and its state on one rank.
+
+    Memory on this rank, in numbers of `history_dtype`: rows 2 m n/P, columns 2 n ceil(m/P); and
+    in float32 (float64 where the parameters are) 2 n/P, or 2 n, for the last pair.
+
+    Args:
+        config: settings.
+        comm: the ranks that share the history; the same settings on all of them.
+
+    Attributes:
+        config: the settings.
+        stats: counters, see `Stats`.
+    """
+
+    def __init__(self, config: AndersonConfig, comm: Communicator) -> None:
+        self.config = config
+        self.stats = Stats()
+        self._comm = comm
+        self._signature: Hashable = None
+        self._average: MovingAverage | None = None
+        self._trial: Trial | None = None
+        self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of history, moving average included, allocated on this rank."""
+        return self._history.nbytes + (self._average.nbytes if self._average is not None else 0)
+
+    @property
+    def columns(self) -> int:
+        """h, how many columns the history holds now."""
+        return self._history.columns
+
+    def restart(self, cause: Restart = Restart.REQUESTED) -> None:
+        """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
+        self.stats.restarts[cause.value] += 1
+        self._trial = None
+        self._history.clear()
+        self._gram.clear()
+        if self._average is not None:
+            self._average.clear()
+
+    def step(self, problem: FixedPoint) -> Any:
+        """One step of the base optimizer, accelerated on every p-th. Collective on those steps.
+
+        Returns:
+            What `problem.advance()` returned.
+        """
+        config = self.config
+        self.stats.steps += 1
+        k = self.stats.steps - config.warmup_steps
+        store = k >= 1 and (k - 1) % config.store_every == 0
+        accelerate = k >= 1 and k % config.frequency == 0
+        average = config.average_window is not None and k >= 1
+        if not (store or accelerate or average or self._trial):
+            return problem.advance()
+
+        with _plain_numerics(problem.device), self.stats.timed("read"):
+            self._prepare(problem)
+            w = problem.read_before(*self._rows, self._vector())
+        result = problem.advance()
+        with _plain_numerics(problem.device):
+            if problem.residual_scale == 0.0:  # learning rate 0: there is no residual to speak of
+                return result
+            with self.stats.timed("read"):
+                r = problem.read_residual(*self._rows, w, self._vector())
+            if self._trial is not None and not self._confirm(problem, r):
+                return result
+            if store:
+                self._store(w, r)
+            if accelerate and self.columns > 0:
+                self._accelerate(problem, w, r)
+            if average:
+                self._replace_by_average(problem, r)
+        return result
+
+    def _store(self, w: Tensor, r: Tensor) -> None:
+        with self.stats.timed("store"):
+            new = self._history.push(w, r)
+            if new is not None:
+                self._gram.stored(*new)
+            self.stats.stored += 1
+
+    def _accelerate(self, problem: FixedPoint, w: Tensor, r: Tensor) -> None:
+        stats, config = self.stats, self.config
+        with stats.timed("gram"):
+            gram, b, rr = self._gram.assemble(r)
+        if (cause := safeguard.judge_system(gram, b, rr)) is not None:
+            return self._reject(cause)
+        with stats.timed("solve"):
+            gamma = self._solve(gram, b, rr, r)
+        with stats.timed("update"):
+            update = self._history.update(r, gamma, config.damping, problem.residual_scale)
+            partial_slope = float(chunked_dot(update, r))
+            slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
+        if (cause := safeguard.judge_update(slope, config.safeguard)) is not None:
+            return self._reject(cause)
+        if config.safeguard in ("residual", "loss"):
+            base_rows = problem.read(*self._rows, self._vector())
+        if config.safeguard == "residual":
+            self._trial = Trial(base_rows, problem.snapshot(), math.sqrt(rr))
+        if config.safeguard == "loss":
+            base_loss = self._mean_loss(problem)
+        with stats.timed("gather"):
+            point = self._gather_point(w, update)
+        with stats.timed("write"):
+            problem.write(point)
+        if config.safeguard == "loss":
+            cause = safeguard.judge_loss(base_loss, self._mean_loss(problem))
+            if cause is not None:
+                problem.write(self._gather(base_rows))
+                return self._reject(cause)
+        stats.accelerated += 1
+
+    def _solve(self, gram: np.ndarray, b: Vector, rr: float, r: Tensor) -> Tensor:
+        """gamma [m] float64 on the host, zero for unused slots; the same bits on every rank."""
+        history, config = self._history, self.config
+        eps = torch.finfo(history.work_dtype).eps
+        factor = Factorization(gram, config.regularization, precision=eps)
+        gamma = np.zeros(config.history_depth)
+        h = len(b)
+        gamma[:h] = factor.solve(b)
+        for _ in range(config.refine):
+            left = history.residual_left(r, torch.from_numpy(gamma))
+            if history.sharding.layout == "columns":
+                left = self._comm.sum_tensor(left)
+            gamma[:h] += factor.solve(self._gram.project(left)[:h])
+        # Replicated, but not trusted: processors may differ, and weights must not.
+        gamma = self._comm.broadcast(gamma)
+        self.stats.condition, self.stats.rank = factor.condition, factor.rank
+        self.stats.promised_reduction = promised_reduction(gram, b, rr, gamma[:h])
+        return torch.from_numpy(gamma)
+
+    def _gather_point(self, w: Tensor, update: Tensor) -> Tensor:
+        """w+ from every rank's part, [>= n]; the one large message of a step."""
+        if self._history.sharding.layout == "columns":
+            self.stats.bytes["gather"] += update.numel() * update.element_size()
+            update = self._comm.sum_tensor(update)
+            return torch.add(w, update, alpha=self.config.relaxation)
+        return self._gather(torch.add(w, update, alpha=self.config.relaxation))
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The flat vector [>= n] from every rank's rows of it."""
+        sharding = self._history.sharding
+        if sharding.layout == "columns":
+            return rows  # every rank has all of them
+        if rows.numel() < sharding.block:
+            rows = torch.nn.functional.pad(rows, (0, sharding.block - rows.numel()))
+        self.stats.bytes["gather"] += rows.numel() * rows.element_size()
+        return self._comm.allgather(rows)
+
+    def _confirm(self, problem: FixedPoint, r: Tensor) -> bool:
+        """Judges the accelerated step before this one; if it was bad, goes back to the base's."""
+        trial, self._trial = self._trial, None
+        assert trial is not None
+        with self.stats.timed("safeguard"):
+            partial = chunked_dot(r, r) if self._history.sharding.counts_replicated else 0.0
+            norm = math.sqrt(float(self._comm.allreduce(np.array([float(partial)]))[0]))
+            cause = safeguard.judge_residual(trial.norm, norm)
+            if cause is None:
+                return True
+            problem.write(self._gather(trial.base_rows))
+            trial.restore()
+            self._reject(cause)
+            return False
+
+    def _replace_by_average(self, problem: FixedPoint, r: Tensor) -> None:
+        """Replaces the weights by their moving average unless Eq. 16 says they are calm."""
+        average = self._average
+        assert average is not None
+        with self.stats.timed("average"):
+            average.push(problem.read(*self._rows, self._vector()))
+            if not average.full:
+                return
+            largest = r.abs().max() if r.numel() else r.new_zeros(())
+            local = torch.stack([average.spread(), largest * abs(problem.residual_scale)])
+            spread, size = self._comm.allreduce(local.double().cpu().numpy(), "max")
+            if math.isfinite(spread) and spread >= self.config.average_threshold * size:
+                mean = average.mean()
+                average.replace_last(mean)
+                problem.write(self._gather(mean))
+                self.stats.averaged += 1
+
+    def _mean_loss(self, problem: FixedPoint) -> float:
+        with self.stats.timed("safeguard"):
+            return float(self._comm.allreduce(np.array([problem.loss()]))[0]) / self._comm.size
+
+    def _reject(self, cause: Rejection) -> None:
+        self.stats.rejected[cause.value] += 1
+        if cause is Rejection.NONFINITE:
+            self.restart(Restart.NONFINITE)
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        return self._history.sharding.rows
+
+    def _vector(self) -> Tensor:
+        lo, hi = self._rows
+        return torch.empty(hi - lo, dtype=self._history.work_dtype, device=self._history.device)
+
+    def _prepare(self, problem: FixedPoint) -> None:
+        """Sets up the history for this problem, anew where it is no longer the same problem."""
+        signature = problem.signature
+        if signature == self._signature:
+            return
+        if self._signature is not None:
+            self.restart(Restart.CHANGED)
+        self._signature = signature
+        work = torch.float64 if problem.dtype == torch.float64 else torch.float32
+        current = self._history
+        if (current.sharding.n, current.work_dtype, current.device) != (
+            problem.n,
+            work,
+            problem.device,
+        ):
+            self._set_up(problem.n, work, problem.device)
+
+    def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
+        config, comm = self.config, self._comm
+        sharding = Sharding(config.layout, n, config.history_depth, comm.size, comm.rank)
+        self._history = History(sharding, config.history_dtype or work, work, device)
+        self._gram = Gram(self._history, comm)
+        if config.average_window is not None:
+            lo, hi = sharding.rows
+            self._average = MovingAverage(config.average_window, hi - lo, work, device)
+
+
+@contextlib.contextmanager
+def _plain_numerics(device: torch.device) -> Iterator[None]:
+    """No graph, no autocast, no TF32, whatever the user's training loop has switched on."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)

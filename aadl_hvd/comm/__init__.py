@@ -1,0 +1,1 @@
+"""How ranks talk: one seam (`base.Communicator`) and what stands behind it."""

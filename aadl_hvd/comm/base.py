@@ -1,0 +1,110 @@
+"""The seam between the algorithm and the machine: what a group of ranks can do together.
+
+Every operation is collective: all ranks of the group call it, in the same order, with arguments
+of the same length and dtype. The base class checks and normalises; a backend implements only the
+bare operations. Conformance is tested for all backends by one suite.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aadl_hvd.errors import CommunicationError
+
+Values = NDArray[np.float64]
+
+REDUCTIONS = ("sum", "max")
+TENSOR_DTYPES = (torch.float32, torch.float64)
+
+
+class Communicator(ABC):
+    """A group of `size` ranks, this one being `rank`.
+
+    Small float64 vectors on the host are used to decide, large tensors on the device to update.
+    """
+
+    rank: int
+    size: int
+
+    def allreduce(self, values: Values, op: str = "sum") -> Values:
+        """Reduces a small vector over all ranks; the result has the same bits on every rank.
+
+        Args:
+            values: [k] float64, k the same on every rank.
+            op: "sum" or "max". NaN on any rank gives NaN on every rank, for both.
+        """
+        if op not in REDUCTIONS:
+            raise CommunicationError(f"Invalid op={op!r}. Must be one of {REDUCTIONS}.")
+        values = _checked_values(values)
+        if op == "sum":
+            return self._allreduce_sum(values)
+        # A maximum may drop a NaN on its way; it travels as a flag of its own.
+        flagged = np.append(np.where(np.isnan(values), -np.inf, values), np.isnan(values).any())
+        result = self._allreduce_max(flagged.astype(np.float64))
+        return np.full_like(values, np.nan) if result[-1] else result[:-1]
+
+    def broadcast(self, values: Values) -> Values:
+        """The vector [k] float64 of rank 0, on every rank."""
+        return self._broadcast(_checked_values(values))
+
+    def allgather(self, block: Tensor) -> Tensor:
+        """Blocks of all ranks, one after the other by rank.
+
+        Args:
+            block: [k] float32 or float64, k the same on every rank.
+
+        Returns:
+            [size * k]; may share memory with `block` where size is 1.
+        """
+        return self._allgather(_checked_tensor(block))
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks of a large tensor [k] float32 or float64; may overwrite it."""
+        return self._sum_tensor(_checked_tensor(tensor))
+
+    @abstractmethod
+    def allgather_object(self, item: Any) -> list[Any]:
+        """A picklable object of every rank, by rank. Slow: for set-up and checkpoints only."""
+
+    @abstractmethod
+    def _allreduce_sum(self, values: Values) -> Values: ...
+
+    @abstractmethod
+    def _allreduce_max(self, values: Values) -> Values: ...
+
+    @abstractmethod
+    def _broadcast(self, values: Values) -> Values: ...
+
+    @abstractmethod
+    def _allgather(self, block: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _sum_tensor(self, tensor: Tensor) -> Tensor: ...
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+        return self  # a connection to other ranks cannot be copied, only shared
+
+
+def _checked_values(values: Values) -> Values:
+    array = np.asarray(values)
+    if array.dtype != np.float64 or array.ndim != 1:
+        raise CommunicationError(
+            f"Invalid values of dtype {array.dtype} and shape {array.shape}. "
+            "Must be a float64 vector."
+        )
+    return np.ascontiguousarray(array)
+
+
+def _checked_tensor(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in TENSOR_DTYPES or tensor.dim() != 1:
+        raise CommunicationError(
+            f"Invalid tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}. "
+            "Must be a float32 or float64 vector (no collective of Horovod takes bfloat16)."
+        )
+    return tensor.detach().contiguous()

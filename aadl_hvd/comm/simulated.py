@@ -1,0 +1,94 @@
+"""P ranks in one process, one thread each: for tests, benchmarks and experiments."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadl_hvd.comm.base import Communicator, Values
+from aadl_hvd.errors import CommunicationError
+
+T = TypeVar("T")
+
+
+class _World:
+    """What the threads share: a place to put things and a barrier to wait at."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size = size
+        self.items: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=timeout)
+
+
+class SimulatedCommunicator(Communicator):
+    """One of the ranks that `run_ranks` starts."""
+
+    def __init__(self, world: _World, rank: int) -> None:
+        self._world = world
+        self.rank = rank
+        self.size = world.size
+
+    def allgather_object(self, item: Any) -> list[Any]:
+        return [copy.deepcopy(x) for x in self._exchange(item)]
+
+    def _exchange(self, item: Any) -> list[Any]:
+        try:
+            self._world.items[self.rank] = item
+            self._world.barrier.wait()
+            items = list(self._world.items)
+            self._world.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise CommunicationError("Another simulated rank failed or did not come.") from None
+        return items
+
+    def _allreduce_sum(self, values: Values) -> Values:
+        return functools.reduce(np.add, self._exchange(values.copy()))
+
+    def _allreduce_max(self, values: Values) -> Values:
+        return functools.reduce(np.maximum, self._exchange(values.copy()))
+
+    def _broadcast(self, values: Values) -> Values:
+        return self._exchange(values.copy())[0].copy()  # type: ignore[no-any-return]
+
+    def _allgather(self, block: Tensor) -> Tensor:
+        return torch.cat(self._exchange(block.clone()))
+
+    def _sum_tensor(self, tensor: Tensor) -> Tensor:
+        return functools.reduce(torch.add, self._exchange(tensor.clone()))
+
+
+def run_ranks(size: int, program: Callable[[Communicator], T], timeout: float = 60.0) -> list[T]:
+    """Runs `program(comm)` on `size` simulated ranks and returns their results by rank.
+
+    Args:
+        size: P, at least 1.
+        program: called once per rank, in a thread of its own.
+        timeout: seconds that a rank waits for the others in a collective.
+
+    Raises:
+        Exception: the first error that a rank raised of its own; the others are released.
+    """
+    world = _World(size, timeout)
+
+    def rank_program(rank: int) -> T:
+        try:
+            return program(SimulatedCommunicator(world, rank))
+        except BaseException:
+            world.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(rank_program, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        own = [error for error in errors if not isinstance(error, CommunicationError)]
+        raise (own or errors)[0]
+    return [future.result() for future in futures]

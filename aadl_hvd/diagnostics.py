@@ -1,0 +1,93 @@
+"""Counters by cause, timers and bytes: what Anderson acceleration did and what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aadl_hvd.safeguard import Rejection, Restart
+
+# Order of an accelerated step; "read" copies this rank's rows, "write" puts the update in place.
+PARTS = ("read", "store", "gram", "solve", "update", "gather", "write", "safeguard", "average")
+
+
+@dataclasses.dataclass
+class Stats:
+    """What has happened since the optimizer was made. The same on every rank but for times.
+
+    Attributes:
+        steps: calls of `step`.
+        stored: pairs (w, r) that entered the history.
+        accelerated: steps whose weights were replaced by the accelerated point, rejections that
+            came later included.
+        rejected: attempts that left the base optimizer's step in place, by cause (`Rejection`).
+            Every attempt is counted as accelerated or under exactly one cause; with
+            `safeguard="residual"`, whose verdict comes a step later, as both.
+        restarts: times the history was forgotten, by cause (`Restart`).
+        averaged: steps whose weights were replaced by the moving average.
+        promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.
+        condition: condition number of the last Gram matrix after truncation.
+        rank: columns' worth of directions that the last solve used.
+        seconds: wall-clock of each part on this rank, summed. On a GPU, work is counted where the
+            host waits for it, mostly under "gram".
+        bytes: bytes this rank handed to collectives, by part.
+    """
+
+    steps: int = 0
+    stored: int = 0
+    accelerated: int = 0
+    averaged: int = 0
+    rejected: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {cause.value: 0 for cause in Rejection}
+    )
+    restarts: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {cause.value: 0 for cause in Restart}
+    )
+    promised_reduction: float = math.nan
+    condition: float = math.nan
+    rank: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the wall-clock time of the block to `seconds[part]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+    def counters(self) -> dict[str, Any]:
+        """The counts alone, in plain types: what a checkpoint keeps."""
+        return {
+            "steps": self.steps,
+            "stored": self.stored,
+            "accelerated": self.accelerated,
+            "averaged": self.averaged,
+            "rejected": dict(self.rejected),
+            "restarts": dict(self.restarts),
+        }
+
+    def load_counters(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what `counters` returned; causes unknown here are kept."""
+        for name in ("steps", "stored", "accelerated", "averaged"):
+            setattr(self, name, int(saved[name]))
+        self.rejected.update(saved["rejected"])
+        self.restarts.update(saved["restarts"])
+
+    def __str__(self) -> str:
+        rejected = ", ".join(f"{cause} {count}" for cause, count in self.rejected.items() if count)
+        restarts = ", ".join(f"{cause} {count}" for cause, count in self.restarts.items() if count)
+        return (
+            f"{self.steps} steps: {self.stored} stored, {self.accelerated} accelerated, "
+            f"{sum(self.rejected.values())} rejected{f' ({rejected})' if rejected else ''}, "
+            f"{self.averaged} averaged, {sum(self.restarts.values())} restarts"
+            f"{f' ({restarts})' if restarts else ''}; last solve: promised reduction "
+            f"{self.promised_reduction:.3g}, condition {self.condition:.3g}; "
+            f"{sum(self.seconds.values()):.3g} s in Anderson acceleration"
+        )

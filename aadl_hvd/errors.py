@@ -1,0 +1,21 @@
+"""Named exceptions. Every error names the parameter, its value, what is allowed, what to do."""
+
+
+class AndersonError(Exception):
+    """Base of all errors raised by aadl_hvd."""
+
+
+class ConfigError(AndersonError, ValueError):
+    """A parameter of `AndersonConfig` or of an optimizer's constructor is not allowed."""
+
+
+class UnsupportedError(AndersonError, TypeError):
+    """The model, the optimizer or the combination of settings cannot be accelerated."""
+
+
+class ReplicaMismatchError(AndersonError, RuntimeError):
+    """The ranks that share one history disagree on the model or the configuration."""
+
+
+class CommunicationError(AndersonError, RuntimeError):
+    """A collective was called with arguments that it does not take."""

@@ -1,0 +1,84 @@
+"""The Gram matrix R^T R: this rank's part of it, and its assembly by one tiny allreduce."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadl_hvd.comm.base import Communicator
+from aadl_hvd.history import History, chunked_dot
+from aadl_hvd.solve import Matrix, Vector
+
+
+class Gram:
+    """Keeps R^T R [m, m], float64, the same on every rank, and brings it up to date on demand.
+
+    Only rows of slots that were filled since the last assembly are computed and sent: with k of
+    them, (k + 1) m + 1 float64 numbers. In the row layout they are all computed at assembly, in
+    one pass over R. In the column layout nobody holds two columns of different ranks, so each
+    rank multiplies its own columns with a new one while that is at hand, when it is stored.
+    """
+
+    def __init__(self, history: History, comm: Communicator) -> None:
+        self._history = history
+        self._comm = comm
+        self._depth = history.sharding.depth
+        self._matrix: Matrix = np.zeros((self._depth, self._depth))
+        self._fresh: dict[int, Tensor | None] = {}
+
+    def stored(self, slot: int, column: Tensor) -> None:
+        """Takes note of a new column [rows] of R in `slot`; no communication."""
+        self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
+        if self._history.sharding.layout == "columns":
+            self._fresh[slot] = self._history.inner([], column)[:, 0]
+        else:
+            self._fresh[slot] = None
+
+    def assemble(self, r: Tensor) -> tuple[Matrix, Vector, float]:
+        """Brings R^T R up to date and multiplies R with r. Collective: one allreduce.
+
+        Args:
+            r: this rank's rows of the residual, [rows].
+
+        Returns:
+            R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, where h is the number
+            of columns stored. May hold NaN or Inf, then on every rank.
+        """
+        summed = self._comm.allreduce(self._partial(r))
+        table = summed[:-1].reshape(len(self._fresh) + 1, self._depth)
+        for slot, row in zip(self._fresh, table[:-1], strict=True):
+            self._matrix[slot, :] = row
+            self._matrix[:, slot] = row
+        self._fresh.clear()
+        h = self._history.columns
+        return self._matrix[:h, :h].copy(), table[-1, :h].copy(), float(summed[-1])
+
+    def project(self, v: Tensor) -> Vector:
+        """R^T v [m], the same on every rank. Collective: one allreduce.
+
+        Args:
+            v: this rank's rows of a vector, [rows].
+        """
+        sums = np.zeros(self._depth)
+        own = self._history.inner([], v)[:, 0].cpu().numpy()
+        sums[list(self._history.sharding.slots)] = own
+        return self._comm.allreduce(sums)
+
+    def clear(self) -> None:
+        """Forgets everything, together with the history."""
+        self._matrix[:] = 0.0
+        self._fresh.clear()
+
+    def _partial(self, r: Tensor) -> Vector:
+        sharding, k = self._history.sharding, len(self._fresh)
+        if sharding.layout == "columns":
+            known = [column for column in self._fresh.values() if column is not None]
+            own = torch.stack([*known, self._history.inner([], r)[:, 0]])
+        else:
+            own = self._history.inner(list(self._fresh), r).T
+        rr = chunked_dot(r, r) if sharding.counts_replicated else torch.zeros_like(own[0, 0])
+        host = torch.cat([own.reshape(-1), rr.reshape(1)]).cpu().numpy()  # one synchronisation
+        table = np.zeros((k + 1, self._depth))
+        table[:, list(sharding.slots)] = host[:-1].reshape(k + 1, -1)
+        return np.append(table.reshape(-1), host[-1])

@@ -1,0 +1,408 @@
+"""Optimizers for users: `AndersonOptimizer`, `DistributedAndersonOptimizer`.
+
+Horovod's optimizer is a class made at run time whose methods call `super(self.__class__, self)`:
+it cannot be subclassed. So here, too, a class is made at run time, directly below the user's
+optimizer class: Horovod's methods with these laid over them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.comm.base import Communicator
+from aadl_hvd.comm.local import LocalCommunicator
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
+from aadl_hvd.fixed_point import OptimizerFixedPoint
+from aadl_hvd.safeguard import Restart
+
+Closure = Callable[[], Any]
+
+_HOROVOD_MODULE = "horovod.torch.optimizer"
+_STATE_FORMAT = 1
+
+
+def AndersonOptimizer(  # noqa: N802 - named as the class it stands for
+    optimizer: torch.optim.Optimizer, *, anderson: AndersonConfig | None = None
+) -> Any:
+    """Adds Anderson acceleration to a torch optimizer, in one process.
+
+    Needs neither Horovod nor MPI. The result is an instance of the given optimizer's class and
+    shares its parameter groups and its state, so learning-rate schedulers made before go on
+    working. Its attribute `anderson` is the `Accelerator`: `.stats`, `.history_bytes`,
+    `.config`, `.restart()`.
+
+    Memory: 2 m n numbers of history and 2 n for the last pair.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`. Use the result in its place from now on.
+        anderson: settings; None: `AndersonConfig()`.
+
+    Raises:
+        ConfigError: `anderson` is not an `AndersonConfig`.
+        UnsupportedError: the optimizer is accelerated or distributed already, or its parameters
+            cannot be accelerated.
+    """
+    config = _checked_config(anderson)
+    _check_optimizer(optimizer)
+    inner = type(optimizer)
+    cls = type(inner.__name__, (inner,), _methods(inner, {"__module__": inner.__module__}))
+    accelerated = cls.__new__(cls)
+    # An instance attribute `step` is a scheduler's wrapper, bound to the optimizer given.
+    vars(accelerated).update({k: v for k, v in vars(optimizer).items() if k != "step"})
+    # GradScaler must unscale gradients before they become residuals, fused kernels or not.
+    accelerated._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return _attach(accelerated, optimizer, config, LocalCommunicator())
+
+
+def DistributedAndersonOptimizer(  # noqa: N802 - named as the class it stands for
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Any = None,
+    backward_passes_per_step: int = 1,
+    op: Any = None,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | list[list[Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+    *,
+    anderson: AndersonConfig | None = None,
+) -> Any:
+    """A drop-in swap for `horovod.torch.DistributedOptimizer` with Anderson acceleration.
+
+    The ranks of the process set share the history: each holds n/P rows of it (or, with
+    `layout="columns"`, m/P columns). Collective over the process set: configuration and parameter
+    shapes are compared across ranks here.
+
+    Differences from Horovod's own, all of them repairs: `zero_grad` takes `set_to_none`; state,
+    defaults and step hooks of the given optimizer are kept, as are schedulers made before; step
+    hooks fire once; parameters that join later (`add_param_group`, unfreezing) are reduced; with
+    a closure, gradients are reduced after it and before the update.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` that Horovod takes.
+        named_parameters: as in Horovod.
+        compression: as in Horovod; None: `hvd.Compression.none`.
+        backward_passes_per_step: as in Horovod.
+        op: `hvd.Average`, `hvd.Sum` or `hvd.Adasum`; None: Average.
+        gradient_predivide_factor: as in Horovod.
+        num_groups: as in Horovod (deprecated there).
+        groups: as in Horovod.
+        sparse_as_dense: as in Horovod.
+        process_set: as in Horovod; None: the global one.
+        anderson: settings; None: `AndersonConfig()`, with `residual="step"` for Adasum, where no
+            reduced gradient exists.
+
+    Returns:
+        An instance of the given optimizer's class, with Horovod's methods and the attribute
+        `anderson`, see `AndersonOptimizer`.
+
+    Raises:
+        ConfigError: `anderson` is not an `AndersonConfig`, or does not go with Adasum.
+        UnsupportedError: as for `AndersonOptimizer`.
+        ReplicaMismatchError: on every rank, if ranks differ in parameters or settings.
+    """
+    import horovod.torch as hvd
+
+    from aadl_hvd.comm.horovod import horovod_communicator
+
+    op = hvd.Average if op is None else op
+    process_set = hvd.global_process_set if process_set is None else process_set
+    adasum = op == hvd.Adasum and hvd.size() > 1
+    config = _checked_config(anderson)
+    if adasum:
+        config = _adasum_config(config, explicit=anderson is not None)
+    _check_optimizer(optimizer)
+    comm = horovod_communicator(process_set)
+    _compare_ranks(comm, optimizer, config)
+
+    inner = type(optimizer)
+    distributed = hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=named_parameters,
+        compression=hvd.Compression.none if compression is None else compression,
+        backward_passes_per_step=backward_passes_per_step,
+        op=op,
+        gradient_predivide_factor=gradient_predivide_factor,
+        num_groups=num_groups,
+        groups=groups,
+        sparse_as_dense=sparse_as_dense,
+        process_set=process_set,
+    )
+    horovods = {
+        name: value
+        for name, value in vars(type(distributed)).items()
+        if name not in ("__dict__", "__weakref__")
+    }
+    namespace = _methods(inner, horovods) | _distributed_methods(horovods)
+    distributed.__class__ = type(inner.__name__, (inner,), namespace)
+    # Horovod builds anew from the parameter groups and drops the rest.
+    for name, value in vars(optimizer).items():
+        if name in ("state", "defaults", *_HOOKS) or name not in vars(distributed):
+            if name != "step":
+                setattr(distributed, name, value)
+    return _attach(distributed, optimizer, config, comm)
+
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def _methods(inner: type, below: dict[str, Any]) -> dict[str, Any]:
+    """The methods of an accelerated class: those in `below`, with acceleration laid over them."""
+
+    def base(name: str) -> Any:
+        return below.get(name, getattr(inner, name))
+
+    def step(self: Any, closure: Closure | None = None) -> Any:
+        """One step of the base optimizer, accelerated on every p-th."""
+        self._accelerated._opt_called = True  # for schedulers made before the wrapping
+        problem = self._anderson_problem
+        problem.base_step = lambda: self._base_step(closure)
+        problem.evaluate = None if closure is None else lambda: self._evaluate(closure)
+        try:
+            return self.anderson.step(problem)
+        finally:
+            del problem.base_step, problem.evaluate
+
+    def _base_step(self: Any, closure: Closure | None) -> Any:
+        with _step_hooks_off(self):
+            return base("step")(self, closure)
+
+    def _evaluate(self: Any, closure: Closure) -> float:
+        with torch.enable_grad():
+            return float(closure())
+
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        """As in torch."""
+        inner.zero_grad(self, set_to_none=set_to_none)  # type: ignore[attr-defined]
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        """The base optimizer's state, with counters and settings under "anderson".
+
+        Not collective. Loads into plain torch as well. The history is not part of it: after
+        loading it rebuilds itself in m stores.
+        """
+        state: dict[str, Any] = inner.state_dict(self)  # type: ignore[attr-defined]
+        state["anderson"] = {
+            "format": _STATE_FORMAT,
+            "config": self.anderson.config.to_dict(),
+            "counters": self.anderson.stats.counters(),
+        }
+        return state
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict`, of this class or of plain torch, returned.
+
+        Settings are not taken from it: those given at construction hold.
+        """
+        saved = state_dict.get("anderson")
+        if saved is not None and saved.get("format") != _STATE_FORMAT:
+            raise ConfigError(
+                f"Invalid state_dict['anderson']['format']={saved.get('format')!r}. Must be "
+                f"{_STATE_FORMAT}: it was written by another version of aadl_hvd."
+            )
+        base("load_state_dict")(self, state_dict)
+        self._accelerated.param_groups, self._accelerated.state = self.param_groups, self.state
+        self.anderson.restart(Restart.LOADED)
+        if saved is not None:
+            self.anderson.stats.load_counters(saved["counters"])
+
+    def __repr__(self: Any) -> str:
+        return f"{inner.__repr__(self)}\n{self.anderson.config}"
+
+    own = {
+        f.__name__: f
+        for f in (step, _base_step, _evaluate, zero_grad, state_dict, load_state_dict, __repr__)
+    }
+    return {**below, **own}
+
+
+def _distributed_methods(horovods: dict[str, Any]) -> dict[str, Any]:
+    """What Horovod's own methods need on top; `horovods` holds these."""
+    adasum = "_starting_models" in horovods["__init__"].__code__.co_names
+
+    def _base_step(self: Any, closure: Closure | None) -> Any:
+        _register_new_parameters(self)
+        with _step_hooks_off(self):
+            if closure is None or adasum or not self._should_synchronize:
+                return horovods["step"](self, closure)
+            # Horovod would reduce first and evaluate then, and update with unreduced gradients.
+            with self.skip_synchronize():
+                return horovods["step"](self, lambda: _synchronized(self, closure))
+
+    def _evaluate(self: Any, closure: Closure) -> float:
+        with torch.enable_grad():
+            return float(_synchronized(self, closure))
+
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        """As in torch; not between backward() and step() or synchronize()."""
+        if self._handles:
+            raise AssertionError(
+                "optimizer.zero_grad() was called after loss.backward() but before "
+                "optimizer.step() or optimizer.synchronize(): gradients are being reduced."
+            )
+        torch.optim.Optimizer.zero_grad(self, set_to_none=set_to_none)
+
+    def synchronize(self: Any) -> None:
+        """As in Horovod; parameters that joined after the construction are reduced too."""
+        _register_new_parameters(self)
+        horovods["synchronize"](self)
+
+    methods = (_base_step, _evaluate, zero_grad, synchronize)
+    return {f.__name__: f for f in methods}
+
+
+def _synchronized(optimizer: Any, closure: Closure) -> Any:
+    """The closure's value, its gradients reduced (unless the closure has seen to it)."""
+    optimizer._synchronized = False
+    loss = closure()
+    if not optimizer._synchronized:
+        optimizer.synchronize()
+    return loss
+
+
+def _register_new_parameters(optimizer: Any) -> None:
+    """Lets Horovod reduce trainable parameters it does not know: its own class never does."""
+    if not optimizer._grad_accs:
+        return  # a single rank, or one outside the process set: nothing is reduced
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            if not p.requires_grad or p in optimizer._requires_update:
+                continue
+            optimizer._parameter_names.setdefault(p, f"allreduce.added.{i}.{j}")
+            optimizer._allreduce_delay[p] = optimizer.backward_passes_per_step
+            optimizer._requires_update.add(p)
+            if getattr(optimizer, "_groups", None) is not None:
+                optimizer._p_to_group[p] = (p,)
+                optimizer._group_counts[(p,)] = 0
+            if hasattr(optimizer, "_starting_models"):
+                optimizer._starting_models[p] = torch.zeros_like(p, requires_grad=False)
+            with torch.enable_grad():
+                accumulator = p.expand_as(p).grad_fn.next_functions[0][0]
+            accumulator.register_hook(optimizer._make_hook(p))
+            optimizer._grad_accs.append(accumulator)
+
+
+def _attach(
+    accelerated: Any,
+    optimizer: torch.optim.Optimizer,
+    config: AndersonConfig,
+    comm: Communicator,
+) -> Any:
+    starting = getattr(accelerated, "_starting_models", None)
+
+    def before(p: Tensor) -> Tensor:
+        # Adasum's hooks turn a parameter into its own update while the reduction is under way.
+        handle = accelerated._handles.get(p)
+        return starting[p] if handle is not None and handle[0] is not None else p  # type: ignore[index]
+
+    accelerated._accelerated = optimizer
+    accelerated._anderson_problem = OptimizerFixedPoint(
+        accelerated, config.residual, before if starting is not None else None
+    )
+    accelerated.anderson = Accelerator(config, comm)
+    accelerated._patch_step_function()
+    return accelerated
+
+
+@contextlib.contextmanager
+def _step_hooks_off(optimizer: Any) -> Iterator[None]:
+    """Step hooks fire around the accelerated step, not once more around the one inside it."""
+    hooks = {name: getattr(optimizer, name) for name in _HOOKS}
+    if not any(hooks.values()):
+        yield
+        return
+    try:
+        for name in hooks:
+            setattr(optimizer, name, OrderedDict())
+        yield
+    finally:
+        for name, value in hooks.items():
+            setattr(optimizer, name, value)
+
+
+def _checked_config(anderson: AndersonConfig | None) -> AndersonConfig:
+    if anderson is None:
+        return AndersonConfig()
+    if not isinstance(anderson, AndersonConfig):
+        raise ConfigError(f"Invalid anderson={anderson!r}. Must be an AndersonConfig or None.")
+    return anderson
+
+
+def _adasum_config(config: AndersonConfig, explicit: bool) -> AndersonConfig:
+    if config.safeguard == "loss":
+        raise ConfigError(
+            "Invalid safeguard='loss' with op=Adasum, which updates the weights in the backward "
+            "pass of the closure. Must be 'descent', 'residual' or 'none'."
+        )
+    if config.residual == "step":
+        return config
+    if explicit:
+        raise ConfigError(
+            f"Invalid residual={config.residual!r} with op=Adasum, which combines the updates of "
+            "the ranks and not their gradients. Must be 'step'."
+        )
+    warnings.warn("op=Adasum: Anderson acceleration uses residual='step'.", stacklevel=3)
+    return dataclasses.replace(config, residual="step")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnsupportedError(
+            f"Invalid optimizer of type {type(optimizer).__name__}. Must be a "
+            "torch.optim.Optimizer."
+        )
+    if isinstance(getattr(optimizer, "anderson", None), Accelerator):
+        raise UnsupportedError(
+            "Invalid optimizer: it is accelerated already. Pass the plain torch optimizer."
+        )
+    if type(optimizer).__module__ == _HOROVOD_MODULE:
+        raise UnsupportedError(
+            "Invalid optimizer: it is a hvd.DistributedOptimizer. Pass the plain torch optimizer "
+            "to DistributedAndersonOptimizer, with the arguments you gave to Horovod."
+        )
+
+
+def _compare_ranks(
+    comm: Communicator, optimizer: torch.optim.Optimizer, config: AndersonConfig
+) -> None:
+    """Raises on every rank if any differs: unequal ranks would hang or diverge later."""
+    lines = [f"{name}={value!r}" for name, value in config.to_dict().items()]
+    lines += [
+        f"parameter {i}.{j}: shape {tuple(p.shape)}, {p.dtype}, requires_grad={p.requires_grad}"
+        for i, group in enumerate(optimizer.param_groups)
+        for j, p in enumerate(group["params"])
+    ]
+    digest = hashlib.sha256("\n".join([type(optimizer).__name__, *lines]).encode()).hexdigest()
+    digests = comm.allgather_object(digest)
+    if len(set(digests)) == 1:
+        return
+    everybody = comm.allgather_object(lines)
+    theirs = everybody[0]
+    for rank, other in enumerate(everybody):
+        if other != theirs:
+            at = next(
+                (k for k, (a, b) in enumerate(zip(theirs, other, strict=False)) if a != b),
+                min(len(theirs), len(other)),
+            )
+            here = theirs[at] if at < len(theirs) else "nothing more"
+            there = other[at] if at < len(other) else "nothing more"
+            break
+    else:
+        rank = next(r for r, d in enumerate(digests) if d != digests[0])
+        here, there = "one class of optimizer", "another"
+    raise ReplicaMismatchError(
+        f"Ranks that share a history differ: rank 0 has {here}, rank {rank} has {there}. All must "
+        "build the same model, optimizer and AndersonConfig before this call."
+    )

@@ -1,0 +1,15 @@
+"""Shared by all tests. Tests in tests/parallel run only under a launcher (see test_parallel.py)."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+# Ranks, worker processes and pytest share two cores; one thread each is fastest and repeatable.
+torch.set_num_threads(1)
+
+settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("default")
+
+UNDER_LAUNCHER = any(v in os.environ for v in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+collect_ignore = [] if UNDER_LAUNCHER else ["parallel"]

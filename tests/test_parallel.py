@@ -1,0 +1,67 @@
+"""Runs the suite in tests/parallel on real ranks: Horovod on MPI and on Gloo, 2 and 3 of them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIME_LIMIT = 420  # seconds; a hang must not outlive it
+
+
+def launch(arguments, *, ranks, controller, time_limit=TIME_LIMIT):
+    """Runs `python arguments` on real ranks; returns the exit code and the output."""
+    binaries = Path(sys.executable).parent
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HOROVOD_STALL_CHECK_TIME_SECONDS="20")
+    environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
+    command = ["horovodrun", "-np", str(ranks), f"--{controller}", sys.executable, *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"no end after {time_limit} s\n{output[-6000:]}")
+    return process.returncode, output
+
+
+def test_suite_fails_when_one_rank_fails():
+    """The harness itself: a failing test on the last rank alone must fail the whole run."""
+    code, output = launch(
+        ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/parallel/failing.py"],
+        ranks=2,
+        controller="gloo",
+        time_limit=120,
+    )
+    assert code != 0, output[-4000:]
+    assert "only on the last rank" in output
+
+
+@pytest.mark.timeout(TIME_LIMIT + 60)
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parallel_suite(ranks, controller):
+    import horovod.torch as hvd
+
+    built = hvd.mpi_built() if controller == "mpi" else hvd.gloo_built()
+    if not built:
+        pytest.skip(f"this Horovod was built without {controller}")
+    code, output = launch(
+        ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/parallel"],
+        ranks=ranks,
+        controller=controller,
+    )
+    print(output[-3000:])
+    assert code == 0, output[-8000:]
+    assert output.count(" passed") >= ranks, "a rank ran no tests"
