@@ -27,6 +27,7 @@ class MovingAverage:
 
     @property
     def nbytes(self) -> int:
+        """Bytes allocated on this rank."""
         return self._iterates.numel() * self._iterates.element_size()
 
     def clear(self) -> None:

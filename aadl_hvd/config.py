@@ -152,11 +152,11 @@ class AndersonConfig:
             raise ConfigError(f"Invalid {name}={value!r}. Must be an integer >= {low}{also}.")
 
     def _check_real(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
-        value = getattr(self, name)
+        value: Any = getattr(self, name)
         ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if ok:
-            above = value > low if low_open else value >= low
-            ok = math.isfinite(value) and above and value <= high
+        ok = (
+            ok and math.isfinite(value) and low <= value <= high and not (low_open and value == low)
+        )
         if not ok:
             lower = f"> {low:g}" if low_open else f">= {low:g}"
             upper = "" if math.isinf(high) else f" and <= {high:g}"

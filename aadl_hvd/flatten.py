@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-
 class FlatLayout:
     """Offsets of tensors in the flat vector.
 
@@ -59,7 +58,7 @@ class FlatLayout:
         return out
 
     def write(self, tensors: Sequence[Tensor | None], flat: Tensor) -> None:
-        """Copies the flat vector [>= n] into the tensors; a place that holds None is passed over."""
+        """Copies the flat vector [>= n] into the tensors; None takes nothing."""
         targets, sources = [], []
         for index, tensor in enumerate(tensors):
             if tensor is not None and tensor.numel() > 0:

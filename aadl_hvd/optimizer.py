@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,7 @@ _HOROVOD_MODULE = "horovod.torch.optimizer"
 _STATE_FORMAT = 1
 
 
-def AndersonOptimizer(  # noqa: N802 - named as the class it stands for
+def AndersonOptimizer(
     optimizer: torch.optim.Optimizer, *, anderson: AndersonConfig | None = None
 ) -> Any:
     """Adds Anderson acceleration to a torch optimizer, in one process.
@@ -56,16 +57,17 @@ def AndersonOptimizer(  # noqa: N802 - named as the class it stands for
     config = _checked_config(anderson)
     _check_optimizer(optimizer)
     inner = type(optimizer)
-    cls = type(inner.__name__, (inner,), _methods(inner, {"__module__": inner.__module__}))
+    methods = _methods(inner, {"__module__": inner.__module__})
+    cls: Any = type(inner.__name__, (inner,), methods)
     accelerated = cls.__new__(cls)
     # An instance attribute `step` is a scheduler's wrapper, bound to the optimizer given.
     vars(accelerated).update({k: v for k, v in vars(optimizer).items() if k != "step"})
     # GradScaler must unscale gradients before they become residuals, fused kernels or not.
-    accelerated._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    accelerated._step_supports_amp_scaling = False
     return _attach(accelerated, optimizer, config, LocalCommunicator())
 
 
-def DistributedAndersonOptimizer(  # noqa: N802 - named as the class it stands for
+def DistributedAndersonOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     compression: Any = None,
@@ -149,16 +151,16 @@ def DistributedAndersonOptimizer(  # noqa: N802 - named as the class it stands f
     distributed.__class__ = type(inner.__name__, (inner,), namespace)
     # Horovod builds anew from the parameter groups and drops the rest.
     for name, value in vars(optimizer).items():
-        if name in ("state", "defaults", *_HOOKS) or name not in vars(distributed):
-            if name != "step":
-                setattr(distributed, name, value)
+        kept = name in ("state", "defaults", *_HOOKS) or name not in vars(distributed)
+        if kept and name != "step":
+            setattr(distributed, name, value)
     return _attach(distributed, optimizer, config, comm)
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
-def _methods(inner: type, below: dict[str, Any]) -> dict[str, Any]:
+def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     """The methods of an accelerated class: those in `below`, with acceleration laid over them."""
 
     def base(name: str) -> Any:
@@ -185,7 +187,7 @@ def _methods(inner: type, below: dict[str, Any]) -> dict[str, Any]:
 
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
         """As in torch."""
-        inner.zero_grad(self, set_to_none=set_to_none)  # type: ignore[attr-defined]
+        inner.zero_grad(self, set_to_none=set_to_none)
 
     def state_dict(self: Any) -> dict[str, Any]:
         """The base optimizer's state, with counters and settings under "anderson".
@@ -193,7 +195,7 @@ def _methods(inner: type, below: dict[str, Any]) -> dict[str, Any]:
         Not collective. Loads into plain torch as well. The history is not part of it: after
         loading it rebuilds itself in m stores.
         """
-        state: dict[str, Any] = inner.state_dict(self)  # type: ignore[attr-defined]
+        state: dict[str, Any] = inner.state_dict(self)
         state["anderson"] = {
             "format": _STATE_FORMAT,
             "config": self.anderson.config.to_dict(),
@@ -378,30 +380,22 @@ def _compare_ranks(
     comm: Communicator, optimizer: torch.optim.Optimizer, config: AndersonConfig
 ) -> None:
     """Raises on every rank if any differs: unequal ranks would hang or diverge later."""
-    lines = [f"{name}={value!r}" for name, value in config.to_dict().items()]
+    lines = [f"a {type(optimizer).__name__} optimizer"]
+    lines += [f"{name}={value!r}" for name, value in config.to_dict().items()]
     lines += [
         f"parameter {i}.{j}: shape {tuple(p.shape)}, {p.dtype}, requires_grad={p.requires_grad}"
         for i, group in enumerate(optimizer.param_groups)
         for j, p in enumerate(group["params"])
     ]
-    digest = hashlib.sha256("\n".join([type(optimizer).__name__, *lines]).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     digests = comm.allgather_object(digest)
     if len(set(digests)) == 1:
         return
     everybody = comm.allgather_object(lines)
-    theirs = everybody[0]
-    for rank, other in enumerate(everybody):
-        if other != theirs:
-            at = next(
-                (k for k, (a, b) in enumerate(zip(theirs, other, strict=False)) if a != b),
-                min(len(theirs), len(other)),
-            )
-            here = theirs[at] if at < len(theirs) else "nothing more"
-            there = other[at] if at < len(other) else "nothing more"
+    rank = next(r for r, d in enumerate(digests) if d != digests[0])
+    for here, there in itertools.zip_longest(everybody[0], everybody[rank], fillvalue="nothing"):
+        if here != there:
             break
-    else:
-        rank = next(r for r, d in enumerate(digests) if d != digests[0])
-        here, there = "one class of optimizer", "another"
     raise ReplicaMismatchError(
         f"Ranks that share a history differ: rank 0 has {here}, rank {rank} has {there}. All must "
         "build the same model, optimizer and AndersonConfig before this call."

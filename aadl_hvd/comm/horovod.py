@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class HorovodCommunicator(Communicator):
             name=f"{self._name}.{name}.{values.size}",
             process_set=self._process_set,
         )
-        return result.numpy()
+        return np.asarray(result)
 
     def _broadcast(self, values: Values) -> Values:
         if self.host is not None:
@@ -71,7 +72,7 @@ class HorovodCommunicator(Communicator):
             name=f"{self._name}.broadcast.{values.size}",
             process_set=self._process_set,
         )
-        return result.numpy()
+        return np.asarray(result)
 
     def _allgather(self, block: Tensor) -> Tensor:
         return hvd.allgather(  # type: ignore[no-any-return]

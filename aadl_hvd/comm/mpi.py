@@ -51,7 +51,7 @@ class MpiCommunicator(Communicator):
         return int(MPI.COMM_WORLD.Get_rank())
 
     def allgather_object(self, item: Any) -> list[Any]:
-        return self._comm.allgather(item)  # type: ignore[no-any-return]
+        return list(self._comm.allgather(item))
 
     def _allreduce_sum(self, values: Values) -> Values:
         # MPI only recommends that Allreduce gives all ranks the same bits; this ensures it.

@@ -62,7 +62,8 @@ class SimulatedCommunicator(Communicator):
         return torch.cat(self._exchange(block.clone()))
 
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
-        return functools.reduce(torch.add, self._exchange(tensor.clone()))
+        total: Tensor = functools.reduce(torch.add, self._exchange(tensor.clone()))
+        return total
 
 
 def run_ranks(size: int, program: Callable[[Communicator], T], timeout: float = 60.0) -> list[T]:
