@@ -504,6 +504,14 @@ def torch_build(site):
     return version.group(1) if version else "?", cuda.group(1) if cuda else None
 
 
+def c_library():
+    """Name and version of the C library; platform.libc_ver() depends on the Python that asks."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION")
+    except (ValueError, OSError):
+        return "?"
+
+
 def cpu_flags():
     try:
         words = set(re.findall(r"\w+", read_text("/proc/cpuinfo")))
@@ -518,7 +526,7 @@ def cache_ingredients(python, torch, torch_cuda, mpi, gpu, nccl, compilers, envi
         "horovod": HOROVOD,
         "recipe": BUILD_RECIPE,
         "python": python["abi"],
-        "platform": [platform.system(), platform.machine(), list(platform.libc_ver())],
+        "platform": [platform.system(), platform.machine(), c_library()],
         "cpu": cpu_flags(),
         "torch": torch,
         "torch_cuda": torch_cuda,
@@ -1062,8 +1070,8 @@ class Setup:
         if self.gpu:
             minutes += 2
         self.say(
-            "  expect about %d minutes and %.0f GB for a first set-up here (1 to 3 minutes if pip"
-            " and Horovod are cached); details in %s" % (minutes + 2, VENV_BYTES / 1e9, self.log)
+            "  a first set-up takes about %d minutes here and %.0f GB; 1 to 3 minutes where pip and\n"
+            "  Horovod are cached; details in %s" % (minutes + 2, VENV_BYTES / 1e9, self.log)
         )
 
     def check_python(self, problems):
