@@ -132,7 +132,7 @@ class Accelerator:
         config = self.config
         self.stats.steps += 1
         k = self.stats.steps - config.warmup_steps
-        store = k >= 1 and (k - 1) % config.store_every == 0
+        store = k >= 1 and k % config.store_every == 0
         accelerate = k >= 1 and k % config.frequency == 0
         average = config.average_window is not None and k >= 1
         if not (store or accelerate or average or self._trial):

@@ -44,8 +44,9 @@ class AndersonConfig:
 
     Args:
         history_depth: m, the number of columns of W and R (Eq. 2, 3); at least 1.
-        frequency: p, accelerate on every p-th step (Eq. 8); at least 1.
-        store_every: q, store the pair (w, r) on every q-th step; at least 1.
+        frequency: p, accelerate on every p-th step, where k mod p = 0 (Eq. 8), steps after the
+            warm-up being counted from k = 1; at least 1.
+        store_every: q, store the pair (w, r) where k mod q = 0, before accelerating; at least 1.
         relaxation: beta in (0, 1], the step taken towards the accelerated point (Eq. 6).
         damping: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 2].
         warmup_steps: plain steps of the base optimizer before the first pair is stored.
@@ -154,10 +155,8 @@ class AndersonConfig:
     def _check_real(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
         value: Any = getattr(self, name)
         ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        ok = (
-            ok and math.isfinite(value) and low <= value <= high and not (low_open and value == low)
-        )
-        if not ok:
+        ok = ok and math.isfinite(value) and low <= value <= high
+        if not ok or (low_open and value == low):
             lower = f"> {low:g}" if low_open else f">= {low:g}"
             upper = "" if math.isinf(high) else f" and <= {high:g}"
             raise ConfigError(f"Invalid {name}={value!r}. Must be a finite number {lower}{upper}.")
@@ -170,7 +169,7 @@ class AndersonConfig:
             raise ConfigError(f"Invalid {name}={value!r}. Must be one of {choices}.{hint}")
 
     def _check_history_dtype(self) -> None:
-        value = self.history_dtype
+        value: Any = self.history_dtype
         if isinstance(value, str) and value in HISTORY_DTYPES:
             object.__setattr__(self, "history_dtype", HISTORY_DTYPES[value])
         elif value is not None and value not in HISTORY_DTYPES.values():

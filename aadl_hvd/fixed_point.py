@@ -43,8 +43,8 @@ class OptimizerFixedPoint:
         self._optimizer = optimizer
         self._residual = residual
         self._weights_before = weights_before or (lambda parameter: parameter)
-        self.base_step: Callable[[], Any] = optimizer.step
-        self.evaluate: Callable[[], float] | None = None
+        self.base_step: Callable[[], Any]
+        self.evaluate: Callable[[], float]
         self._check()
         self._refresh()
 
@@ -121,12 +121,6 @@ class OptimizerFixedPoint:
         return restore
 
     def loss(self) -> float:
-        if self.evaluate is None:
-            raise UnsupportedError(
-                "Invalid step(closure=None) with safeguard='loss'. Must be given a closure that "
-                "clears the gradients, computes the loss, calls backward() and returns the loss; "
-                "or choose safeguard='descent', which needs none."
-            )
         return self.evaluate()
 
     # How

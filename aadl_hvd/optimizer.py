@@ -168,14 +168,22 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
 
     def step(self: Any, closure: Closure | None = None) -> Any:
         """One step of the base optimizer, accelerated on every p-th."""
+        if closure is None and self.anderson.config.safeguard == "loss":
+            raise UnsupportedError(
+                "Invalid step(closure=None) with safeguard='loss'. Must be given a closure that "
+                "clears the gradients, computes the loss, calls backward() and returns the loss; "
+                "or choose safeguard='descent', which needs none."
+            )
         self._accelerated._opt_called = True  # for schedulers made before the wrapping
         problem = self._anderson_problem
         problem.base_step = lambda: self._base_step(closure)
-        problem.evaluate = None if closure is None else lambda: self._evaluate(closure)
+        if closure is not None:
+            problem.evaluate = lambda: self._evaluate(closure)
         try:
             return self.anderson.step(problem)
-        finally:
-            del problem.base_step, problem.evaluate
+        finally:  # neither outlives the step: they hold on to the closure and its graph
+            vars(problem).pop("base_step")
+            vars(problem).pop("evaluate", None)
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
         with _step_hooks_off(self):
