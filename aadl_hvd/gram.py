@@ -31,7 +31,7 @@ class Gram:
         """Takes note of a new column [rows] of R in `slot`; no communication."""
         self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
         if self._history.sharding.layout == "columns":
-            self._fresh[slot] = self._history.inner([], column)[:, 0]
+            self._fresh[slot] = self._history.inner([], column)[0]
         else:
             self._fresh[slot] = None
 
@@ -61,7 +61,7 @@ class Gram:
             v: this rank's rows of a vector, [rows].
         """
         sums = np.zeros(self._depth)
-        own = self._history.inner([], v)[:, 0].cpu().numpy()
+        own = self._history.inner([], v)[0].cpu().numpy()
         sums[list(self._history.sharding.slots)] = own
         return self._comm.allreduce(sums)
 
@@ -74,9 +74,9 @@ class Gram:
         sharding, k = self._history.sharding, len(self._fresh)
         if sharding.layout == "columns":
             known = [column for column in self._fresh.values() if column is not None]
-            own = torch.stack([*known, self._history.inner([], r)[:, 0]])
+            own = torch.stack([*known, self._history.inner([], r)[0]])
         else:
-            own = self._history.inner(list(self._fresh), r).T
+            own = self._history.inner(list(self._fresh), r)
         rr = chunked_dot(r, r) if sharding.counts_replicated else torch.zeros_like(own[0, 0])
         host = torch.cat([own.reshape(-1), rr.reshape(1)]).cpu().numpy()  # one synchronisation
         table = np.zeros((k + 1, self._depth))

@@ -88,26 +88,26 @@ class History:
         return None if slot is None else (slot, delta_r)
 
     def inner(self, slots: list[int], vector: Tensor) -> Tensor:
-        """R^T [R_slots, v] on this rank's rows, in one pass over R.
+        """[R_slots, v]^T R on this rank's rows, in one pass over R.
 
         Args:
             slots: slots that this rank holds.
             vector: v, [rows].
 
         Returns:
-            [len(self.sharding.slots), len(slots) + 1] float64, on the device.
+            [len(slots) + 1, len(self.sharding.slots)] float64, on the device.
         """
         places = torch.tensor([self._place[slot] for slot in slots], dtype=torch.long).to(
             self.device
         )
         total = torch.zeros(
-            (self._r.shape[0], len(slots) + 1), dtype=torch.float64, device=self.device
+            (len(slots) + 1, self._r.shape[0]), dtype=torch.float64, device=self.device
         )
         for lo in range(0, vector.numel(), CHUNK):
             rows = slice(lo, lo + CHUNK)
             columns = self._r[:, rows].to(self.work_dtype)
             others = torch.cat([columns[places], vector[None, rows]])
-            total += (columns @ others.T).double()
+            total += (others @ columns.T).double()  # twice as fast as its transpose
         return total
 
     def residual_left(self, r: Tensor, gamma: Tensor) -> Tensor:
