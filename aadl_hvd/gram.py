@@ -77,7 +77,7 @@ class Gram:
             own = torch.stack([*known, self._history.inner([], r)[0]])
         else:
             own = self._history.inner(list(self._fresh), r)
-        rr = chunked_dot(r, r) if sharding.counts_replicated else torch.zeros_like(own[0, 0])
+        rr = chunked_dot(r, r) if sharding.counts_replicated else own.new_zeros(())
         host = torch.cat([own.reshape(-1), rr.reshape(1)]).cpu().numpy()  # one synchronisation
         table = np.zeros((k + 1, self._depth))
         table[:, list(sharding.slots)] = host[:-1].reshape(k + 1, -1)
