@@ -63,7 +63,7 @@ class MetricsLog:
         if self._resume_step is not None and path.exists():
             kept = [row for row in read_csv(path) if row["step"] <= self._resume_step]
         partial = path.with_suffix(".partial")
-        file = open(partial, "w", newline="")
+        file = open(partial, "w", newline="")  # noqa: SIM115 - closed by close()
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(kept)

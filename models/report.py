@@ -17,7 +17,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> str:
         summary: Numbers, strings, and dicts of them.
 
     Returns:
-        The text, one "name  value" line per entry.
+        The text, one "name  value" line per entry; counts of what never happened are left out.
     """
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     lines = list(_lines(summary))
@@ -65,6 +65,8 @@ def _lines(summary: dict[str, Any], prefix: str = "") -> Any:
         name = prefix + name.replace("_", " ")
         if isinstance(value, dict):
             yield from _lines(value, f"{name}: ")
+        elif prefix and not value:
+            continue
         elif isinstance(value, float):
             yield name, f"{value:.6g}"
         elif value is not None:

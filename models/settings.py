@@ -507,7 +507,7 @@ def _options_of_file(path: Path) -> list[str]:
     """Turns a YAML file into the options it stands for, so that both are checked alike."""
     try:
         # BaseLoader leaves all values as they are written: YAML takes `off` for false.
-        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # noqa: S506
+        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

@@ -174,7 +174,7 @@ def _why_unreadable(path: str) -> str | None:
             # the scaled inverse transform only makes it about three times faster.
             image.draft("L", (1, 1))
             image.load()
-    except Exception as error:  # noqa: BLE001 - PIL raises a dozen kinds, SyntaxError among them
+    except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         return f"cannot be decoded: {str(error).replace(repr(path), 'file')}"

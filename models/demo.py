@@ -1,0 +1,254 @@
+"""The main job on real images, without a download: ``make demo``.
+
+Writes scikit-learn's handwritten digits as a folder of JPEGs, then trains the same small ResNet on
+two ranks twice, from the same weights on the same batches: with Horovod's own optimizer, and with
+this package's. Ends with a table and a plot of what was measured, whoever wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.data import write_digits
+from models.data.digits import TRAIN_IMAGES
+from models.errors import UserError
+from models.metrics import read_csv
+
+RUNS = {"off": "Horovod's own", "default": "Anderson"}
+TAG = re.compile(r"\[\d+(?:,\d+)?\]<std(?:out|err)>:")
+
+# One batch is the whole training set, always the same: Anderson acceleration extrapolates a
+# deterministic map, and noise from small batches takes its advantage away.
+OPTIONS = {
+    "loader": "dali",
+    "model": "resnet8",
+    "width": 8,
+    "channels": 1,
+    "image-size": 16,
+    "resize": 16,
+    "augment": "none",
+    "shuffle": "once",
+    "workers": 1,
+    # Momentum and learning rate that serve the baseline best.
+    "optimizer": "nesterov",
+    "momentum": 0.9,
+    "lr": 0.3,
+    "weight-decay": 1e-4,
+    "warmup-epochs": 0,
+    "decay": "none",
+    "validate-every": 10,
+    # In both runs, so that both are validated alike.
+    "recalibrate": "always",
+    "log-every": 1,
+    "checkpoint-every": 50,
+}
+FLAGS = ("--channels-last", "--no-tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one training left in its folder."""
+
+    steps: list[dict[str, float]]
+    epochs: list[dict[str, float]]
+    summary: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Reads the files of a finished training."""
+        return cls(
+            steps=read_csv(folder / "steps.csv"),
+            epochs=[row for row in read_csv(folder / "epochs.csv") if "val_loss" in row],
+            summary=json.loads((folder / "summary.json").read_text()),
+        )
+
+    @property
+    def seconds(self) -> list[float]:
+        """Wall-clock time of the training at the end of each step."""
+        total, times = 0.0, []
+        for row in self.steps:
+            total += row["seconds"]
+            times.append(total)
+        return times
+
+    @property
+    def ms_per_step(self) -> float:
+        """Mean wall-clock time, without the first step, which sets everything up."""
+        times = self.seconds
+        return 1000 * (times[-1] - times[0]) / (len(times) - 1)
+
+    def first_below(self, loss: float) -> int | None:
+        """Position of the first step whose training loss is at or below `loss`."""
+        return next((i for i, row in enumerate(self.steps) if row["loss"] <= loss), None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; see the module's text.
+
+    Returns:
+        Exit code: 0, 2 for wrong input, or that of a training that failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m models.demo", description=__doc__.split("\n\n", 1)[1]
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder to write (default: runs/demo)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks on this machine (default: 2)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default: 100)")
+    options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    out = Path(options.out)
+    try:
+        if options.ranks < 1 or TRAIN_IMAGES % options.ranks:
+            raise UserError(f"--ranks is {options.ranks}, must divide {TRAIN_IMAGES} images")
+        if options.steps < 2:
+            raise UserError(f"--steps is {options.steps}, must be at least 2")
+        launch, launcher = _launcher(options.ranks)
+        digits = write_digits(out / "digits")
+    except (UserError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"1,797 handwritten digits as JPEGs in {digits}; {options.ranks} ranks, {launcher}\n"
+        f"Two trainings of {options.steps} steps each; a step sees all {TRAIN_IMAGES:,} training "
+        "images."
+    )
+    runs = {}
+    for anderson, title in RUNS.items():
+        print(f"\n== {title} optimizer", flush=True)
+        folder = out / anderson
+        settings = OPTIONS | {
+            "data": digits,
+            "out": folder,
+            "anderson": anderson,
+            "epochs": options.steps,
+            "batch-size": TRAIN_IMAGES // options.ranks,
+        }
+        command = [*launch, sys.executable, "-m", "models.train", *FLAGS]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        code = _follow(command)
+        if code:
+            print(f"error: the training ended with exit code {code}", file=sys.stderr)
+            return code
+        runs[anderson] = Run.read(folder)
+    table = _table(runs["off"], runs["default"])
+    (out / "comparison.txt").write_text(table + "\n")
+    plot = _plot(runs, out / "comparison.png")
+    print(f"\n{table}\n\nplot: {plot}\ntotal: {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _launcher(ranks: int) -> tuple[list[str], str]:
+    """The command that starts the ranks, and its name for the user."""
+    import horovod.torch as hvd
+
+    # horovodrun and mpirun lie beside this Python in a virtual environment that is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    horovodrun = shutil.which("horovodrun")
+    if horovodrun is None:
+        raise UserError("horovodrun is not on PATH: is Horovod installed in this environment?")
+    mpi = hvd.mpi_built() and shutil.which("mpirun") is not None
+    kind = "mpi" if mpi else "gloo"
+    why = "" if mpi else ", since there is no mpirun or Horovod was built without MPI"
+    return [horovodrun, "-np", str(ranks), f"--{kind}"], f"horovodrun on {kind.upper()}{why}"
+
+
+def _follow(command: list[str]) -> int:
+    """Runs a command and passes its output on, without the launcher's tags around each line."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print("  " + TAG.sub("", line.rstrip()), flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode
+
+
+def _table(base: Run, anderson: Run) -> str:
+    target = base.steps[-1]["loss"]
+    reached = anderson.first_below(target)
+    stats = anderson.summary["acceleration"]
+    slower = 100 * (anderson.ms_per_step / base.ms_per_step - 1)
+    never = f"not in {len(anderson.steps)}"
+    rejected = sum(stats["rejected"].values())
+
+    def both(form: str, key: str) -> tuple[str, str]:
+        return form.format(base.summary[key]), form.format(anderson.summary[key])
+
+    rows = [
+        ("", *RUNS.values()),
+        ("validation accuracy", *both("{:.2%}", "validation_top1")),
+        ("validation loss", *both("{:.4f}", "validation_loss")),
+        ("training loss", *both("{:.3e}", "training_loss")),
+        (
+            "steps to the baseline's final training loss",
+            str(len(base.steps)),
+            never if reached is None else str(reached + 1),
+        ),
+        (
+            "seconds to it",
+            f"{base.seconds[-1]:.1f}",
+            "-" if reached is None else f"{anderson.seconds[reached]:.1f}",
+        ),
+        ("training seconds", *both("{:.1f}", "training_seconds")),
+        ("ms per step", f"{base.ms_per_step:.0f}", f"{anderson.ms_per_step:.0f}"),
+        ("AA's own time, of training time", "-", f"{stats['percent_of_training_time']:.2f} %"),
+        ("wall-clock per step, against the baseline's", "-", f"{slower:+.1f} %"),
+        ("accelerated / rejected / averaged steps", "-",
+         f"{stats['accelerated']} / {rejected} / {stats['averaged']}"),
+        ("history on a rank", "-", f"{stats['history_bytes_on_rank_0'] / 1e6:.2f} MB"),
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}"
+        for name, left, right in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def _plot(runs: dict[str, Run], path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    by_step, by_time, accuracy = figure.subplots(1, 3)
+    for (anderson, run), colour in zip(runs.items(), ("tab:gray", "tab:red"), strict=True):
+        losses = [row["loss"] for row in run.steps]
+        style = {"color": colour, "label": RUNS[anderson]}
+        by_step.semilogy([row["step"] for row in run.steps], losses, **style)
+        by_time.semilogy(run.seconds, losses, **style)
+        accuracy.plot([row["step"] for row in run.epochs],
+                      [100 * row["val_top1"] for row in run.epochs],
+                      "o-", markersize=3, **style)  # fmt: skip
+    target = runs["off"].steps[-1]["loss"]
+    for axes in (by_step, by_time):
+        axes.axhline(target, color="tab:gray", linestyle=":", linewidth=1)
+    by_step.set(xlabel="step", ylabel="training loss")
+    by_time.set(xlabel="training time / s", ylabel="training loss")
+    accuracy.set(xlabel="step", ylabel="validation accuracy / %")
+    for axes in (by_step, by_time, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    batch = f"full batch of {TRAIN_IMAGES:,} images"
+    figure.suptitle(f"resnet8 on scikit-learn's digits, {batch}, Nesterov, lr {OPTIONS['lr']}")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Checkpoints and metrics survive a crash; wrong checkpoints are refused with the reason."""
+
+import os
+
+import pytest
+import torch
+
+from models import checkpoint
+from models.errors import UserError
+from models.metrics import MetricsLog, read_csv
+
+IDENTITY = {"model": "resnet8", "classes": ["a", "b"]}
+
+
+def state(value):
+    return {"identity": IDENTITY, "model": {"weight": torch.full((1000,), float(value))}}
+
+
+def load(path, **changes):
+    return checkpoint.load(path, expected=IDENTITY | changes)
+
+
+@pytest.mark.parametrize("crash_in", ["save", "fsync", "replace"])
+def test_a_crash_leaves_the_old_checkpoint(tmp_path, monkeypatch, crash_in):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, state(1))
+
+    def half(_, file):
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    where, what = {"save": (torch, half), "fsync": (os, fail), "replace": (os, fail)}[crash_in]
+    monkeypatch.setattr(where, crash_in, what)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, state(2))
+    monkeypatch.undo()
+    assert load(path)["model"]["weight"][0] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_content_is_on_disk_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    checkpoint.save(tmp_path / "last.pt", state(1))
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_wrong_checkpoints(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load(path)
+    with pytest.raises(UserError, match="is a folder"):
+        load(tmp_path)
+    checkpoint.save(path, state(1))
+    with pytest.raises(UserError, match="model was 'resnet8', is 'resnet50'"):
+        load(path, model="resnet50")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot read checkpoint"):
+            load(path)
+    torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="no checkpoint of this program"):
+        load(path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"identity": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="cannot read checkpoint"):
+        load(tmp_path / "last.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_resumed_metrics_replace_the_rows_after_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step in range(1, 6):
+        log.write("steps", {"step": step, "loss": 1.0 / step, "gap": None})
+    log.close()
+    log = MetricsLog(tmp_path, tensorboard=False, resume_step=3)
+    log.write("steps", {"step": 4, "loss": 9.0, "gap": 2.0})
+    log.close()
+    rows = read_csv(tmp_path / "steps.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0] == {"step": 1, "loss": 1.0} and rows[3]["gap"] == 2.0
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write("steps", {"step": 1, "loss": 5.0, "gap": None})
+    log.close()
+    assert len(read_csv(tmp_path / "steps.csv")) == 1
