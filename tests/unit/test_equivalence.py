@@ -1,0 +1,255 @@
+"""Both layouts on any number of ranks are the textbook's Anderson acceleration, to rounding."""
+
+import numpy as np
+import pytest
+import torch
+from problems import PLAIN, SEVERAL, Group, Problem, counts
+from reference import anderson
+
+from aadl_hvd import AndersonConfig
+from aadl_hvd.comm.simulated import run_ranks
+
+RANKS = [1, 2, 3, 4]
+STEPS = 20
+MOMENTUM = (Group(((4, 3), (5,)), lr=0.05, momentum=0.8, weight_decay=0.01, nesterov=True),)
+
+# Every case: groups, settings of AndersonConfig.
+CASES = {
+    "p = q = 1": (PLAIN, {"history_depth": 4, "frequency": 1}),
+    "p > q": (PLAIN, {"history_depth": 4, "frequency": 3}),
+    "p is a multiple of q": (PLAIN, {"history_depth": 3, "frequency": 4, "store_every": 2}),
+    "p is no multiple of q": (PLAIN, {"history_depth": 3, "frequency": 3, "store_every": 2}),
+    "p < q": (PLAIN, {"history_depth": 5, "frequency": 2, "store_every": 5}),
+    "the ring turns over between two solves": (PLAIN, {"history_depth": 2, "frequency": 7}),
+    "m = 1": (PLAIN, {"history_depth": 1, "frequency": 2}),
+    "m is more than is ever stored": (
+        PLAIN,
+        {"history_depth": 19, "frequency": 4, "store_every": 2},
+    ),
+    "relaxation": (PLAIN, {"history_depth": 4, "frequency": 2, "relaxation": 0.3}),
+    "damping": (PLAIN, {"history_depth": 4, "frequency": 2, "damping": 0.4}),
+    "no residual term": (PLAIN, {"history_depth": 4, "frequency": 2, "damping": 0.0}),
+    "warm-up": (PLAIN, {"history_depth": 4, "frequency": 3, "warmup_steps": 5}),
+    "groups": (SEVERAL, {"history_depth": 4, "frequency": 2, "relaxation": 0.7, "damping": 0.6}),
+    "groups, step": (SEVERAL, {"history_depth": 4, "frequency": 2, "residual": "step"}),
+    "descent": (SEVERAL, {"history_depth": 6, "frequency": 2, "safeguard": "descent"}),
+    "residual": (SEVERAL, {"history_depth": 3, "frequency": 2, "safeguard": "residual"}),
+    "residual and momentum": (
+        MOMENTUM,
+        {"history_depth": 3, "frequency": 2, "safeguard": "residual"},
+    ),
+    "loss": (SEVERAL, {"history_depth": 3, "frequency": 2, "safeguard": "loss"}),
+    "momentum": (MOMENTUM, {"history_depth": 4, "frequency": 3, "safeguard": "descent"}),
+    "average": (
+        PLAIN,
+        {"history_depth": 4, "frequency": 3, "average_window": 3, "average_threshold": 0.5},
+    ),
+    "average and residual": (
+        PLAIN,
+        {
+            "history_depth": 4,
+            "frequency": 3,
+            "average_window": 2,
+            "average_threshold": 0.6,
+            "safeguard": "residual",
+        },
+    ),
+    "n < P": ((Group(((2,), ()), lr=0.2),), {"history_depth": 2, "frequency": 2}),
+    "n = 1": ((Group(((),), lr=0.2),), {"history_depth": 1, "frequency": 2}),
+}
+# Noise as large as the gradient tests the algebra best, but leaves nothing to accept or reject.
+NOISE = {"loss": 0.02, "momentum": 0.02, "residual and momentum": 0.1}
+# Cases in which something must happen, or nothing would be compared.
+MUST_HAPPEN = {
+    "descent": {"descent", "accelerated"},
+    "residual": {"residual", "accelerated"},
+    "residual and momentum": {"residual", "accelerated"},
+    "loss": {"loss", "accelerated"},
+    "average": {"averaged", "accelerated"},
+    "average and residual": {"averaged", "residual", "accelerated"},
+}
+
+
+def settings(options, **more):
+    return AndersonConfig(**({"safeguard": "none"} | options | more))
+
+
+def textbook(problem, config, steps=STEPS):
+    gradient = config.residual == "gradient"
+    return anderson(
+        problem.sgd,
+        problem.start,
+        steps,
+        m=config.history_depth,
+        p=config.frequency,
+        q=config.store_every,
+        beta=config.relaxation,
+        damping=config.damping,
+        warmup=config.warmup_steps,
+        residual=problem.residual if gradient else None,
+        state=np.zeros(problem.n),
+        safeguard=config.safeguard,
+        window=config.average_window,
+        threshold=config.average_threshold,
+        loss=problem.loss,
+    )
+
+
+def on_ranks(problem, config, ranks, steps=STEPS, dtype=torch.float64):
+    """Path and counts of every rank; with one rank as a user of AndersonOptimizer gets them."""
+
+    def program(comm):
+        path, opt = problem.run(config, steps, None if ranks == 1 else comm, dtype)
+        return path, counts(opt), opt.anderson
+
+    results = run_ranks(ranks, program)
+    for path, count, _ in results[1:]:
+        assert np.array_equal(path, results[0][0]), "replicas differ"
+        assert count == results[0][1]
+    return results[0]
+
+
+def distance(a, b):
+    """Largest difference, relative to the largest number."""
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layouts_are_the_textbook_s(name):
+    groups, options = CASES[name]
+    problem = Problem(groups, noise=NOISE.get(name, 1.0))
+    expected = textbook(problem, settings(options))
+    assert MUST_HAPPEN.get(name, {"accelerated"}) <= set(expected.counts)
+    for layout in ("rows", "columns"):
+        for ranks in RANKS:
+            path, count, _ = on_ranks(problem, settings(options, layout=layout), ranks)
+            assert distance(path, expected.path) < 1e-11, (layout, ranks)
+            assert count == expected.counts, (layout, ranks)
+
+
+@pytest.mark.parametrize("name", ["p > q", "groups", "descent", "average", "n < P"])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_float32_to_its_rounding(name, layout):
+    groups, options = CASES[name]
+    problem = Problem(groups, noise=NOISE.get(name, 1.0))
+    expected = textbook(problem, settings(options))
+    for ranks in (1, 2, 3):
+        config = settings(options, layout=layout)
+        path, count, accelerator = on_ranks(problem, config, ranks, dtype=torch.float32)
+        assert distance(path, expected.path) < 2e-5
+        assert count == expected.counts
+        # Weights, differences and the last pair really are float32.
+        numbers = problem.n / ranks if layout == "rows" else problem.n
+        assert accelerator.history_bytes <= 4 * (numbers + 1) * (
+            2 * config.history_depth + 2 + (config.average_window or 0)
+        )
+
+
+STATE = (
+    Group(((4, 3), (5,)), lr=0.05, momentum=0.8, weight_decay=0.01, nesterov=True),
+    Group(((3,),), lr=0.1, momentum=0.5),
+    Group(((2, 2),), lr=0.2),  # no momentum: reads as zeros
+)
+
+
+@pytest.mark.parametrize("safeguard", ["none", "residual"])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_weights_and_momentum_together(layout, safeguard):
+    """residual="state": textbook AA of the map of x = (w, lr v), which has no state left."""
+    problem = Problem(STATE, noise=0.2)
+    zeros = np.zeros(problem.n)
+    expected = anderson(
+        problem.sgd_state,
+        np.concatenate([problem.start, zeros]),
+        STEPS,
+        m=4,
+        p=2,
+        damping=0.8,
+        safeguard=safeguard,
+    )
+    assert ("residual" in expected.counts) == (safeguard == "residual")
+    config = AndersonConfig(
+        residual="state",
+        history_depth=4,
+        frequency=2,
+        damping=0.8,
+        safeguard=safeguard,
+        layout=layout,
+    )
+    for ranks in (1, 2, 3):
+        path, count, _ = on_ranks(problem, config, ranks)
+        assert distance(path, expected.path[:, : problem.n]) < 1e-11
+        assert count == expected.counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["step", "gradient", "state"])
+def test_residual_is_what_it_is_called(kind):
+    """The three residuals of one step of SGD with momentum, against formulas; any rows of them."""
+    from aadl_hvd.fixed_point import OptimizerFixedPoint
+
+    problem = Problem(STATE)
+    opt = torch.optim.SGD(
+        [
+            {
+                "params": tensors,
+                "lr": g.lr,
+                "momentum": g.momentum,
+                "weight_decay": g.weight_decay,
+                "nesterov": g.nesterov,
+            }
+            for tensors, g in zip(problem.parameters(), problem.groups, strict=True)
+        ]
+    )
+    view = OptimizerFixedPoint(opt, kind)
+    view.base_step = opt.step
+    w, v = problem.start, np.zeros(problem.n)
+    for k in range(3):
+        gradient = problem.gradient(k, w)
+        problem.set_gradient(opt, gradient)
+        hash(view.signature)
+        before = view.read_before(0, view.n, torch.empty(view.n, dtype=torch.float64))
+        view.advance()
+        after, next_v = problem.sgd(k, w, v)
+        if kind == "step":
+            expected = after - w
+        elif kind == "gradient":
+            expected = -problem.rates * (gradient + problem.decays * w)
+        else:
+            next_v[-4:] = 0.0  # torch keeps no buffer where momentum is 0: v reads as zeros
+            expected = np.concatenate([after - w, problem.rates * (next_v - v)])
+        for lo in range(0, view.n, 5):
+            for hi in (lo, min(lo + 1, view.n), min(lo + 9, view.n), view.n):
+                out = torch.full((hi - lo,), torch.nan, dtype=torch.float64)
+                r = view.read_residual(lo, hi, before[lo:hi], out) * view.residual_scale
+                np.testing.assert_allclose(r, expected[lo:hi], rtol=1e-12, atol=1e-13)
+        w, v = after, next_v
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_replicas_bitwise_equal_after_100_steps(layout, dtype):
+    problem = Problem(SEVERAL, noise=0.1)
+    config = AndersonConfig(layout=layout, average_window=4)
+    for ranks in (2, 3, 4):
+        # on_ranks compares the bits of all weights of all steps.
+        _, count, _ = on_ranks(problem, config, ranks, steps=100, dtype=dtype)
+        assert count["accelerated"] > 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_narrow_history_is_close(dtype):
+    """Columns rounded to fewer digits: near the textbook's path, in no more than their bytes."""
+    problem = Problem(PLAIN)
+    options = {"history_depth": 3, "frequency": 3}
+    expected = textbook(problem, settings(options))
+    wide = on_ranks(problem, settings(options), 2)[2].history_bytes
+    near = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-6}[dtype]
+    for layout in ("rows", "columns"):
+        config = settings(options, layout=layout, history_dtype=dtype)
+        path, count, accelerator = on_ranks(problem, config, 2)
+        assert near / 1e3 < distance(path, expected.path) < near
+        assert count == expected.counts
+        if layout == "rows":  # 12 rows: 2 m columns, and the last pair in float64 as ever
+            saved = 2 * 3 * 12 * (8 - torch.finfo(getattr(torch, dtype)).bits // 8)
+            assert accelerator.history_bytes == wide - saved
