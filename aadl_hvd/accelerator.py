@@ -9,7 +9,9 @@ The paper's Eq. 8 prints (1 - beta) I - beta (W + R) ..., which contradicts its 
 Algorithm 1 stores where "k (mod q) != 0": both are taken as misprints.
 
 Weights are replicated, bit for bit; the history is not. A step that neither stores nor
-accelerates costs nothing. What any rank decides is decided by numbers that all ranks have.
+accelerates costs nothing. Which collectives a step enters depends on its number alone, until one
+of them has told all ranks the same: a rank whose state differs (a checkpoint loaded there only)
+makes the history restart everywhere and hangs nobody.
 """
 
 from __future__ import annotations
@@ -99,6 +101,7 @@ class Accelerator:
         self.config = config
         self.stats = Stats()
         self._comm = comm
+        self._calls = 0
         self._signature: Hashable = None
         self._average: MovingAverage | None = None
         self._trial: Trial | None = None
@@ -131,11 +134,13 @@ class Accelerator:
         """
         config = self.config
         self.stats.steps += 1
-        k = self.stats.steps - config.warmup_steps
+        self._calls += 1  # not `steps`: that may come from a checkpoint, on one rank alone
+        k = self._calls - config.warmup_steps
         store = k >= 1 and k % config.store_every == 0
         accelerate = k >= 1 and k % config.frequency == 0
+        confirm = config.safeguard == "residual" and k >= 2 and (k - 1) % config.frequency == 0
         average = config.average_window is not None and k >= 1
-        if not (store or accelerate or average or self._trial):
+        if not (store or accelerate or confirm or average):
             return problem.advance()
 
         with _plain_numerics(problem.device), self.stats.timed("read"):
@@ -143,15 +148,13 @@ class Accelerator:
             w = problem.read_before(*self._rows, self._vector())
         result = problem.advance()
         with _plain_numerics(problem.device):
-            if problem.residual_scale == 0.0:  # learning rate 0: there is no residual to speak of
-                return result
             with self.stats.timed("read"):
                 r = problem.read_residual(*self._rows, w, self._vector())
-            if self._trial is not None and not self._confirm(problem, r):
+            if confirm and not self._confirm(problem, r):
                 return result
-            if store:
+            if store and problem.residual_scale > 0.0:  # at learning rate 0 r says nothing
                 self._store(w, r)
-            if accelerate and self.columns > 0:
+            if accelerate:
                 self._accelerate(problem, w, r)
             if average:
                 self._replace_by_average(problem, r)
@@ -167,7 +170,14 @@ class Accelerator:
     def _accelerate(self, problem: FixedPoint, w: Tensor, r: Tensor) -> None:
         stats, config = self.stats, self.config
         with stats.timed("gram"):
-            gram, b, rr = self._gram.assemble(r)
+            system = self._gram.assemble(r)
+        if system is None:
+            self.restart(Restart.DESYNCHRONIZED)
+            self._history.generation = 0  # from here on the same on all ranks
+            return None
+        gram, b, rr = system
+        if len(b) == 0:
+            return None  # no two pairs yet: nothing to try
         if (cause := safeguard.judge_system(gram, b, rr)) is not None:
             return self._reject(cause)
         with stats.timed("solve"):
@@ -235,11 +245,12 @@ class Accelerator:
     def _confirm(self, problem: FixedPoint, r: Tensor) -> bool:
         """Judges the accelerated step before this one; if it was bad, goes back to the base's."""
         trial, self._trial = self._trial, None
-        assert trial is not None
         with self.stats.timed("safeguard"):
-            partial = chunked_dot(r, r) if self._history.sharding.counts_replicated else 0.0
-            norm = math.sqrt(float(self._comm.allreduce(np.array([float(partial)]))[0]))
-            cause = safeguard.judge_residual(trial.norm, norm)
+            partial = float(chunked_dot(r, r)) if self._history.sharding.counts_replicated else 0.0
+            squared, trials = self._comm.allreduce(np.array([partial, trial is not None]))
+            if trial is None or trials < self._comm.size:
+                return True  # nothing to judge, or not on all ranks
+            cause = safeguard.judge_residual(trial.norm, math.sqrt(squared))
             if cause is None:
                 return True
             problem.write(self._gather(trial.base_rows))
@@ -253,12 +264,12 @@ class Accelerator:
         assert average is not None
         with self.stats.timed("average"):
             average.push(problem.read(*self._rows, self._vector()))
-            if not average.full:
-                return
             largest = r.abs().max() if r.numel() else r.new_zeros(())
-            local = torch.stack([average.spread(), largest * abs(problem.residual_scale)])
-            spread, size = self._comm.allreduce(local.double().cpu().numpy(), "max")
-            if math.isfinite(spread) and spread >= self.config.average_threshold * size:
+            local = torch.stack([average.spread(), largest * problem.residual_scale])
+            values = np.append(local.double().cpu().numpy(), not average.full)
+            spread, size, missing = self._comm.allreduce(values, "max")
+            calm = spread < self.config.average_threshold * size
+            if not missing and math.isfinite(spread) and not calm:
                 mean = average.mean()
                 average.replace_last(mean)
                 problem.write(self._gather(mean))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aadl_hvd.comm.base import Communicator
@@ -14,10 +15,13 @@ from aadl_hvd.solve import Matrix, Vector
 class Gram:
     """Keeps R^T R [m, m], float64, the same on every rank, and brings it up to date on demand.
 
-    Only rows of slots that were filled since the last assembly are computed and sent: with k of
-    them, (k + 1) m + 1 float64 numbers. In the row layout they are all computed at assembly, in
-    one pass over R. In the column layout nobody holds two columns of different ranks, so each
-    rank multiplies its own columns with a new one while that is at hand, when it is stored.
+    Only rows of slots that were filled since the last assembly are computed. The message has the
+    same length whatever a rank has stored, (m + 1) m + 5 float64 numbers, and says what it has
+    stored, so that a rank that differs is noticed and waits for nobody.
+
+    In the row layout the rows are computed at assembly, in one pass over R. In the column layout
+    nobody holds two columns of different ranks, so each rank multiplies its own columns with a new
+    one while that is at hand, when it is stored.
     """
 
     def __init__(self, history: History, comm: Communicator) -> None:
@@ -35,7 +39,7 @@ class Gram:
         else:
             self._fresh[slot] = None
 
-    def assemble(self, r: Tensor) -> tuple[Matrix, Vector, float]:
+    def assemble(self, r: Tensor) -> tuple[Matrix, Vector, float] | None:
         """Brings R^T R up to date and multiplies R with r. Collective: one allreduce.
 
         Args:
@@ -43,16 +47,28 @@ class Gram:
 
         Returns:
             R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, where h is the number
-            of columns stored. May hold NaN or Inf, then on every rank.
+            of columns stored; they may hold NaN or Inf, then on every rank. None, on every rank,
+            if the ranks have not stored the same pairs.
         """
-        summed = self._comm.allreduce(self._partial(r))
-        table = summed[:-1].reshape(len(self._fresh) + 1, self._depth)
-        for slot, row in zip(self._fresh, table[:-1], strict=True):
+        k, m = len(self._fresh), self._depth
+        table = np.zeros((m + 1, m))
+        own = np.ix_([*range(k), m], self._history.sharding.slots)
+        products, rr = self._partial(r)
+        table[own] = products
+        tokens = np.array(self._history.tokens, dtype=np.float64)
+        message = np.concatenate([table.reshape(-1), [rr], tokens, tokens**2])
+        summed = self._comm.allreduce(message)
+        numbers, sums, squares = np.split(summed, [-4, -2])
+        # Equal tokens, and only they, have no variance; these sums are exact.
+        if (squares * self._comm.size != sums**2).any():
+            return None
+        table = numbers[:-1].reshape(m + 1, m)
+        for slot, row in zip(self._fresh, table[:k], strict=True):
             self._matrix[slot, :] = row
             self._matrix[:, slot] = row
         self._fresh.clear()
         h = self._history.columns
-        return self._matrix[:h, :h].copy(), table[-1, :h].copy(), float(summed[-1])
+        return self._matrix[:h, :h].copy(), table[m, :h].copy(), float(numbers[-1])
 
     def project(self, v: Tensor) -> Vector:
         """R^T v [m], the same on every rank. Collective: one allreduce.
@@ -70,8 +86,11 @@ class Gram:
         self._matrix[:] = 0.0
         self._fresh.clear()
 
-    def _partial(self, r: Tensor) -> Vector:
-        sharding, k = self._history.sharding, len(self._fresh)
+    def _partial(self, r: Tensor) -> tuple[NDArray[np.float64], float]:
+        """This rank's [fresh rows, R^T r] as [k + 1, own slots], and its part of r^T r."""
+        sharding = self._history.sharding
+        if not self._history.stored:
+            return np.zeros((1, len(sharding.slots))), 0.0
         if sharding.layout == "columns":
             known = [column for column in self._fresh.values() if column is not None]
             own = torch.stack([*known, self._history.inner([], r)[0]])
@@ -79,6 +98,4 @@ class Gram:
             own = self._history.inner(list(self._fresh), r)
         rr = chunked_dot(r, r) if sharding.counts_replicated else own.new_zeros(())
         host = torch.cat([own.reshape(-1), rr.reshape(1)]).cpu().numpy()  # one synchronisation
-        table = np.zeros((k + 1, self._depth))
-        table[:, list(sharding.slots)] = host[:-1].reshape(k + 1, -1)
-        return np.append(table.reshape(-1), host[-1])
+        return host[:-1].reshape(own.shape), float(host[-1])

@@ -34,6 +34,7 @@ class History:
         self.work_dtype = work_dtype
         self.device = device
         self.stored = 0
+        self.generation = 0
         self._place = {slot: i for i, slot in enumerate(sharding.slots)}
         self._w: Tensor | None = None
 
@@ -52,9 +53,12 @@ class History:
         )
 
     @property
-    def r_columns(self) -> Tensor:
-        """[len(slots), rows] of `dtype`; slots never used are zero."""
-        return self._r
+    def tokens(self) -> tuple[int, int]:
+        """Equal on two ranks where the same pairs were stored since the same restart.
+
+        Below 1024, so that squares of their sums over 2^16 ranks are exact in float64.
+        """
+        return self.stored % 1024, self.generation % 1024
 
     def place(self, slot: int) -> int | None:
         """Index of a slot in this rank's columns; None where another rank holds it."""
@@ -124,6 +128,7 @@ class History:
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
         self.stored = 0
+        self.generation += 1
         if self._w is not None:
             self._w.zero_()
             self._r.zero_()

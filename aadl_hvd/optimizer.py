@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -154,6 +155,9 @@ def DistributedAndersonOptimizer(
         kept = name in ("state", "defaults", *_HOOKS) or name not in vars(distributed)
         if kept and name != "step":
             setattr(distributed, name, value)
+    # When Horovod sets up its reductions at all: the condition in its __init__.
+    alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
+    distributed._anderson_reduces = adasum or (process_set.included() and not alone)
     return _attach(distributed, optimizer, config, comm)
 
 
@@ -284,8 +288,8 @@ def _synchronized(optimizer: Any, closure: Closure) -> Any:
 
 def _register_new_parameters(optimizer: Any) -> None:
     """Lets Horovod reduce trainable parameters it does not know: its own class never does."""
-    if not optimizer._grad_accs:
-        return  # a single rank, or one outside the process set: nothing is reduced
+    if not optimizer._anderson_reduces:
+        return
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             if not p.requires_grad or p in optimizer._requires_update:

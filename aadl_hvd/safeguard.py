@@ -28,6 +28,7 @@ class Restart(enum.Enum):
 
     NONFINITE = "nonfinite"
     CHANGED = "changed"  # parameters, dtypes, devices, or the ratio of the groups' learning rates
+    DESYNCHRONIZED = "desynchronized"  # ranks had not stored the same: one loaded a checkpoint
     LOADED = "loaded"  # load_state_dict
     REQUESTED = "requested"  # restart() was called
 
