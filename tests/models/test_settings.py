@@ -1,6 +1,7 @@
 """Command line and YAML file: precedence, types, and errors that help."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,16 @@ def test_bad_file(config, text, message):
 def test_bad_command_line(arguments, message):
     with pytest.raises(UserError, match=message):
         parse(arguments)
+
+
+def test_the_papers_settings_are_shipped():
+    file = Path(__file__).parents[2] / "models" / "configs" / "resnet50_1536.yaml"
+    settings = parse(["--config", str(file), "--data=d"])
+    assert settings.batch_size * 1536 == 49_152
+    assert (settings.optimizer, settings.momentum, settings.epochs) == ("nesterov", 0.9, 90)
+    assert (settings.warmup_lr, settings.warmup_epochs, settings.lr) == (0.05, 5, 1.96)
+    assert (settings.milestones, settings.decay_factor) == ((30, 60, 80), 0.1)
+    assert settings.anderson_config() == AndersonConfig.paper("resnet50")
 
 
 def test_anderson_by_one_word_and_one_by_one():

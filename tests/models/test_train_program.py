@@ -1,0 +1,170 @@
+"""python -m models.train as its user starts it: outcomes, exit codes, messages, resume."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import start
+
+from models import networks
+from models.data import LoaderOptions, list_images, open_loader
+from models.engine import count_correct
+from models.metrics import read_csv
+
+SMALL = [
+    "--model=resnet8", "--width=4", "--channels=1", "--image-size=16", "--resize=16",
+    "--augment=crop", "--workers=1", "--batch-size=100", "--warmup-epochs=0.2", "--milestones=1",
+    "--optimizer=nesterov", "--lr=0.2", "--log-every=2", "--no-tensorboard", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train(digits):
+    def train(out, *options, ranks=2, data=digits, **settings):
+        return start(
+            "models.train", *SMALL, f"--data={data}", f"--out={out}", *options,
+            ranks=ranks, **settings,
+        )  # fmt: skip
+
+    return train
+
+
+def trained(train, out, *options, **settings):
+    code, output = train(out, *options, **settings)
+    assert code == 0, output[-4000:]
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def assert_same_state(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same_state(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same_state(a, b)
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def straight(train, tmp_path_factory):
+    """Two epochs in one go on Horovod's own optimizer."""
+    out = tmp_path_factory.mktemp("straight")
+    return out, trained(train, out, "--anderson=off", "--epochs=2")
+
+
+def test_training_leaves_what_it_promises(straight):
+    out, state = straight
+    assert {"steps.csv", "epochs.csv", "summary.json", "summary.txt", "training.png"} <= {
+        path.name for path in out.iterdir()
+    }
+    steps = read_csv(out / "steps.csv")
+    assert [row["step"] for row in steps] == [2, 4, 6, 7, 9, 11, 13, 14], "7 steps an epoch"
+    assert [row["lr"] for row in steps] == pytest.approx([0.2] * 4 + [0.02] * 4)
+    assert state["step"] == 14 and state["epoch"] == 2
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_validation_of_two_ranks_is_that_of_the_whole_folder(straight, digits):
+    """297 images on 2 ranks in batches of 100: padded, uneven, and counted right."""
+    out, state = straight
+    model = networks.build("resnet8", 10, channels=1, width=4)
+    model.load_state_dict(state["model"])
+    model.eval()
+    classes = list_images(digits / "train").classes
+    images = list_images(digits / "val", classes)
+    options = LoaderOptions(
+        train=False, batch_size=297, image_size=16, resize=16, channels=1, workers=1
+    )
+    with torch.no_grad():
+        sums = [count_correct(model(x), y) for x, y in open_loader("dali", images, options)]
+    loss, top1, top5, count = torch.stack(sums).sum(0).tolist()
+    row = read_csv(out / "epochs.csv")[-1]
+    assert row["val_images"] == count == 297
+    assert row["val_top1"] == pytest.approx(top1 / count)
+    assert row["val_top5"] == pytest.approx(top5 / count)
+    assert row["val_loss"] == pytest.approx(loss / count, rel=1e-5)
+
+
+def test_resume_is_bitwise_an_uninterrupted_run(train, straight, tmp_path):
+    trained(train, tmp_path, "--anderson=off", "--epochs=1")
+    resumed = trained(train, tmp_path, "--anderson=off", "--epochs=2", "--resume=auto")
+    assert_same_state(resumed, straight[1])
+    keys = ("step", "lr", "loss", "top1")
+    rows = [[{k: row[k] for k in keys} for row in read_csv(d / "steps.csv")]
+            for d in (tmp_path, straight[0])]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_anderson_trains_and_resumes(train, tmp_path, digits):
+    """On MPI, with torch's loader; the history is rebuilt after a resume, the counts go on."""
+    options = ("--anderson=default", "--loader=torch", "--workers=0", "--anderson-frequency=3")
+    first = trained(train, tmp_path, *options, "--epochs=1", controller="mpi")
+    assert first["optimizer"]["anderson"]["counters"]["stored"] == 7
+    code, output = train(
+        tmp_path, *options, "--epochs=2", "--resume=auto", ranks=2, controller="mpi"
+    )
+    assert code == 0, output[-4000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["acceleration"]["stored"] == 14
+    attempts = summary["acceleration"]["accelerated"] + sum(
+        summary["acceleration"]["rejected"].values()
+    )
+    assert attempts > 0 and summary["acceleration"]["seconds"] > 0
+    rows = read_csv(tmp_path / "steps.csv")
+    assert [row["step"] for row in rows][-1] == 14 and rows[-1]["aa_stored"] == 14
+
+
+def test_one_rank_without_a_launcher_and_settings_from_a_file(train, tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("anderson: off\nepochs: 3\namp: bf16\nchannels-last: true\nclip-norm: 1\n")
+    code, output = train(tmp_path / "out", f"--config={config}", "--epochs=1", ranks=1)
+    assert code == 0, output[-4000:]
+    assert "1 ranks on cpu" in output and "epoch 1/1" in output
+
+
+def test_wrong_path_ends_every_rank_with_one_message(train, tmp_path):
+    code, output = train(tmp_path / "out", data="/no/such/folder", limit=60)
+    assert code != 0
+    assert output.count("error: no such data folder: /no/such/folder") == 1
+    assert "[1]<stderr>" not in output, "rank 1 has nothing to say"
+
+
+def test_corrupt_image_is_named_before_training(train, tmp_path, digits):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    broken = sorted((data / "train" / "3").iterdir())[5]
+    broken.write_bytes(broken.read_bytes()[:200])
+    code, output = train(tmp_path / "out", data=data, controller="mpi", limit=60)
+    assert code != 0
+    assert output.count("1 corrupt images") == 1 and str(broken) in output
+    assert "epoch 1/" not in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batchsize=3"], "unknown option --batchsize: did you mean '--batch-size'?"),
+        (["--resume=/no/such.pt"], "no such checkpoint: /no/such.pt"),
+        (["--lr=1e30", "--warmup-epochs=0", "--anderson=off"], "training diverged"),
+    ],
+)
+def test_user_errors_are_one_line(train, tmp_path, options, message):
+    code, output = train(tmp_path / "out", *options, ranks=1, limit=60)
+    assert code == 2
+    assert output.count("error: ") == 1 and message in output
+    assert "Traceback" not in output
+
+
+def test_resume_with_other_settings_is_refused(train, straight, tmp_path):
+    shutil.copy(straight[0] / "last.pt", tmp_path / "last.pt")
+    code, output = train(tmp_path, "--anderson=default", "--resume=auto", ranks=1)
+    assert code == 2 and "anderson was 'off', is" in output
+    code, output = train(tmp_path, "--anderson=off", "--resume=auto", ranks=1)
+    assert code == 2 and "was written by 2 ranks, this run has 1" in output
