@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,9 @@ def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a checkpoint") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the unpickler trips over garbage in many ways
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"cannot read checkpoint {path}: {why}") from error
     if not isinstance(state, dict) or "identity" not in state:
         raise UserError(f"{path} is no checkpoint of this program")
     if state["format"] != FORMAT:

@@ -287,13 +287,19 @@ def average_batch_norm(model: nn.Module) -> None:
     checkpoint would hold those of rank 0 alone. Second moments are averaged, not variances, so
     that differences between the ranks' means count as variance.
     """
-    norms = batch_norms(model)
-    if not norms or hvd.size() == 1:
+    kept = [
+        (norm.running_mean, norm.running_var)
+        for norm in batch_norms(model)
+        if norm.running_mean is not None and norm.running_var is not None
+    ]
+    if not kept or hvd.size() == 1:
         return
-    means = torch.cat([norm.running_mean for norm in norms])
-    squares = torch.cat([norm.running_var for norm in norms]) + means**2
+    means = torch.cat([mean for mean, _ in kept])
+    squares = torch.cat([var for _, var in kept]) + means**2
     both = hvd.allreduce(torch.stack([means, squares]), name="batch_norm", op=hvd.Average)
-    sizes = [norm.num_features for norm in norms]
-    for norm, mean, square in zip(norms, both[0].split(sizes), both[1].split(sizes), strict=True):
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_((square - mean**2).clamp_min_(0))
+    sizes = [len(mean) for mean, _ in kept]
+    for (mean, var), new_mean, new_square in zip(
+        kept, both[0].split(sizes), both[1].split(sizes), strict=True
+    ):
+        mean.copy_(new_mean)
+        var.copy_((new_square - new_mean**2).clamp_min_(0))

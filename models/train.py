@@ -21,7 +21,7 @@ from torch import nn
 from models import checkpoint, networks
 from models.data import ImageList, Loader, LoaderOptions, find_corrupt, list_images, open_loader
 from models.dist import fail_together, gather, on_rank0, start
-from models.engine import Trainer, average_batch_norm
+from models.engine import Interval, Trainer, Validation, average_batch_norm
 from models.errors import UserError
 from models.metrics import MetricsLog
 from models.progress import Progress
@@ -118,7 +118,9 @@ def run(settings: Settings) -> None:
     progress.say(_opening(settings, trainer, train_images, val_images, steps_per_epoch))
 
     totals = {"seconds": 0.0, "data_seconds": 0.0, "steps": 0, "images": 0}
-    moved_before, interval, validation = 0, None, None
+    moved = 0
+    interval: Interval | None = None
+    validation: Validation | None = None
     try:
         while epoch < settings.epochs:
             for interval in trainer.train_epoch(train_loader, settings.log_every):
@@ -127,21 +129,19 @@ def run(settings: Settings) -> None:
                 progress.update(interval, epoch + 1, _stats(trainer))
                 if log is not None:
                     log.write("steps", _step_row(interval, epoch, _stats(trainer)))
+            assert interval is not None
             epoch += 1
             final = epoch == settings.epochs
             validating = final or epoch % settings.validate_every == 0
             every = settings.checkpoint_every
             saving = every > 0 and (final or epoch % every == 0)
             if validating or saving:
-                moved = _times_moved(_stats(trainer))
-                wanted = settings.recalibrate
-                if wanted == "always" or (wanted == "auto" and moved > moved_before):
-                    trainer.recalibrate()
-                else:
-                    average_batch_norm(model)
-                moved_before = moved
+                moved = _settle_batch_norm(settings, trainer, moved)
+            improved = False
             if validating:
                 validation = trainer.validate(val_loader)
+                improved = validation.top1 > best
+                best = max(best, validation.top1)
                 progress.say(
                     f"epoch {epoch}/{settings.epochs}: training loss {interval.loss:.4g}, "
                     f"validation loss {validation.loss:.4g}, top-1 {validation.top1:.2%}, "
@@ -149,9 +149,6 @@ def run(settings: Settings) -> None:
                 )
                 if log is not None:
                     log.write("epochs", _epoch_row(interval, epoch, validation))
-            improved = validating and validation.top1 > best
-            if validating:
-                best = max(best, validation.top1)
             if saving:
                 state = _state(identity, epoch, best, trainer, train_loader)
                 if chief:
@@ -165,9 +162,11 @@ def run(settings: Settings) -> None:
         train_loader.close()
         val_loader.close()
 
-    if chief and validation is None:
+    if not chief:
+        return
+    if interval is None or validation is None:
         print(f"nothing left to train: {epoch} of {settings.epochs} epochs are done")
-    elif chief:
+    else:
         summary = _summary(settings, trainer, totals, interval, validation, best)
         summary["total_seconds"] = time.perf_counter() - started
         print("\n" + write_summary(folder, summary))
@@ -241,7 +240,7 @@ def _seed(seed: int) -> None:
 
 
 def _optimizer(settings: Settings, model: nn.Module) -> Any:
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    common: Any = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     parameters = model.parameters()
     base: torch.optim.Optimizer
     if settings.optimizer in ("sgd", "nesterov"):
@@ -285,8 +284,19 @@ def _stats(trainer: Trainer) -> Any:
     return None if anderson is None else anderson.stats
 
 
-def _times_moved(stats: Any) -> int:
-    return 0 if stats is None else stats.accelerated + stats.averaged
+def _settle_batch_norm(settings: Settings, trainer: Trainer, moved_before: int) -> int:
+    """Gives all ranks the same statistics, fit for the present weights.
+
+    Returns how often weights were accelerated or averaged so far.
+    """
+    stats = _stats(trainer)
+    moved = 0 if stats is None else stats.accelerated + stats.averaged
+    how = settings.recalibrate
+    if how == "always" or (how == "auto" and moved > moved_before):
+        trainer.recalibrate()
+    else:
+        average_batch_norm(trainer.model)
+    return moved
 
 
 def _identity(settings: Settings, images: ImageList) -> dict[str, Any]:
@@ -378,7 +388,7 @@ def _opening(
     )
 
 
-def _step_row(interval: Any, epoch: int, stats: Any) -> dict[str, Any]:
+def _step_row(interval: Interval, epoch: int, stats: Any) -> dict[str, Any]:
     row = {
         "step": interval.step,
         "epoch": epoch,
@@ -402,7 +412,7 @@ def _step_row(interval: Any, epoch: int, stats: Any) -> dict[str, Any]:
     return row
 
 
-def _epoch_row(interval: Any, epoch: int, validation: Any) -> dict[str, Any]:
+def _epoch_row(interval: Interval, epoch: int, validation: Validation) -> dict[str, Any]:
     row = {"step": interval.step, "epoch": epoch, "train_loss": interval.loss}
     return row | {f"val_{name}": value for name, value in asdict(validation).items()}
 
@@ -411,8 +421,8 @@ def _summary(
     settings: Settings,
     trainer: Trainer,
     totals: dict[str, Any],
-    interval: Any,
-    validation: Any,
+    interval: Interval,
+    validation: Validation,
     best: float,
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {

@@ -139,7 +139,6 @@ def build_pipeline(
         checkpoint=None if checkpoint is None else checkpoint.encode("latin1"),
     )
     reshuffle = options.train and options.shuffle == "epoch"
-    order = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": options.seed + 1}
     with pipeline:
         files, labels = fn.readers.file(
             files=images.paths(),
@@ -149,7 +148,8 @@ def build_pipeline(
             pad_last_batch=True,
             stick_to_shard=not reshuffle,
             name=READER,
-            **(order if reshuffle else {}),
+            shuffle_after_epoch=reshuffle,
+            shuffle_after_epoch_seed=options.seed + 1 if reshuffle else None,
         )
         pipeline.set_outputs(_images(files, options, gpu=gpu), labels.gpu() if gpu else labels)
     return pipeline

@@ -30,6 +30,7 @@ class TorchLoader(Loader):
             num_workers=options.workers,
             pin_memory=on_gpu,
             persistent_workers=options.workers > 0,
+            generator=torch.Generator(),  # else each epoch draws from the global one
             # Forking a process that runs MPI's and Horovod's threads is not safe.
             multiprocessing_context="forkserver" if options.workers else None,
         )
