@@ -6,8 +6,10 @@ TEST_ARGS ?=
 
 # A Python that was asked for is asked for; otherwise set-up takes what it finds.
 ifeq ($(origin PYTHON),undefined)
+  FIND_PYTHON := python3
   SETUP = python3 launch/setup_env.py
 else
+  FIND_PYTHON := $(PYTHON)
   SETUP = "$(PYTHON)" launch/setup_env.py --python "$(PYTHON)"
 endif
 
@@ -25,6 +27,8 @@ help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv: pinned packages, Horovod, the project (once; then it starts at once)
+	@command -v "$(FIND_PYTHON)" >/dev/null || { echo "set-up stopped: $(FIND_PYTHON) is not there"; \
+	    echo "          mend: PYTHON=/path/to/python3.11 make setup   (3.11 to 3.13)"; exit 1; } >&2
 	@$(SETUP)
 
 test: setup ## all tests (TEST_ARGS="-k word" for some)

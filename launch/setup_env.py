@@ -245,7 +245,7 @@ def clean_environment(**more):
     dropped = re.compile(
         r"^(PYTHON(HOME|PATH|STARTUP|NOUSERSITE)|VIRTUAL_ENV.*|CONDA_PREFIX|__PYVENV_LAUNCHER__"
         r"|PIP_(TARGET|PREFIX|ROOT|USER|REQUIRE_HASHES|NO_BINARY|ONLY_BINARY)"
-        r"|MAKE(FLAGS|LEVEL|FILES)|MFLAGS|HOROVOD_.*|CMAKE_.*|OPAL_PREFIX"
+        r"|MAKE(FLAGS|LEVEL|FILES)|MFLAGS|HOROVOD_.*|CMAKE_.*"
         r"|(OMPI|PMIX|PMI|ORTE)_.*)$"
     )
     env = {name: value for name, value in os.environ.items() if not dropped.match(name)}
