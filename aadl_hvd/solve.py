@@ -54,7 +54,7 @@ class Factorization:
         self._scale = np.divide(
             1.0, np.sqrt(diagonal), out=np.zeros_like(diagonal), where=diagonal > 0.0
         )
-        scaled = gram * np.outer(self._scale, self._scale)
+        scaled = self._scale[:, None] * gram * self._scale  # their product could overflow
         values, vectors = np.linalg.eigh((scaled + scaled.T) / 2)
         values = values + regularization
         largest = float(values[-1]) if values.size else 0.0
