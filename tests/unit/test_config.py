@@ -1,0 +1,145 @@
+"""AndersonConfig: what it refuses and how it says so; the paper's settings."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from aadl_hvd import AndersonConfig, AndersonError, ConfigError
+
+INTEGERS = {
+    "history_depth": 1,
+    "frequency": 1,
+    "store_every": 1,
+    "warmup_steps": 0,
+    "refine": 0,
+    "average_window": 2,
+}
+BAD = [
+    *((name, bad) for name, low in INTEGERS.items() for bad in (low - 1, -3, 2.5, 3.0, "4", True)),
+    *((name, None) for name in INTEGERS if name != "average_window"),
+    *(("relaxation", bad) for bad in (0, 0.0, -0.1, 1.0001, math.nan, math.inf, "1", None, True)),
+    *(("damping", bad) for bad in (-1e-9, 2.0001, math.nan, math.inf, "1", None, False)),
+    *(("regularization", bad) for bad in (-1e-12, math.nan, math.inf, "0", None, 1j)),
+    *(("average_threshold", bad) for bad in (0, -0.1, math.nan, math.inf, "0.1", None)),
+    *(("safeguard", bad) for bad in ("Descent", "", None, 1, True)),
+    *(("residual", bad) for bad in ("gradients", None, 0)),
+    *(("layout", bad) for bad in ("row", None, 2)),
+    *(("history_dtype", bad) for bad in ("float8", torch.int32, torch.complex64, 32, "", [])),
+]
+ALLOWED = {
+    **{name: f">= {low}" for name, low in INTEGERS.items()},
+    "relaxation": "> 0 and <= 1",
+    "damping": ">= 0 and <= 2",
+    "regularization": ">= 0",
+    "average_threshold": "> 0",
+    "safeguard": "'none', 'residual', 'loss', 'descent'",
+    "residual": "'step', 'gradient', 'state'",
+    "layout": "'rows', 'columns'",
+    "history_dtype": "float64, float32, bfloat16, float16",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda x: repr(x))
+def test_bad_value_is_named(name, value):
+    with pytest.raises(ConfigError) as caught:
+        AndersonConfig(**{name: value})
+    message = str(caught.value)
+    assert f"Invalid {name}={value!r}" in message
+    assert ALLOWED[name] in message
+    assert isinstance(caught.value, (ValueError, AndersonError))
+
+
+def test_every_field_has_bad_values():
+    assert {f.name for f in dataclasses.fields(AndersonConfig)} == {name for name, _ in BAD}
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        INTEGERS,
+        {"relaxation": 1.0, "damping": 0.0, "regularization": 0.0, "average_threshold": 1e-9},
+        {"relaxation": 1e-9, "damping": 2.0, "regularization": 3.5, "average_threshold": 7},
+        {"average_window": None, "history_dtype": None},
+    ],
+)
+def test_ends_of_ranges_are_allowed(good):
+    config = AndersonConfig(**good)
+    for name, value in good.items():
+        assert getattr(config, name) == value
+
+
+def test_a_typing_mistake_gets_a_hint():
+    with pytest.raises(ConfigError, match="Did you mean 'descent'"):
+        AndersonConfig(safeguard="decent")
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(TypeError):
+        AndersonConfig(5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AndersonConfig().frequency = 2
+    with pytest.raises(ConfigError, match="frequency=0"):
+        dataclasses.replace(AndersonConfig(), frequency=0)
+    assert hash(AndersonConfig()) == hash(AndersonConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_history_dtype_as_name_or_dtype(dtype):
+    name = str(dtype).removeprefix("torch.")
+    assert AndersonConfig(history_dtype=name) == AndersonConfig(history_dtype=dtype)
+    assert AndersonConfig(history_dtype=name).history_dtype is dtype
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AndersonConfig(),
+        AndersonConfig(history_dtype=torch.bfloat16, average_window=3, layout="columns", refine=2),
+        AndersonConfig.paper("resnet50"),
+    ],
+)
+def test_to_dict_and_back(config):
+    import json
+
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert AndersonConfig(**plain) == config
+
+
+# Section "Numerical results" of arXiv 2110.14813: m, p, q, beta of each problem, epsilon of all.
+PAPER = {
+    "admissions": (10, 1, 1, 0.1),
+    "burgers2d": (5, 10, 5, 1.0),
+    "burgers100d": (20, 1, 1, 1.0),
+    "resnet50": (20, 5, 5, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_s_settings(name):
+    config = AndersonConfig.paper(name)
+    m, p, q, beta = PAPER[name]
+    assert (config.history_depth, config.frequency, config.store_every) == (m, p, q)
+    assert config.relaxation == beta
+    assert config.average_threshold == 0.1
+    assert config.damping == 1.0  # Eq. 4
+    assert config.regularization == 0.0
+    assert (config.safeguard, config.residual) == ("residual", "step")  # Algorithm 1, Eq. 1
+    assert config.average_window >= 2
+    if p > 2:
+        assert config.average_window < p  # "we pick t < p"
+    plain = AndersonConfig.paper(name, average=False)
+    assert plain == dataclasses.replace(config, average_window=None)
+
+
+def test_unknown_paper_problem_names_those_there_are():
+    with pytest.raises(ConfigError) as caught:
+        AndersonConfig.paper("imagenet")
+    assert all(name in str(caught.value) for name in ("'imagenet'", *PAPER))
+
+
+def test_the_default_is_the_robust_one():
+    config = AndersonConfig()
+    assert (config.safeguard, config.residual, config.layout) == ("descent", "gradient", "rows")
+    assert config.average_window is None
