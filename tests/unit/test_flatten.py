@@ -1,0 +1,134 @@
+"""Any range of the flat vector, of tensors of any layout, against torch.cat."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aadl_hvd.flatten import FlatLayout
+
+
+def plain(shape):
+    return torch.randn(shape)
+
+
+def transposed(shape):
+    return torch.randn(shape[::-1]).permute(tuple(reversed(range(len(shape)))))
+
+
+def strided(shape):
+    return torch.randn([2 * size for size in shape])[tuple(slice(None, None, 2) for _ in shape)]
+
+
+def channels_last(shape):
+    x = torch.randn(shape)
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+KINDS = {"plain": plain, "transposed": transposed, "strided": strided, "channels": channels_last}
+SHAPES = st.sampled_from([(), (1,), (4,), (0,), (3, 0), (2, 3), (2, 3, 2, 2), (1, 5)])
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+LISTS = st.lists(st.tuples(SHAPES, st.sampled_from(sorted(KINDS)), DTYPES), max_size=6)
+
+
+def tensors_of(spec):
+    return [KINDS[kind](shape).to(dtype) for shape, kind, dtype in spec]
+
+
+def joined(tensors):
+    pieces = [t.contiguous().reshape(-1).double() for t in tensors]
+    return torch.cat([*pieces, torch.zeros(0, dtype=torch.float64)])
+
+
+@given(LISTS, st.data())
+def test_read_any_range(spec, data):
+    tensors = tensors_of(spec)
+    layout = FlatLayout([t.shape for t in tensors])
+    expected = joined(tensors)
+    assert layout.n == expected.numel()
+    gone = data.draw(st.sets(st.integers(0, len(tensors) - 1))) if tensors else set()
+    for index in gone:  # None reads as zeros
+        expected[layout.offsets[index] : layout.offsets[index + 1]] = 0.0
+    given_tensors = [None if i in gone else t for i, t in enumerate(tensors)]
+    lo = data.draw(st.integers(0, layout.n))
+    hi = data.draw(st.integers(lo, layout.n))
+    out = torch.full((hi - lo,), torch.nan, dtype=torch.float64)
+    assert layout.read(given_tensors, lo, hi, out) is out
+    assert torch.equal(out, expected[lo:hi])
+
+
+@given(LISTS, st.integers(0, 3), st.booleans())
+def test_write(spec, padding, with_none):
+    tensors = tensors_of(spec)
+    layout = FlatLayout([t.shape for t in tensors])
+    strides = [t.stride() for t in tensors]
+    flat = torch.arange(layout.n + padding, dtype=torch.float64)
+    if with_none and tensors:
+        before = joined(tensors[:1])
+        layout.write([None, *tensors[1:]], flat)
+        assert torch.equal(joined(tensors[:1]), before)
+        tensors, first = tensors[1:], layout.offsets[1]
+    else:
+        layout.write(tensors, flat)
+        first = 0
+    rounded = [
+        flat[lo : lo + t.numel()].to(t.dtype).double()
+        for lo, t in zip(layout.offsets[len(spec) - len(tensors) :], tensors, strict=False)
+    ]
+    assert torch.equal(joined(tensors), torch.cat([*rounded, flat[:0]]))
+    assert first == 0 or len(tensors) == len(spec) - 1
+    assert [t.stride() for t in tensors] == strides[len(spec) - len(tensors) :]
+
+
+@given(LISTS, st.data())
+def test_segments_cover_the_range_in_order(spec, data):
+    layout = FlatLayout([t.shape for t in tensors_of(spec)])
+    lo = data.draw(st.integers(0, layout.n))
+    hi = data.draw(st.integers(lo, layout.n))
+    at = lo
+    for index, first, last in layout.segments(lo, hi):
+        assert first == at < last <= layout.offsets[index + 1]
+        assert layout.offsets[index] <= first
+        at = last
+    assert at == hi
+
+
+def test_sparse_gradients():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]])
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[0, 3, 0]]), values, (5, 2), check_invariants=True
+    )  # uncoalesced
+    layout = FlatLayout([sparse.shape, torch.Size([2])])
+    tail = torch.tensor([7.0, 8.0])
+    expected = torch.cat([sparse.to_dense().reshape(-1), tail])
+    assert expected[0] == 11.0
+    for lo, hi in ((0, 12), (0, 10), (1, 8), (6, 11), (3, 3)):
+        out = torch.full((hi - lo,), torch.nan)
+        assert torch.equal(layout.read([sparse, tail], lo, hi, out), expected[lo:hi])
+
+
+def test_channels_last_weight_and_plain_gradient_line_up():
+    weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    gradient = weight.contiguous()
+    layout = FlatLayout([weight.shape])
+    for lo, hi in ((0, 96), (5, 60)):
+        a, b = torch.empty(hi - lo), torch.empty(hi - lo)
+        assert torch.equal(layout.read([weight], lo, hi, a), layout.read([gradient], lo, hi, b))
+    flat = torch.randn(96)
+    layout.write([weight], flat)
+    assert torch.equal(weight.contiguous().reshape(-1), flat)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_replaced_storage_is_read_anew():
+    p = torch.nn.Parameter(torch.zeros(3))
+    layout = FlatLayout([p.shape])
+    p.data = torch.arange(3.0)
+    with torch.no_grad():
+        assert torch.equal(layout.read([p], 0, 3, torch.empty(3)), torch.arange(3.0))
+    assert layout.offsets == [0, 3]
+
+
+def test_flat_vector_too_short_is_an_error():
+    with pytest.raises(RuntimeError):
+        FlatLayout([torch.Size([4])]).write([torch.zeros(4)], torch.zeros(3))

@@ -1,0 +1,163 @@
+"""The ring buffer against a plain list of columns; its Gram matrix; its memory."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aadl_hvd import history as history_module
+from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.gram import Gram
+from aadl_hvd.history import History, chunked_dot
+from aadl_hvd.sharding import Sharding
+
+
+class ListOfColumns:
+    """What History must hold, as lists of whole columns by slot."""
+
+    def __init__(self, depth):
+        self.depth, self.pairs = depth, []
+
+    def push(self, w, r):
+        self.pairs.append((w, r))
+
+    def clear(self):
+        self.pairs = []
+
+    def by_slot(self, which):
+        columns = {}
+        for j in range(1, len(self.pairs)):
+            difference = self.pairs[j][which] - self.pairs[j - 1][which]
+            columns[(j - 1) % self.depth] = difference
+        return columns
+
+
+def stored_column(held, slot):
+    """This rank's rows of a column of R, by the interface: r - R gamma at r = 0, gamma = -e."""
+    lo, hi = held.sharding.rows
+    gamma = torch.zeros(held.sharding.depth, dtype=torch.float64)
+    gamma[slot] = -1.0
+    return held.residual_left(torch.zeros(hi - lo, dtype=held.work_dtype), gamma).numpy()
+
+
+# One run: pushes, and now and then an assembly of the Gram matrix or a new start.
+EVENTS = st.lists(st.sampled_from(["push", "push", "push", "solve", "clear"]), max_size=25)
+
+
+@pytest.fixture(params=[2, 2**18], ids=["chunks of 2", "one chunk"], autouse=True)
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(history_module, "CHUNK", request.param)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@given(events=EVENTS, n=st.integers(1, 9), depth=st.integers(1, 5), size=st.integers(1, 4))
+def test_ring_and_gram_against_lists(layout, events, n, depth, size):
+    random = np.random.default_rng(0)
+    vectors = [(random.standard_normal(n), random.standard_normal(n)) for _ in events]
+
+    def program(comm):
+        sharding = Sharding(layout, n, depth, comm.size, comm.rank)
+        part = slice(*sharding.rows)
+        held = History(sharding, torch.float64, torch.float64, torch.device("cpu"))
+        gram = Gram(held, comm)
+        plain = ListOfColumns(depth)
+        for event, (w, r) in zip(events, vectors, strict=True):
+            if event == "push":
+                new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]))
+                plain.push(w, r)
+                assert (new is None) == (len(plain.pairs) == 1)
+                if new is not None:
+                    assert new[0] == (len(plain.pairs) - 2) % depth
+                    gram.stored(*new)
+            elif event == "clear":
+                held.clear()
+                gram.clear()
+                plain.clear()
+            h = min(max(len(plain.pairs) - 1, 0), depth)
+            assert held.columns == h
+            if h == 0:
+                continue
+            columns_w, columns_r = plain.by_slot(0), plain.by_slot(1)
+            for slot, column in columns_r.items():
+                place = held.place(slot)
+                assert (place is None) == (slot not in sharding.slots)
+                if place is not None:
+                    np.testing.assert_array_equal(stored_column(held, slot), column[part])
+            W = np.column_stack([columns_w[slot] for slot in range(h)])
+            R = np.column_stack([columns_r[slot] for slot in range(h)])
+            if event == "solve":
+                G, b, rr = gram.assemble(torch.from_numpy(r[part]))
+                np.testing.assert_allclose(G, R.T @ R, atol=1e-12)
+                np.testing.assert_allclose(b, R.T @ r, atol=1e-12)
+                assert rr == pytest.approx(r @ r)
+                np.testing.assert_allclose(
+                    gram.project(torch.from_numpy(w[part]))[:h], R.T @ w, atol=1e-12
+                )
+            # What the parts of an update add up to.
+            gamma = np.zeros(depth)
+            gamma[:h] = random_gamma = np.arange(1.0, h + 1)
+            for damping, scale in ((1.0, 1.0), (0.5, 0.1), (0.0, 2.0)):
+                expected = -W @ random_gamma + damping * scale * (r - R @ random_gamma)
+                mine = held.update(
+                    torch.from_numpy(r[part]), torch.from_numpy(gamma), damping, scale
+                )
+                whole = np.zeros(n)
+                whole[part] = mine.numpy()
+                np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-11)
+            whole = np.zeros(n)
+            left = held.residual_left(torch.from_numpy(r[part]), torch.from_numpy(gamma))
+            whole[part] = left.numpy()
+            np.testing.assert_allclose(comm.allreduce(whole), r - R @ random_gamma, atol=1e-11)
+
+    run_ranks(size, program)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_bytes(dtype):
+    n, depth = 10, 4
+    width = torch.finfo(dtype).bits // 8
+    for layout, size in (("rows", 3), ("columns", 3)):
+        for rank in range(size):
+            sharding = Sharding(layout, n, depth, size, rank)
+            held = History(sharding, dtype, torch.float32, torch.device("cpu"))
+            assert held.nbytes == 0, "allocated before the first pair"
+            lo, hi = sharding.rows
+            held.push(torch.ones(hi - lo), torch.ones(hi - lo))
+            rows = {"rows": [4, 4, 2], "columns": [10, 10, 10]}[layout][rank]
+            slots = {"rows": [4, 4, 4], "columns": [2, 1, 1]}[layout][rank]
+            assert held.nbytes == 2 * slots * rows * width + 2 * rows * 4
+
+
+def test_the_gram_matrix_is_of_the_columns_as_stored():
+    """Narrow columns are rounded; the product must be of what the update will use."""
+    n, depth = 50, 3
+    sharding = Sharding("rows", n, depth, 1, 0)
+    held = History(sharding, torch.bfloat16, torch.float32, torch.device("cpu"))
+
+    def program(comm):
+        gram = Gram(held, comm)
+        for _ in range(4):
+            new = held.push(torch.randn(n), torch.randn(n))
+            if new is not None:
+                gram.stored(*new)
+        r = torch.randn(n)
+        G, b, _ = gram.assemble(r)
+        R = np.column_stack([stored_column(held, slot) for slot in range(depth)]).astype(float)
+        np.testing.assert_allclose(G, R.T @ R, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(b, R.T @ r.double().numpy(), rtol=1e-4, atol=1e-5)
+
+    run_ranks(1, program)
+
+
+def test_dot_adds_up_in_float64(monkeypatch):
+    """Equal terms, the worst case for a float32 sum: only within a chunk is it one."""
+    monkeypatch.setattr(history_module, "CHUNK", 64)
+    a = torch.full((100_000,), 0.1)
+    expected = float(a[0]) ** 2 * 100_000
+    assert float(chunked_dot(a, a)) == pytest.approx(expected, rel=1e-6)
+    in_float32 = torch.zeros(())
+    for piece in a.split(64):
+        in_float32 += torch.dot(piece, piece)
+    assert float(in_float32) != pytest.approx(expected, rel=1e-6)
+    assert float(chunked_dot(a[:0], a[:0])) == 0.0
