@@ -249,6 +249,9 @@ def clean_environment(**more):
         r"|(OMPI|PMIX|PMI|ORTE)_.*)$"
     )
     env = {name: value for name, value in os.environ.items() if not dropped.match(name)}
+    prefix = env.get("OPAL_PREFIX")
+    if prefix and os.path.exists(os.path.join(prefix, "pyvenv.cfg")):
+        del env["OPAL_PREFIX"]  # of a Python environment that runs this, not of the machine's MPI
     env["PIP_USER"] = "0"
     env["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     env["PIP_NO_INPUT"] = "1"
@@ -727,23 +730,35 @@ assert hvd.size() == 1
 assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum, name="check")) == 1.0
 """
 
-# Two different MPI libraries in one process would not notice each other.
-CHECK_RANKS = """
+# Two different MPI libraries in one process would not notice each other: mpi4py, loaded first, must
+# find the one that Horovod is linked with.
+CHECK_MPI = """
 import os
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
 import torch
 import horovod.torch as hvd
 hvd.init()
 assert hvd.size() == 2, hvd.size()
 assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum, name="check")) == 2.0
-from mpi4py import MPI
 libraries = {
     os.path.realpath(line.split()[-1])
     for line in open("/proc/self/maps")
-    if os.path.basename(line.split()[-1]).startswith("libmpi.so")
+    if os.path.basename(line.split()[-1]).startswith(("libmpi.so", "libmpich.so"))
 }
 assert len(libraries) == 1, "two MPI libraries in one process: %s" % sorted(libraries)
 assert MPI.COMM_WORLD.Get_size() == 2, MPI.COMM_WORLD.Get_size()
 assert MPI.COMM_WORLD.allreduce(1) == 2
+hvd.shutdown()
+"""
+
+CHECK_GLOO = """
+import torch
+import horovod.torch as hvd
+hvd.init()
+assert hvd.size() == 2, hvd.size()
+assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum, name="check")) == 2.0
 hvd.shutdown()
 """
 
@@ -1306,7 +1321,7 @@ class Setup:
     def verify(self):
         with self.step("trying it: two ranks under horovodrun, on MPI and on Gloo"):
             try:
-                self.ranks("--mpi", CHECK_RANKS)
+                self.ranks("--mpi", CHECK_MPI)
             except CommandError as error:
                 if self.mpi["kind"] != "system":
                     raise
@@ -1319,8 +1334,8 @@ class Setup:
                      "--no-cache-dir", "--no-binary", "mpi4py", "mpi4py==" + self.direct["mpi4py"]],
                     env=env,
                 )  # fmt: skip
-                self.ranks("--mpi", CHECK_RANKS)
-            self.ranks("--gloo", CHECK_RANKS.split("from mpi4py")[0])
+                self.ranks("--mpi", CHECK_MPI)
+            self.ranks("--gloo", CHECK_GLOO)
 
     def ranks(self, controller, program):
         path = os.path.join(self.scratch, "check_ranks.py")

