@@ -148,6 +148,14 @@ def test_ranks_draw_different_crops(open_all, tmp_path, digits):
     assert not torch.equal(first, second)
 
 
+def test_crops_are_drawn_anew_each_epoch(open_all, digits):
+    images = list_images(digits / "val")
+    loader = open_all(images, 1, 33, augment="crop", shuffle="once")[0]
+    (first, labels), *_ = loader
+    (second, same_labels), *_ = loader
+    assert torch.equal(labels, same_labels) and not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
