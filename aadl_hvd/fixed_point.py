@@ -45,6 +45,7 @@ class OptimizerFixedPoint:
         self._weights_before = weights_before or (lambda parameter: parameter)
         self.base_step: Callable[[], Any]
         self.evaluate: Callable[[], float]
+        self._last_rates: tuple[float, ...] = ()
         self._check()
         self._refresh()
 
@@ -57,8 +58,12 @@ class OptimizerFixedPoint:
         decays = tuple(group.get("weight_decay", 0) for group in self._groups)
         rates = tuple(_learning_rate(group) for group in self._groups)
         if self._residual != "state":
+            if not any(rates):  # as at the start of a warm-up: what they were, or will be
+                initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
+                rates = self._last_rates or tuple(initial)
+            self._last_rates = rates
             # Only ratios matter; rounded, so that a schedule's last bit does not count.
-            largest = self.residual_scale or 1.0
+            largest = max(rates, default=1.0) or 1.0
             rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
         return parameters, decays, rates
 
@@ -89,6 +94,8 @@ class OptimizerFixedPoint:
         return self._read(self._parameters, lo, hi, out)
 
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
+        if self.residual_scale == 0.0:  # every learning rate is 0: nothing to divide by or to gain
+            return out.zero_()
         if self._residual == "gradient":
             return self._read_gradient(lo, hi, w, out)
         return self.read(lo, hi, out).sub_(w).div_(self.residual_scale)
