@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TRAIN_IMAGES = 1500
-"""The rest, 297 images, is for validation."""
+TRAIN_IMAGES, VAL_IMAGES = 1500, 297
 
 
 def write_digits(root: str | Path, *, size: int = 32) -> Path:
