@@ -1110,8 +1110,8 @@ class Setup:
             )
 
     def build_minutes(self, gpu):
-        """Measured: 5 minutes of processor time without CUDA, 9 with it."""
-        return max(2, round((10.0 if gpu else 6.0) / min(self.jobs(), 4)))
+        """Measured: 5 minutes of processor time without CUDA, 6 with it for two kinds of GPU."""
+        return max(2, round((8.0 if gpu else 6.0) / min(self.jobs(), 4)))
 
     def jobs(self):
         return self.options.jobs or default_jobs()
