@@ -21,6 +21,8 @@ _instances = itertools.count()
 class HorovodCommunicator(Communicator):
     """Large tensors through Horovod, tiny reductions through `host` where there is one.
 
+    Making one is collective over the process set.
+
     Args:
         process_set: a Horovod process set that includes this rank.
         host: a communicator of the same ranks in the same order for small vectors; None: they go
@@ -32,8 +34,11 @@ class HorovodCommunicator(Communicator):
         self.rank = process_set.rank()
         self.size = process_set.size()
         self.host = host
-        # The same name on every rank: optimizers are built in the same order everywhere.
-        self._name = f"aadl_hvd.{next(_instances)}"
+        # A name that is new, and the same on every rank: those that were outside other process
+        # sets, or joined later, have built fewer of these.
+        built = torch.tensor([next(_instances)])
+        newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
+        self._name = f"aadl_hvd.{int(newest)}"
 
     def allgather_object(self, item: Any) -> list[Any]:
         # hvd.allgather_object knows no process sets.
