@@ -7,9 +7,20 @@ import horovod.torch as hvd
 import pytest
 import torch
 
+SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ["HOROVOD_SIZE"])
+# A proper subset, which does not begin at rank 0. Horovod wants to know of it from the start.
+ALL_BUT_RANK_0 = hvd.ProcessSet(range(1, SIZE)) if SIZE > 1 else None
+
 
 def pytest_configure(config):
-    hvd.init()
+    hvd.init(process_sets=[ALL_BUT_RANK_0] if ALL_BUT_RANK_0 else None)
+
+
+@pytest.fixture(scope="session")
+def all_but_rank_0():
+    if ALL_BUT_RANK_0 is None:
+        pytest.skip("needs two ranks")
+    return ALL_BUT_RANK_0
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -1,0 +1,115 @@
+"""The conformance suite on real ranks: Horovod with and without mpi4py, MPI, and a part of them."""
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from conformance import CHECKS
+
+from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
+from aadl_hvd.comm.horovod import HorovodCommunicator, horovod_communicator
+from aadl_hvd.comm.local import LocalCommunicator
+from aadl_hvd.comm.mpi import MpiCommunicator
+
+ON_MPI = hvd.mpi_enabled()
+
+
+def members(group, all_but_rank_0):
+    """Global ranks of a group, and its process set."""
+    if group == "world":
+        return list(range(hvd.size())), hvd.global_process_set
+    return list(range(1, hvd.size())), all_but_rank_0
+
+
+@pytest.fixture(scope="module", params=["world", "all but rank 0"])
+def group(request, all_but_rank_0):
+    return members(request.param, all_but_rank_0)
+
+
+@pytest.fixture(scope="module", params=["horovod alone", "horovod with mpi4py", "mpi4py alone"])
+def comm(request, group):
+    """This rank's communicator; None where it is not in the group."""
+    ranks, process_set = group
+    if request.param != "horovod alone" and not ON_MPI:
+        pytest.skip("Horovod does not run on MPI here")
+    inside = hvd.rank() in ranks
+    host = None
+    if request.param != "horovod alone":
+        assert MpiCommunicator.world_rank() == hvd.rank()
+        host = MpiCommunicator(ranks) if inside else None
+    if request.param == "mpi4py alone":
+        return host
+    return HorovodCommunicator(process_set, host) if inside else None
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check, comm):
+    if comm is not None:
+        check(comm)
+
+
+def test_rank_and_size_within_the_group(comm, group):
+    ranks, _ = group
+    if hvd.rank() in ranks:
+        assert comm.size == len(ranks)
+        assert comm.rank == ranks.index(hvd.rank())
+        # By the group's rank, and not by the world's.
+        assert comm.allgather_object(hvd.rank()) == ranks
+        assert comm.broadcast(np.array([float(hvd.rank())]))[0] == ranks[0]
+    else:
+        assert comm is None
+
+
+def test_small_vectors_go_through_mpi_where_horovod_does():
+    comm = horovod_communicator(hvd.global_process_set)
+    assert isinstance(comm, HorovodCommunicator)
+    assert isinstance(comm.host, MpiCommunicator) == ON_MPI
+
+
+def test_outside_its_process_set_a_rank_is_alone(all_but_rank_0):
+    comm = horovod_communicator(all_but_rank_0)
+    alone = hvd.rank() == 0 or hvd.size() == 2
+    assert isinstance(comm, LocalCommunicator if alone else HorovodCommunicator)
+    assert comm.size == (1 if alone else hvd.size() - 1)
+
+
+def test_groups_of_different_ranks_one_after_the_other(all_but_rank_0):
+    """Ranks outside a group have built fewer communicators: the next one must work all the same."""
+    for process_set in (all_but_rank_0, hvd.global_process_set, all_but_rank_0):
+        comm = horovod_communicator(process_set)
+        without = HorovodCommunicator(process_set) if process_set.included() else comm
+        for either in (comm, without):
+            assert either.allreduce(np.ones(1))[0] == either.size
+            assert either.allgather(torch.ones(2)).numel() == 2 * either.size
+
+
+def test_two_communicators_do_not_meet():
+    """Their collectives have names of their own, with the same lengths too."""
+    first, second = (HorovodCommunicator(hvd.global_process_set) for _ in range(2))
+    assert first.allreduce(np.array([1.0]))[0] == hvd.size()
+    assert second.allreduce(np.array([2.0]))[0] == 2 * hvd.size()
+    assert first.allgather(torch.full((1,), 3.0))[-1] == 3.0
+
+
+def test_training_on_a_part_of_the_ranks(all_but_rank_0):
+    """The part shares a history and has its own weights; rank 0 trains by itself."""
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = DistributedAndersonOptimizer(
+        opt,
+        named_parameters=model.named_parameters(),
+        process_set=all_but_rank_0,
+        anderson=AndersonConfig(frequency=2, history_depth=3),
+    )
+    for k in range(8):
+        opt.zero_grad()
+        torch.manual_seed(100 * k + hvd.rank())
+        model(torch.randn(5, 3)).square().mean().backward()
+        opt.step()
+    assert opt.anderson.stats.accelerated > 0
+    weights = hvd.allgather_object(model.weight.detach().numpy().tobytes())
+    assert len(set(weights[1:])) == 1
+    assert weights[0] != weights[1]
+    rows = -(-8 // max(1, hvd.size() - 1)) if hvd.rank() else 8
+    assert opt.anderson.history_bytes <= 4 * rows * (2 * 3 + 2)

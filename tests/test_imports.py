@@ -1,0 +1,153 @@
+"""The rules of which module may import which, read from the source; and what works without MPI."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aadl_hvd
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "aadl_hvd"
+
+# A module may import from layers below its own, and only from those.
+LAYERS = [
+    {"config", "errors", "sharding", "comm.base", "flatten", "solve"},
+    {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
+    {"history", "gram", "averaging", "safeguard", "diagnostics", "fixed_point"},
+    {"accelerator", "checkpoint"},
+    {"optimizer", "neumann"},
+    {"elastic"},
+    {"__init__"},
+]
+# Within a layer, by the module that imports.
+BESIDE = {
+    "config": {"errors"},
+    "sharding": {"errors"},
+    "comm.base": {"errors"},
+    "comm.horovod": {"comm.local", "comm.mpi"},
+    "gram": {"history"},
+    "diagnostics": {"safeguard"},
+    "checkpoint": {"accelerator"},
+}
+MAY_IMPORT = {
+    "horovod": {"comm.horovod", "optimizer", "elastic"},
+    "mpi4py": {"comm.mpi"},
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """(module, names, whether it is executed when the file is imported) of every import."""
+    found = []
+
+    def visit(node, at_import):
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, [], at_import) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                found.append((child.module, [alias.name for alias in child.names], at_import))
+            visit(child, at_import and not inside)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def own_imports(path):
+    """Modules of the package that a file imports: "comm.base", "config", ..."""
+    known = {module_name(other) for other in PACKAGE.rglob("*.py")}
+    for module, names, _ in imports(path):
+        if module.split(".")[0] != "aadl_hvd":
+            continue
+        inner = module.removeprefix("aadl_hvd").lstrip(".")
+        joined = [f"{inner}.{name}".lstrip(".") for name in names]
+        yield from [name for name in joined if name in known] or [inner or "__init__"]
+
+
+LIBRARY = sorted(PACKAGE.rglob("*.py"))
+PROGRAMS = sorted([*(ROOT / "models").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+
+
+def test_something_is_looked_at():
+    assert {"accelerator", "comm.horovod"} <= {module_name(path) for path in LIBRARY}
+    assert PROGRAMS
+    assert set(own_imports(PACKAGE / "accelerator.py")) >= {"safeguard", "comm.base", "gram"}
+    assert ("horovod.torch", [], True) in imports(PACKAGE / "comm" / "horovod.py")
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_imports_go_downwards(path):
+    name = module_name(path)
+    if name == "comm":
+        assert not list(own_imports(path))
+        return
+    layers = [i for i, layer in enumerate(LAYERS) if name in layer]
+    assert layers, f"{name} is in no layer: say in this test where it belongs"
+    below = set().union(*LAYERS[: layers[0]])
+    bad = set(own_imports(path)) - below - BESIDE.get(name, set())
+    assert not bad, f"{name} imports {sorted(bad)}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_horovod_and_mpi_stay_behind_their_adapters(path):
+    name = module_name(path)
+    for module, _, at_import in imports(path):
+        top = module.split(".")[0]
+        if top in MAY_IMPORT:
+            assert name in MAY_IMPORT[top], f"{name} imports {module}"
+            # comm.horovod is itself imported lazily: only by those who need it.
+            assert not at_import or name in ("comm.horovod", "elastic"), f"{name}: at import"
+        if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.elastic":
+            assert not at_import, f"{name} imports {module}, and with it horovod, at import"
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_programs_use_public_names(path):
+    for module, names, _ in imports(path):
+        if module.split(".")[0] == "aadl_hvd":
+            assert module == "aadl_hvd", f"{path}: {module}"
+            assert set(names) <= set(aadl_hvd.__all__), f"{path}: {names}"
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):  # import aadl_hvd; aadl_hvd.x
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            public = node.value.id != "aadl_hvd" or node.attr in aadl_hvd.__all__
+            assert public, f"{path}: {ast.unparse(node)}"
+
+
+def test_public_names_exist():
+    assert sorted(aadl_hvd.__all__) == list(aadl_hvd.__all__)
+    assert all(hasattr(aadl_hvd, name) for name in aadl_hvd.__all__)
+
+
+def test_without_horovod_and_mpi():
+    """Both made unimportable, in a process of its own."""
+    program = """
+import sys
+sys.modules["horovod"] = sys.modules["horovod.torch"] = sys.modules["mpi4py"] = None
+import torch, aadl_hvd
+model = torch.nn.Linear(4, 2)
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+opt = aadl_hvd.AndersonOptimizer(opt, anderson=aadl_hvd.AndersonConfig(frequency=2))
+for _ in range(6):
+    opt.zero_grad()
+    model(torch.ones(3, 4)).square().sum().backward()
+    opt.step()
+assert opt.anderson.stats.stored == 6 and opt.anderson.stats.accelerated > 0
+try:
+    aadl_hvd.DistributedAndersonOptimizer(opt)
+except ImportError:
+    print("fine")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "fine", run.stderr
+    assert run.returncode == 0
