@@ -46,6 +46,8 @@ class OptimizerFixedPoint:
         self.base_step: Callable[[], Any]
         self.evaluate: Callable[[], float]
         self._last_rates: tuple[float, ...] = ()
+        self._due: tuple[int, int, Tensor] | None = None
+        self._gradient: Tensor | None = None
         self._check()
         self._refresh()
 
@@ -87,17 +89,33 @@ class OptimizerFixedPoint:
         return max((abs(_learning_rate(group)) for group in self._groups), default=0.0)
 
     def read_before(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        if self._residual == "gradient":
+            self._due = lo, hi, torch.empty_like(out)
+        self._gradient = None
         parameters = [self._weights_before(p) for p in self._parameters]
         return self._read(parameters, lo, hi, out)
+
+    def keep_gradient(self) -> None:
+        """To be called when the gradients are final and the optimizer has not yet used them.
+
+        Some overwrite them: torch.optim.SGD with Nesterov momentum and foreach, its default on
+        GPUs, adds the momentum to them. Costs nothing in a step that does not need a residual.
+        """
+        if self._due is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._gradient = self._layout.read([p.grad for p in self._parameters], *self._due)
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return self._read(self._parameters, lo, hi, out)
 
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
+        gradient, self._gradient, self._due = self._gradient, None, None
         if self.residual_scale == 0.0:  # every learning rate is 0: nothing to divide by or to gain
             return out.zero_()
         if self._residual == "gradient":
-            return self._read_gradient(lo, hi, w, out)
+            if gradient is None:
+                gradient = self._layout.read([p.grad for p in self._parameters], lo, hi, out)
+            return self._scaled(gradient, lo, hi, w)
         return self.read(lo, hi, out).sub_(w).div_(self.residual_scale)
 
     def write(self, flat: Tensor) -> None:
@@ -181,17 +199,17 @@ class OptimizerFixedPoint:
                 out[first - lo : last - lo].mul_(self._rates[index - count])
         return out
 
-    def _read_gradient(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
-        self._layout.read([p.grad for p in self._parameters], lo, hi, out)
+    def _scaled(self, gradient: Tensor, lo: int, hi: int, w: Tensor) -> Tensor:
+        """The residual, in place of the gradient."""
         largest = self.residual_scale
         for index, first, last in self._layout.segments(lo, hi):
             group, rows = self._group_of[index], slice(first - lo, last - lo)
             sign = -1.0 if group.get("maximize", False) else 1.0
             weight_decay = float(group.get("weight_decay", 0.0))
             if weight_decay:
-                out[rows].add_(w[rows], alpha=sign * weight_decay)
-            out[rows].mul_(-sign * self._rates[index] / largest)
-        return out
+                gradient[rows].add_(w[rows], alpha=sign * weight_decay)
+            gradient[rows].mul_(-sign * self._rates[index] / largest)
+        return gradient
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

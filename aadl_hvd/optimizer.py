@@ -190,8 +190,10 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             vars(problem).pop("evaluate", None)
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
+        if closure is None:
+            self._anderson_problem.keep_gradient()
         with _step_hooks_off(self):
-            return base("step")(self, closure)
+            return base("step")(self, closure and _keeping_gradient(self, closure))
 
     def _evaluate(self: Any, closure: Closure) -> float:
         with torch.enable_grad():
@@ -249,11 +251,18 @@ def _distributed_methods(horovods: dict[str, Any]) -> dict[str, Any]:
     def _base_step(self: Any, closure: Closure | None) -> Any:
         _register_new_parameters(self)
         with _step_hooks_off(self):
-            if closure is None or adasum or not self._should_synchronize:
+            if adasum:
                 return horovods["step"](self, closure)
+            if closure is None:
+                if not self._should_synchronize:
+                    self._anderson_problem.keep_gradient()
+                return horovods["step"](self)  # calls synchronize, which keeps it
+            if not self._should_synchronize:
+                return horovods["step"](self, _keeping_gradient(self, closure))
             # Horovod would reduce first and evaluate then, and update with unreduced gradients.
+            reduced = _keeping_gradient(self, lambda: _synchronized(self, closure))
             with self.skip_synchronize():
-                return horovods["step"](self, lambda: _synchronized(self, closure))
+                return horovods["step"](self, reduced)
 
     def _evaluate(self: Any, closure: Closure) -> float:
         with torch.enable_grad():
@@ -272,9 +281,21 @@ def _distributed_methods(horovods: dict[str, Any]) -> dict[str, Any]:
         """As in Horovod; parameters that joined after the construction are reduced too."""
         _register_new_parameters(self)
         horovods["synchronize"](self)
+        self._anderson_problem.keep_gradient()
 
     methods = (_base_step, _evaluate, zero_grad, synchronize)
     return {f.__name__: f for f in methods}
+
+
+def _keeping_gradient(optimizer: Any, closure: Closure) -> Closure:
+    """The closure, followed by `keep_gradient`."""
+
+    def evaluate() -> Any:
+        loss = closure()
+        optimizer._anderson_problem.keep_gradient()
+        return loss
+
+    return evaluate
 
 
 def _synchronized(optimizer: Any, closure: Closure) -> Any:
