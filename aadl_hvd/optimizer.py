@@ -61,10 +61,7 @@ def AndersonOptimizer(
     methods = _methods(inner, {"__module__": inner.__module__})
     cls: Any = type(inner.__name__, (inner,), methods)
     accelerated = cls.__new__(cls)
-    # An instance attribute `step` is a scheduler's wrapper, bound to the optimizer given.
-    vars(accelerated).update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    # GradScaler must unscale gradients before they become residuals, fused kernels or not.
-    accelerated._step_supports_amp_scaling = False
+    vars(accelerated).update(_attributes(optimizer))
     return _attach(accelerated, optimizer, config, LocalCommunicator())
 
 
@@ -132,7 +129,7 @@ def DistributedAndersonOptimizer(
 
     inner = type(optimizer)
     distributed = hvd.DistributedOptimizer(
-        optimizer,
+        _stand_in(optimizer),
         named_parameters=named_parameters,
         compression=hvd.Compression.none if compression is None else compression,
         backward_passes_per_step=backward_passes_per_step,
@@ -150,11 +147,6 @@ def DistributedAndersonOptimizer(
     }
     namespace = _methods(inner, horovods) | _distributed_methods(horovods)
     distributed.__class__ = type(inner.__name__, (inner,), namespace)
-    # Horovod builds anew from the parameter groups and drops the rest.
-    for name, value in vars(optimizer).items():
-        kept = name in ("state", "defaults", *_HOOKS) or name not in vars(distributed)
-        if kept and name != "step":
-            setattr(distributed, name, value)
     # When Horovod sets up its reductions at all: the condition in its __init__.
     alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
@@ -162,6 +154,28 @@ def DistributedAndersonOptimizer(
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All of an optimizer's attributes, to be shared with the accelerated one."""
+    # An instance attribute `step` is a scheduler's wrapper, bound to the optimizer given.
+    attributes = {k: v for k, v in vars(optimizer).items() if k != "step"}
+    # GradScaler must unscale gradients before they become residuals, fused kernels or not.
+    return attributes | {"_step_supports_amp_scaling": False}
+
+
+def _stand_in(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What Horovod is given in the optimizer's place.
+
+    It calls the class of what it is given, with the parameter groups and nothing else: a class
+    that needs more arguments would fail, and one with defaults forget what it was told.
+    """
+
+    class StandIn(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            vars(self).update(_attributes(optimizer))
+
+    return StandIn(None)
 
 
 def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
