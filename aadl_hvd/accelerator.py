@@ -217,7 +217,8 @@ class Accelerator:
             left = history.residual_left(r, torch.from_numpy(gamma))
             if history.sharding.layout == "columns":
                 left = self._comm.sum_tensor(left)
-            gamma[:h] += factor.solve(self._gram.project(left)[:h])
+            gradient = self._gram.project(left)[:h] - factor.penalty(gamma[:h])
+            gamma[:h] += factor.solve(gradient)
         # Replicated, but not trusted: processors may differ, and weights must not.
         gamma = self._comm.broadcast(gamma)
         self.stats.condition, self.stats.rank = factor.condition, factor.rank

@@ -50,8 +50,8 @@ class AndersonConfig:
         relaxation: beta in (0, 1], the step taken towards the accelerated point (Eq. 6).
         damping: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 2].
         warmup_steps: plain steps of the base optimizer before the first pair is stored.
-        regularization: ridge of the least-squares problem, relative to the mean of the diagonal
-            of the Gram matrix (so the result does not depend on the scale of the problem);
+        regularization: ridge of the least-squares problem, relative to the diagonal of the Gram
+            matrix (so the result does not depend on the scale of the problem, nor of a column);
             at least 0.
         average_window: t, number of iterates in the moving average (Eq. 11), at least 2;
             None switches the moving average off.

@@ -43,8 +43,8 @@ class Factorization:
 
     Args:
         gram: [h, h] symmetric positive semi-definite, float64, finite.
-        regularization: ridge relative to the mean of the diagonal of `gram`; after the scaling to
-            unit diagonal that is the number added to the diagonal.
+        regularization: ridge relative to the diagonal of `gram`: that number is added to the
+            diagonal after the scaling to unit diagonal.
         precision: relative accuracy of the entries of `gram`; eigenvalues below it are noise.
     """
 
@@ -54,6 +54,7 @@ class Factorization:
         self._scale = np.divide(
             1.0, np.sqrt(diagonal), out=np.zeros_like(diagonal), where=diagonal > 0.0
         )
+        self._penalty = regularization * diagonal
         scaled = self._scale[:, None] * gram * self._scale  # their product could overflow
         values, vectors = np.linalg.eigh((scaled + scaled.T) / 2)
         values = values + regularization
@@ -65,8 +66,12 @@ class Factorization:
         self.rank = int(kept.sum())
         self.condition = largest / float(self._values[0]) if self.rank else 1.0
 
+    def penalty(self, gamma: Vector) -> Vector:
+        """What the ridge takes from R^T (r - R gamma) in the gradient: 0 where there is none."""
+        return self._penalty * gamma
+
     def solve(self, b: Vector) -> Vector:
-        """G^+ b, [h] -> [h]."""
+        """G^+ b, ridge included, [h] -> [h]."""
         projected = self._vectors.T @ (self._scale * b)
         return self._scale * (self._vectors @ (projected / self._values))
 
