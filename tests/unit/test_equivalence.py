@@ -1,12 +1,14 @@
 """Both layouts on any number of ranks are the textbook's Anderson acceleration, to rounding."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from problems import PLAIN, SEVERAL, Group, Problem, counts
 from reference import anderson
 
-from aadl_hvd import AndersonConfig
+from aadl_hvd import AndersonConfig, accelerator
 from aadl_hvd.comm.simulated import run_ranks
 
 RANKS = [1, 2, 3, 4]
@@ -29,6 +31,7 @@ CASES = {
     "relaxation": (PLAIN, {"history_depth": 4, "frequency": 2, "relaxation": 0.3}),
     "damping": (PLAIN, {"history_depth": 4, "frequency": 2, "damping": 0.4}),
     "no residual term": (PLAIN, {"history_depth": 4, "frequency": 2, "damping": 0.0}),
+    "refinement": (PLAIN, {"history_depth": 4, "frequency": 2, "refine": 2}),
     "warm-up": (PLAIN, {"history_depth": 4, "frequency": 3, "warmup_steps": 5}),
     "groups": (SEVERAL, {"history_depth": 4, "frequency": 2, "relaxation": 0.7, "damping": 0.6}),
     "groups, step": (SEVERAL, {"history_depth": 4, "frequency": 2, "residual": "step"}),
@@ -135,12 +138,12 @@ def test_float32_to_its_rounding(name, layout):
     expected = textbook(problem, settings(options))
     for ranks in (1, 2, 3):
         config = settings(options, layout=layout)
-        path, count, accelerator = on_ranks(problem, config, ranks, dtype=torch.float32)
+        path, count, result = on_ranks(problem, config, ranks, dtype=torch.float32)
         assert distance(path, expected.path) < 2e-5
         assert count == expected.counts
         # Weights, differences and the last pair really are float32.
         numbers = problem.n / ranks if layout == "rows" else problem.n
-        assert accelerator.history_bytes <= 4 * (numbers + 1) * (
+        assert result.history_bytes <= 4 * (numbers + 1) * (
             2 * config.history_depth + 2 + (config.average_window or 0)
         )
 
@@ -247,9 +250,59 @@ def test_narrow_history_is_close(dtype):
     near = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-6}[dtype]
     for layout in ("rows", "columns"):
         config = settings(options, layout=layout, history_dtype=dtype)
-        path, count, accelerator = on_ranks(problem, config, 2)
+        path, count, result = on_ranks(problem, config, 2)
         assert near / 1e3 < distance(path, expected.path) < near
         assert count == expected.counts
         if layout == "rows":  # 12 rows: 2 m columns, and the last pair in float64 as ever
             saved = 2 * 3 * 12 * (8 - torch.finfo(getattr(torch, dtype)).bits // 8)
-            assert accelerator.history_bytes == wide - saved
+            assert result.history_bytes == wide - saved
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_restart_begins_anew(layout):
+    """Pairs, Gram matrix and the window of the moving average are forgotten."""
+    problem = Problem(PLAIN)
+    options = {"average_window": 3, "average_threshold": 0.1, "history_depth": 3, "frequency": 3}
+    config = settings(options, layout=layout)
+
+    def program(comm):
+        first, opt = problem.run(config, 9, comm)
+        opt.anderson.restart()
+        last, _ = problem.run(config, 9, opt=opt, first=9)
+        return first[-1], last, opt.anderson.stats.restarts["requested"]
+
+    for start, path, restarts in run_ranks(2, program):
+        expected = anderson(
+            lambda k, w, _: problem.sgd(k + 9, w, 0.0),
+            start,
+            9,
+            m=3,
+            p=3,
+            window=3,
+            threshold=0.1,
+        )
+        assert expected.counts["averaged"] > 0
+        assert distance(path, expected.path) < 1e-11
+        assert restarts == 1
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_ranks_that_round_differently_stay_equal(layout, monkeypatch):
+    """Coefficients are replicated, but processors may differ: those of one rank count."""
+    here = threading.local()
+
+    class Elsewhere(accelerator.Factorization):
+        def solve(self, b):
+            return super().solve(b) * (1 + 1e-12 * here.rank)
+
+    monkeypatch.setattr(accelerator, "Factorization", Elsewhere)
+    problem = Problem(PLAIN)
+    config = settings({"history_depth": 4, "frequency": 2, "refine": 1}, layout=layout)
+
+    def program(comm):
+        here.rank = comm.rank
+        return problem.run(config, STEPS, comm)[0]
+
+    first, *others = run_ranks(3, program)
+    assert all(np.array_equal(path, first) for path in others)
+    assert distance(first, textbook(problem, config).path) < 1e-11

@@ -207,3 +207,33 @@ def test_refinement_does_not_bring_back_what_was_truncated():
     for dtype, condition in ((torch.float64, 1e7), (torch.float32, 1e4)):
         for refine in (0, 2):
             assert 0.1 < error_of_step(condition, dtype, refine) < 2.0
+            R, r, first = ill_conditioned(condition)
+            *_, opt = prescribed(R, r, first, dtype, refine)
+            limit = 1e12 if dtype == torch.float64 else 1 / torch.finfo(dtype).eps
+            assert opt.anderson.stats.rank < R.shape[1]
+            assert opt.anderson.stats.condition <= limit
+
+
+@pytest.mark.parametrize("refine", [0, 1, 3])
+def test_ridge(refine):
+    """argmin ||r - R g||^2 + ridge * sum_j ||R_j||^2 g_j^2; refinement does not wash it out."""
+    ridge = 0.05
+    R, r, first = ill_conditioned(30.0)
+    n, h = R.shape
+    problem = Problem((Group(((n,),), lr=0.5),))
+    config = AndersonConfig(
+        history_depth=h, frequency=h + 1, safeguard="none", refine=refine, regularization=ridge
+    )
+    opt = problem.optimizer(config)
+    path = [flat(opt)]
+    for residual in np.cumsum(np.column_stack([first, R]), axis=1).T:
+        problem.set_gradient(opt, -residual / 0.5)
+        opt.step()
+        path.append(flat(opt))
+    W = np.diff(path[:-1], axis=0).T
+    stacked = np.vstack([R, np.sqrt(ridge) * np.diag(np.linalg.norm(R, axis=0))])
+    g = np.linalg.lstsq(stacked, np.concatenate([r, np.zeros(h)]))[0]
+    expected = path[-2] - W @ g + (r - R @ g)
+    np.testing.assert_allclose(path[-1], expected, rtol=1e-9, atol=1e-9)
+    plain = np.linalg.lstsq(R, r)[0]
+    assert np.linalg.norm(g) < 0.9 * np.linalg.norm(plain), "a ridge too small to tell"
