@@ -73,14 +73,9 @@ def sum_over_ranks(values: Iterable[float], name: str) -> list[float]:
 def start() -> None:
     """Initialises Horovod and shares this machine's cores among its ranks.
 
-    Open MPI's ranks wait by spinning. Where each of them, with Horovod's and the loader's
-    threads, has not two cores to itself, that takes the time from those that still compute:
-    measured with two ranks on two busy cores, 310 to 820 ms a step, and 190 to 440 when they
-    yield. Environment variables of the same names win.
+    OMP_NUM_THREADS, where it is set, wins.
     """
     cores = len(os.sched_getaffinity(0))
-    if 2 * int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > cores:
-        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # read by MPI_Init
     hvd.init()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // hvd.local_size()))

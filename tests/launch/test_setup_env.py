@@ -296,8 +296,10 @@ def test_choice_of_mpi_stays(tmp_path):
     ],
 )
 def test_pth_line_sets_prefix_and_path(monkeypatch, before, prefix):
-    for name in ("OPAL_PREFIX", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    yielding = "OMPI_MCA_mpi_yield_when_idle"
+    for name in ("OPAL_PREFIX", "OMPI_COMM_WORLD_SIZE", yielding):
+        monkeypatch.setenv(name, "")  # so that what the line sets is taken back
+        monkeypatch.delenv(name)
     for name, value in before.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", "/usr/bin")
@@ -306,8 +308,11 @@ def test_pth_line_sets_prefix_and_path(monkeypatch, before, prefix):
     assert os.environ["OPAL_PREFIX"] == (sys.prefix if prefix == "own" else prefix)
     own = os.path.join(sys.prefix, "bin")
     assert os.environ["PATH"] == f"{own}:/usr/bin"
+    assert os.environ[yielding] == "1"
+    monkeypatch.setenv(yielding, "0")
     exec(setup_env.PTH_LINE)
     assert os.environ["PATH"] == f"{own}:/usr/bin"
+    assert os.environ[yielding] == "0"
 
 
 # -- GPU ------------------------------------------------------------------------------------------
