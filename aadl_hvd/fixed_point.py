@@ -20,6 +20,9 @@ from torch import Tensor
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.flatten import FlatLayout
 
+# Rows of the flat gradient, and the parameters that have none.
+_Gradient = tuple[Tensor, set[int]]
+
 
 class OptimizerFixedPoint:
     """Implements `accelerator.FixedPoint` on a `torch.optim.Optimizer`.
@@ -47,7 +50,7 @@ class OptimizerFixedPoint:
         self.evaluate: Callable[[], float]
         self._last_rates: tuple[float, ...] = ()
         self._due: tuple[int, int, Tensor] | None = None
-        self._gradient: Tensor | None = None
+        self._gradient: _Gradient | None = None
         self._check()
         self._refresh()
 
@@ -103,7 +106,7 @@ class OptimizerFixedPoint:
         """
         if self._due is not None:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._gradient = self._layout.read([p.grad for p in self._parameters], *self._due)
+                self._gradient = self._read_gradient(*self._due)
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return self._read(self._parameters, lo, hi, out)
@@ -113,9 +116,7 @@ class OptimizerFixedPoint:
         if self.residual_scale == 0.0:  # every learning rate is 0: nothing to divide by or to gain
             return out.zero_()
         if self._residual == "gradient":
-            if gradient is None:
-                gradient = self._layout.read([p.grad for p in self._parameters], lo, hi, out)
-            return self._scaled(gradient, lo, hi, w)
+            return self._scaled(gradient or self._read_gradient(lo, hi, out), lo, hi, w)
         return self.read(lo, hi, out).sub_(w).div_(self.residual_scale)
 
     def write(self, flat: Tensor) -> None:
@@ -199,10 +200,18 @@ class OptimizerFixedPoint:
                 out[first - lo : last - lo].mul_(self._rates[index - count])
         return out
 
-    def _scaled(self, gradient: Tensor, lo: int, hi: int, w: Tensor) -> Tensor:
+    def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
+        gradients = [p.grad for p in self._parameters]
+        absent = {index for index, gradient in enumerate(gradients) if gradient is None}
+        return self._layout.read(gradients, lo, hi, out), absent
+
+    def _scaled(self, found: _Gradient, lo: int, hi: int, w: Tensor) -> Tensor:
         """The residual, in place of the gradient."""
+        gradient, absent = found
         largest = self.residual_scale
         for index, first, last in self._layout.segments(lo, hi):
+            if index in absent:
+                continue  # no optimizer touches it, weight decay or not
             group, rows = self._group_of[index], slice(first - lo, last - lo)
             sign = -1.0 if group.get("maximize", False) else 1.0
             weight_decay = float(group.get("weight_decay", 0.0))
