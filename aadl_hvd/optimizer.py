@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +59,7 @@ def AndersonOptimizer(
     config = _checked_config(anderson)
     _check_optimizer(optimizer)
     inner = type(optimizer)
-    methods = _methods(inner, {"__module__": inner.__module__})
+    methods = _methods(inner, {"__module__": inner.__module__}) | {"__reduce_ex__": _reduce}
     cls: Any = type(inner.__name__, (inner,), methods)
     accelerated = cls.__new__(cls)
     vars(accelerated).update(_attributes(optimizer))
@@ -124,8 +125,14 @@ def DistributedAndersonOptimizer(
     if adasum:
         config = _adasum_config(config, explicit=anderson is not None)
     _check_optimizer(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "Invalid optimizer LBFGS. It decides from the loss of one rank how often it calls the "
+            "closure; ranks would wait for each other for ever. AndersonOptimizer takes it."
+        )
     comm = horovod_communicator(process_set)
     _compare_ranks(comm, optimizer, config)
+    OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
 
     inner = type(optimizer)
     distributed = hvd.DistributedOptimizer(
@@ -145,7 +152,7 @@ def DistributedAndersonOptimizer(
         for name, value in vars(type(distributed)).items()
         if name not in ("__dict__", "__weakref__")
     }
-    namespace = _methods(inner, horovods) | _distributed_methods(horovods)
+    namespace = _methods(inner, horovods) | _distributed_methods(inner, horovods)
     distributed.__class__ = type(inner.__name__, (inner,), namespace)
     # When Horovod sets up its reductions at all: the condition in its __init__.
     alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
@@ -154,6 +161,9 @@ def DistributedAndersonOptimizer(
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+# Of all optimizers: torch.optim.optimizer.register_optimizer_step_pre_hook and _post_hook.
+_TORCH_OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
+_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
 def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -213,9 +223,12 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         with torch.enable_grad():
             return float(closure())
 
-    def zero_grad(self: Any, set_to_none: bool = True) -> None:
-        """As in torch."""
-        inner.zero_grad(self, set_to_none=set_to_none)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"Invalid use of the class of an accelerated {inner.__name__}: it cannot be "
+            "constructed, nor wrapped by hvd.DistributedOptimizer. Pass the plain torch optimizer "
+            "to DistributedAndersonOptimizer."
+        )
 
     def state_dict(self: Any) -> dict[str, Any]:
         """The base optimizer's state, with counters and settings under "anderson".
@@ -251,14 +264,11 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     def __repr__(self: Any) -> str:
         return f"{inner.__repr__(self)}\n{self.anderson.config}"
 
-    own = {
-        f.__name__: f
-        for f in (step, _base_step, _evaluate, zero_grad, state_dict, load_state_dict, __repr__)
-    }
-    return {**below, **own}
+    own = (__init__, step, _base_step, _evaluate, state_dict, load_state_dict, __repr__)
+    return {**below, **{f.__name__: f for f in own}}
 
 
-def _distributed_methods(horovods: dict[str, Any]) -> dict[str, Any]:
+def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]:
     """What Horovod's own methods need on top; `horovods` holds these."""
     adasum = "_starting_models" in horovods["__init__"].__code__.co_names
 
@@ -282,14 +292,14 @@ def _distributed_methods(horovods: dict[str, Any]) -> dict[str, Any]:
         with torch.enable_grad():
             return float(_synchronized(self, closure))
 
-    def zero_grad(self: Any, set_to_none: bool = True) -> None:
-        """As in torch; not between backward() and step() or synchronize()."""
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in torch, `set_to_none` included; not between backward() and step() or synchronize()."""
         if self._handles:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before "
                 "optimizer.step() or optimizer.synchronize(): gradients are being reduced."
             )
-        torch.optim.Optimizer.zero_grad(self, set_to_none=set_to_none)
+        inner.zero_grad(self, *args, **kwargs)
 
     def synchronize(self: Any) -> None:
         """As in Horovod; parameters that joined after the construction are reduced too."""
@@ -297,8 +307,33 @@ def _distributed_methods(horovods: dict[str, Any]) -> dict[str, Any]:
         horovods["synchronize"](self)
         self._anderson_problem.keep_gradient()
 
-    methods = (_base_step, _evaluate, zero_grad, synchronize)
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "Invalid copy or pickle of a distributed optimizer, which is tied to its parameters "
+            "and to the other ranks. Use state_dict() and load_state_dict()."
+        )
+
+    def _allreduce_grad_async(self: Any, p: Tensor) -> Any:
+        with _step_hooks_off(self):  # here Adasum's hooks on the gradients call the inner step
+            return horovods["_allreduce_grad_async"](self, p)
+
+    methods = [_base_step, _evaluate, zero_grad, synchronize, __reduce_ex__]
+    if adasum:
+        methods.append(_allreduce_grad_async)
     return {f.__name__: f for f in methods}
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """For copy, deepcopy and pickle: the class has no name to be found by, so it is made anew."""
+    return _rebuilt, (self._accelerated, self.anderson.config, self.anderson.stats.counters())
+
+
+def _rebuilt(
+    optimizer: torch.optim.Optimizer, config: AndersonConfig, counters: dict[str, Any]
+) -> Any:
+    accelerated = AndersonOptimizer(optimizer, anderson=config)
+    accelerated.anderson.stats.load_counters(counters)
+    return accelerated
 
 
 def _keeping_gradient(optimizer: Any, closure: Closure) -> Closure:
@@ -368,17 +403,17 @@ def _attach(
 @contextlib.contextmanager
 def _step_hooks_off(optimizer: Any) -> Iterator[None]:
     """Step hooks fire around the accelerated step, not once more around the one inside it."""
-    hooks = {name: getattr(optimizer, name) for name in _HOOKS}
-    if not any(hooks.values()):
-        yield
-        return
+    places = [(optimizer, name) for name in _HOOKS]
+    places += [(_TORCH_OPTIMIZER_MODULE, name) for name in _GLOBAL_HOOKS]
+    hooks = [(place, name, getattr(place, name)) for place, name in places]
     try:
-        for name in hooks:
-            setattr(optimizer, name, OrderedDict())
+        for place, name, registered in hooks:
+            if registered:
+                setattr(place, name, OrderedDict())
         yield
     finally:
-        for name, value in hooks.items():
-            setattr(optimizer, name, value)
+        for place, name, registered in hooks:
+            setattr(place, name, registered)
 
 
 def _checked_config(anderson: AndersonConfig | None) -> AndersonConfig:
