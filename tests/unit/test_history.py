@@ -129,25 +129,33 @@ def test_bytes(dtype):
             assert held.nbytes == 2 * slots * rows * width + 2 * rows * 4
 
 
-def test_the_gram_matrix_is_of_the_columns_as_stored():
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
     """Narrow columns are rounded; the product must be of what the update will use."""
     n, depth = 50, 3
-    sharding = Sharding("rows", n, depth, 1, 0)
-    held = History(sharding, torch.bfloat16, torch.float32, torch.device("cpu"))
+    pairs = [(torch.randn(n), torch.randn(n)) for _ in range(4)]
+    r = torch.randn(n)
 
     def program(comm):
+        sharding = Sharding(layout, n, depth, comm.size, comm.rank)
+        part = slice(*sharding.rows)
+        held = History(sharding, torch.bfloat16, torch.float32, torch.device("cpu"))
         gram = Gram(held, comm)
-        for _ in range(4):
-            new = held.push(torch.randn(n), torch.randn(n))
+        for w_k, r_k in pairs:
+            new = held.push(w_k[part], r_k[part])
             if new is not None:
                 gram.stored(*new)
-        r = torch.randn(n)
-        G, b, _ = gram.assemble(r)
-        R = np.column_stack([stored_column(held, slot) for slot in range(depth)]).astype(float)
+        G, b, _ = gram.assemble(r[part])
+        R = np.zeros((n, depth))
+        for slot in sharding.slots:
+            R[part, slot] = stored_column(held, slot)
+        R = comm.allreduce(R.reshape(-1)).reshape(n, depth)
+        differences = [pairs[j + 1][1] - pairs[j][1] for j in range(depth)]
+        assert np.array_equal(R.T, torch.stack(differences).bfloat16().double().numpy())
         np.testing.assert_allclose(G, R.T @ R, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(b, R.T @ r.double().numpy(), rtol=1e-4, atol=1e-5)
 
-    run_ranks(1, program)
+    run_ranks(2, program)
 
 
 def test_dot_adds_up_in_float64(monkeypatch):
