@@ -293,7 +293,7 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
             return float(_synchronized(self, closure))
 
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As in torch, `set_to_none` included; not between backward() and step() or synchronize()."""
+        """As in torch; not between backward() and step() or synchronize()."""
         if self._handles:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before "
