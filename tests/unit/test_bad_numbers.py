@@ -63,7 +63,7 @@ def test_bad_number_and_recovery(ranks, layout, bad, where, at):
         gradient = problem.gradient(at, path[-1])
         if where == "one weight":
             spoilt = path[-1].copy()
-            spoilt[5] = bad
+            spoilt[12] = bad  # without weight decay: w is bad and r is not
             write(opt, spoilt)
         elif where == "one gradient":
             gradient[problem.n - 2] = bad

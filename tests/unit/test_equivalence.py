@@ -308,3 +308,21 @@ def test_all_ranks_use_the_coefficients_of_one(layout, monkeypatch):
     for path, reduction in run_ranks(3, program):
         assert np.array_equal(path, expected)
         assert reduction == result.stats.promised_reduction
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradient_residual_is_the_step_of_plain_sgd(maximize):
+    """Sign of the gradient and of weight decay: both kinds must give the same path."""
+    paths = []
+    for residual in ("gradient", "step"):
+        problem = Problem(SEVERAL, noise=0.1)
+        config = settings({"history_depth": 3, "frequency": 2, "residual": residual})
+        opt = problem.optimizer(config)
+        for group in opt.param_groups:
+            group["maximize"] = maximize
+        if maximize:
+            descent = problem.gradient
+            problem.gradient = lambda k, w, descent=descent: -descent(k, w)
+        paths.append(problem.run(config, 12, opt=opt)[0])
+        assert counts(opt)["accelerated"] == 6
+    assert distance(*paths) < 1e-11
