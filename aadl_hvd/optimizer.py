@@ -60,7 +60,7 @@ def AndersonOptimizer(
     _check_optimizer(optimizer)
     inner = type(optimizer)
     methods = _methods(inner, {"__module__": inner.__module__}) | {"__reduce_ex__": _reduce}
-    cls: Any = type(inner.__name__, (inner,), methods)
+    cls: Any = type(inner.__name__, (_keeping_gradient(inner),), methods)
     accelerated = cls.__new__(cls)
     vars(accelerated).update(_attributes(optimizer))
     return _attach(accelerated, optimizer, config, LocalCommunicator())
@@ -153,7 +153,7 @@ def DistributedAndersonOptimizer(
         if name not in ("__dict__", "__weakref__")
     }
     namespace = _methods(inner, horovods) | _distributed_methods(inner, horovods)
-    distributed.__class__ = type(inner.__name__, (inner,), namespace)
+    distributed.__class__ = type(inner.__name__, (_keeping_gradient(inner),), namespace)
     # When Horovod sets up its reductions at all: the condition in its __init__.
     alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
@@ -214,14 +214,12 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             vars(problem).pop("evaluate", None)
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
-        if closure is None:
-            self._anderson_problem.keep_gradient()
         with _step_hooks_off(self):
-            return base("step")(self, closure and _keeping_gradient(self, closure))
+            return super(type(self), self).step(closure)
 
     def _evaluate(self: Any, closure: Closure) -> float:
         with torch.enable_grad():
-            return float(closure())
+            return _number(closure())
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
@@ -275,22 +273,15 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
     def _base_step(self: Any, closure: Closure | None) -> Any:
         _register_new_parameters(self)
         with _step_hooks_off(self):
-            if adasum:
+            if closure is None or adasum or not self._should_synchronize:
                 return horovods["step"](self, closure)
-            if closure is None:
-                if not self._should_synchronize:
-                    self._anderson_problem.keep_gradient()
-                return horovods["step"](self)  # calls synchronize, which keeps it
-            if not self._should_synchronize:
-                return horovods["step"](self, _keeping_gradient(self, closure))
             # Horovod would reduce first and evaluate then, and update with unreduced gradients.
-            reduced = _keeping_gradient(self, lambda: _synchronized(self, closure))
             with self.skip_synchronize():
-                return horovods["step"](self, reduced)
+                return horovods["step"](self, lambda: _synchronized(self, closure))
 
     def _evaluate(self: Any, closure: Closure) -> float:
         with torch.enable_grad():
-            return float(_synchronized(self, closure))
+            return _number(_synchronized(self, closure))
 
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
         """As in torch; not between backward() and step() or synchronize()."""
@@ -305,7 +296,6 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         """As in Horovod; parameters that joined after the construction are reduced too."""
         _register_new_parameters(self)
         horovods["synchronize"](self)
-        self._anderson_problem.keep_gradient()
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         raise UnsupportedError(
@@ -336,15 +326,31 @@ def _rebuilt(
     return accelerated
 
 
-def _keeping_gradient(optimizer: Any, closure: Closure) -> Closure:
-    """The closure, followed by `keep_gradient`."""
+def _number(loss: Any) -> float:
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    def evaluate() -> Any:
-        loss = closure()
-        optimizer._anderson_problem.keep_gradient()
-        return loss
 
-    return evaluate
+def _keeping_gradient(inner: Any) -> Any:
+    """The user's optimizer class, with a look at the final gradients before it uses them.
+
+    The accelerated class is derived from it, so that Horovod's methods, which call the class above
+    theirs, pass through here after every reduction.
+    """
+
+    def step(self: Any, closure: Closure | None = None) -> Any:
+        keep = self._anderson_problem.keep_gradient
+
+        def evaluate() -> Any:
+            loss = closure()  # type: ignore[misc]
+            keep()
+            return loss
+
+        if closure is None:
+            keep()
+            return inner.step(self)
+        return inner.step(self, evaluate)
+
+    return type(inner.__name__, (inner,), {"step": step, "__module__": inner.__module__})
 
 
 def _synchronized(optimizer: Any, closure: Closure) -> Any:

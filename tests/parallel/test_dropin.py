@@ -139,12 +139,12 @@ def test_without_named_parameters_and_with_defaults_alone():
     train(
         models[0],
         hvd.DistributedOptimizer(torch.optim.SGD(models[0].parameters(), lr=0.1)),
-        batches(2),
+        batches(1),
     )
     train(
         models[1],
         DistributedAndersonOptimizer(torch.optim.SGD(models[1].parameters(), lr=0.1)),
-        batches(2),
+        batches(1),
     )
     assert torch.equal(*map(flat, models))
 

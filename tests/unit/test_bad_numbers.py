@@ -239,7 +239,7 @@ def test_learning_rate_zero(residual, safeguard, steps):
 def test_warm_up_from_learning_rate_zero(groups):
     """The usual LambdaLR: the first step has rate 0, and is no reason to restart."""
     problem = Problem(groups, noise=0.0)
-    opt = problem.optimizer(AndersonConfig())
+    opt = problem.optimizer(AndersonConfig(frequency=3))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: min(1.0, k / 6))
     for k in range(15):
         problem.set_gradient(opt, problem.gradient(k, flat(opt)))
