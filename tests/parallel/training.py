@@ -159,13 +159,12 @@ class HandMade:
     def synchronize(self):
         if not self.process_set.included():
             return
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    if grad.is_sparse:
-                        grad = grad.to_dense()
-                    p.grad = hvd.allreduce(grad, name="by.hand", process_set=self.process_set)
+        parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        grads = [grad.to_dense().reshape(-1) for grad in grads]
+        mean = hvd.allreduce(torch.cat(grads), name="by.hand", process_set=self.process_set)
+        for p, grad in zip(parameters, mean.split([g.numel() for g in grads]), strict=True):
+            p.grad = grad.reshape(p.shape).clone()
 
     @contextlib.contextmanager
     def skip_synchronize(self):
