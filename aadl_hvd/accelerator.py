@@ -171,6 +171,7 @@ class Accelerator:
         stats, config = self.stats, self.config
         with stats.timed("gram"):
             system = self._gram.assemble(r)
+            stats.bytes["gram"] += self._gram.message_bytes
         if system is None:
             self.restart(Restart.DESYNCHRONIZED)
             self._history.generation = 0  # from here on the same on all ranks
@@ -186,6 +187,7 @@ class Accelerator:
             update = self._history.update(r, gamma, config.damping, problem.residual_scale)
             partial_slope = float(chunked_dot(update, r))
             slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
+            stats.bytes["update"] += 8
         if (cause := safeguard.judge_update(slope, config.safeguard)) is not None:
             return self._reject(cause)
         if config.safeguard in ("residual", "loss"):
@@ -221,6 +223,7 @@ class Accelerator:
             gamma[:h] += factor.solve(gradient)
         # Replicated, but not trusted: processors may differ, and weights must not.
         gamma = self._comm.broadcast(gamma)
+        self.stats.bytes["solve"] += gamma.nbytes * (1 + config.refine)
         self.stats.condition, self.stats.rank = factor.condition, factor.rank
         self.stats.promised_reduction = promised_reduction(gram, b, rr, gamma[:h])
         return torch.from_numpy(gamma)

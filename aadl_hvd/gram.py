@@ -31,6 +31,11 @@ class Gram:
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
         self._fresh: dict[int, Tensor | None] = {}
 
+    @property
+    def message_bytes(self) -> int:
+        """Length of what a rank hands to the allreduce of `assemble`."""
+        return 8 * ((self._depth + 1) * self._depth + 5)
+
     def stored(self, slot: int, column: Tensor) -> None:
         """Takes note of a new column [rows] of R in `slot`; no communication."""
         self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aadl_hvd import history as history_module
+from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
@@ -169,3 +170,25 @@ def test_dot_adds_up_in_float64(monkeypatch):
         in_float32 += torch.dot(piece, piece)
     assert float(in_float32) != pytest.approx(expected, rel=1e-6)
     assert float(chunked_dot(a[:0], a[:0])) == 0.0
+
+
+def test_message_bytes_is_what_is_sent():
+    """The documented (m + 1) m + 5 numbers, whatever is stored."""
+
+    class Counting(LocalCommunicator):
+        sent: tuple[int, ...] = ()
+
+        def _allreduce_sum(self, values):
+            self.sent += (values.nbytes,)
+            return values
+
+    comm = Counting()
+    history = History(
+        Sharding("rows", 6, 4, 1, 0), torch.float64, torch.float64, torch.device("cpu")
+    )
+    gram = Gram(history, comm)
+    for _ in range(3):
+        if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
+            gram.stored(*new)
+        gram.assemble(torch.randn(6).double())
+    assert comm.sent == (gram.message_bytes,) * 3 == (8 * 25,) * 3
