@@ -1,0 +1,232 @@
+"""Mistakes of users on real ranks: an error that says what is wrong, on every rank, and no hang."""
+
+import pathlib
+
+import horovod.torch as hvd
+import pytest
+import torch
+from training import (
+    NEVER,
+    assert_replicas_equal,
+    flat,
+    full_batch,
+    loss_of,
+    network,
+    round_gradients,
+    train,
+)
+
+from aadl_hvd import (
+    AndersonConfig,
+    AndersonOptimizer,
+    ConfigError,
+    DistributedAndersonOptimizer,
+    ReplicaMismatchError,
+    UnsupportedError,
+)
+
+LAST = hvd.rank() == hvd.size() - 1
+pytestmark = pytest.mark.timeout(60)
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(model.parameters(), lr=0.1, **settings)
+
+
+def layered(width, bias=True, dtype=torch.float32):
+    return torch.nn.Sequential(torch.nn.Linear(3, width, bias=bias), torch.nn.Linear(width, 2)).to(
+        dtype
+    )
+
+
+def frozen(model):
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+DIFFERENT = {
+    "width": (lambda: sgd(layered(5 if LAST else 4)), {}, r"shape \(5, 3\)"),
+    "number": (lambda: sgd(layered(4, bias=not LAST)), {}, "parameter 0.1"),
+    "dtype": (
+        lambda: sgd(layered(4, dtype=torch.float64 if LAST else torch.float32)),
+        {},
+        "float64",
+    ),
+    "frozen": (
+        lambda: sgd(frozen(layered(4)) if LAST else layered(4)),
+        {},
+        "requires_grad=False",
+    ),
+    "class": (
+        lambda: (torch.optim.Adam if LAST else torch.optim.SGD)(layered(4).parameters(), lr=0.1),
+        {},
+        "Adam",
+    ),
+    "settings": (
+        lambda: sgd(layered(4)),
+        {"history_depth": 5 if LAST else 4},
+        "history_depth=5",
+    ),
+    # Refused where it is Adam; the other ranks must not wait for it.
+    "class and unsupported": (
+        lambda: (torch.optim.Adam if LAST else torch.optim.SGD)(layered(4).parameters(), lr=0.1),
+        {"residual": "state"},
+        "Adam",
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_ranks_that_differ(difference):
+    make, settings, message = DIFFERENT[difference]
+    with pytest.raises(ReplicaMismatchError, match=message) as found:
+        DistributedAndersonOptimizer(make(), anderson=AndersonConfig(**settings))
+    assert f"rank {hvd.size() - 1}" in str(found.value)
+    # And nothing is left behind that would disturb the next one.
+    model = network()
+    opt = DistributedAndersonOptimizer(sgd(model), model.named_parameters(), anderson=NEVER)
+    train(model, opt, full_batch(2))
+    assert_replicas_equal(model)
+
+
+def test_wrapped_twice_and_around_horovod():
+    model = network()
+    opt = DistributedAndersonOptimizer(sgd(model), model.named_parameters())
+    for wrap in (DistributedAndersonOptimizer, AndersonOptimizer):
+        with pytest.raises(UnsupportedError, match="accelerated already"):
+            wrap(opt)
+        with pytest.raises(UnsupportedError, match="accelerated already"):
+            wrap(AndersonOptimizer(sgd(network())))
+        with pytest.raises(UnsupportedError, match=r"hvd\.DistributedOptimizer"):
+            wrap(hvd.DistributedOptimizer(sgd(network())))
+    for accelerated in (opt, AndersonOptimizer(sgd(network()))):
+        with pytest.raises((UnsupportedError, TypeError)):
+            hvd.DistributedOptimizer(accelerated)
+    train(model, opt, full_batch(2))
+    assert_replicas_equal(model)
+
+
+def test_not_an_optimizer_and_not_a_config():
+    model = network()
+    with pytest.raises(UnsupportedError, match=r"torch\.optim\.Optimizer"):
+        DistributedAndersonOptimizer(model)
+    with pytest.raises(ConfigError, match="AndersonConfig"):
+        DistributedAndersonOptimizer(sgd(model), anderson={"history_depth": 3})
+    with pytest.raises(TypeError):
+        DistributedAndersonOptimizer(sgd(model), None, None, 1, None, 1.0, 0, None, False, None, {})
+    with pytest.raises(UnsupportedError, match="LBFGS"):
+        DistributedAndersonOptimizer(
+            torch.optim.LBFGS(model.parameters()), anderson=AndersonConfig(residual="step")
+        )
+
+
+def test_unsupported_optimizer_leaves_no_hooks_behind():
+    """Horovod's hooks would go on reducing gradients that nobody waits for."""
+    model = network()
+    with pytest.raises(UnsupportedError, match="state"):
+        DistributedAndersonOptimizer(
+            torch.optim.Adam(model.parameters()), anderson=AndersonConfig(residual="state")
+        )
+    x, y = full_batch(1)[0]
+    if LAST:  # alone: hooks would make it talk
+        for _ in range(3):
+            loss_of(model, x, y).backward()
+
+
+def test_loss_safeguard_without_a_closure():
+    model = network()
+    opt = DistributedAndersonOptimizer(
+        sgd(model), model.named_parameters(), anderson=AndersonConfig(safeguard="loss")
+    )
+    loss_of(model, *full_batch(1)[0]).backward()
+    with pytest.raises(UnsupportedError, match="closure"):
+        opt.step()
+    opt.synchronize()  # goes on where the user mends it
+    opt.zero_grad()
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, *full_batch(1)[0])
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        opt.step(closure)
+    assert_replicas_equal(model)
+
+
+@pytest.mark.skipif(hvd.size() != 2 or not hvd.mpi_enabled(), reason="Adasum: MPI, 2^k ranks")
+def test_adasum_s_limits():
+    model = network()
+    for settings, name in (({"safeguard": "loss"}, "safeguard"), ({}, "residual")):
+        with pytest.raises(ConfigError, match=name):
+            DistributedAndersonOptimizer(
+                sgd(model), op=hvd.Adasum, anderson=AndersonConfig(**settings)
+            )
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_nan_on_one_rank(layout):
+    """Everybody sees it, nobody hangs, the history restarts and training can go on."""
+    model = network()
+    opt = DistributedAndersonOptimizer(
+        sgd(model),
+        model.named_parameters(),
+        anderson=AndersonConfig(frequency=2, layout=layout, safeguard="none"),
+    )
+    good = [p.detach().clone() for p in model.parameters()]
+    data = full_batch(1)
+    train(model, opt, data * 4)
+    assert opt.anderson.stats.accelerated == 2
+    opt.zero_grad()
+    (loss_of(model, *data[0]) * (float("nan") if LAST else 1.0)).backward()
+    opt.step()
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), good, strict=True):
+            p.copy_(value)
+    before = opt.anderson.stats.accelerated
+    train(model, opt, data * 7)
+    stats = opt.anderson.stats
+    assert stats.rejected["nonfinite"] == 1
+    assert stats.restarts["nonfinite"] == 1
+    assert stats.accelerated == before + 3  # rejected at 6; then 8, 10, 12
+    assert flat(model).isfinite().all()
+    assert_replicas_equal(model)
+
+
+def test_copies_of_a_distributed_optimizer_are_refused():
+    import copy
+    import pickle
+
+    model = network()
+    round_gradients(model)
+    opt = DistributedAndersonOptimizer(sgd(model), model.named_parameters())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(UnsupportedError, match="state_dict"):
+            copied(opt)
+
+
+SCRIPTS = sorted((pathlib.Path(__file__).parent / "scripts").glob("*.py"))
+
+
+def test_there_are_scripts():
+    assert len(SCRIPTS) == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("optimizer", ["hvd.DistributedOptimizer", "DistributedAndersonOptimizer"])
+def test_scripts_written_for_horovod(script, optimizer):
+    """Only the name of the class is exchanged."""
+    source = script.read_text()
+    name = "hvd.DistributedOptimizer("
+    assert source.count(name) == 1
+    source = source.replace(name, f"{optimizer}(")
+    scope = {"__name__": "__main__", "DistributedAndersonOptimizer": DistributedAndersonOptimizer}
+    exec(compile(source, str(script), "exec"), scope)
+    first, last = scope["history"][0], scope["history"][-1]
+    assert last < first
+    assert_replicas_equal(scope["model"])
+    if optimizer != name[:-1]:
+        stats = scope["optimizer"].anderson.stats
+        assert stats.accelerated + stats.rejected["descent"] >= 3, stats
+    assert isinstance(scope["optimizer"], torch.optim.SGD)
