@@ -218,6 +218,7 @@ class Accelerator:
         for _ in range(config.refine):
             left = history.residual_left(r, torch.from_numpy(gamma))
             if history.sharding.layout == "columns":
+                self.stats.bytes["solve"] += left.numel() * left.element_size()
                 left = self._comm.sum_tensor(left)
             gradient = self._gram.project(left)[:h] - factor.penalty(gamma[:h])
             gamma[:h] += factor.solve(gradient)
@@ -252,6 +253,7 @@ class Accelerator:
         with self.stats.timed("safeguard"):
             partial = float(chunked_dot(r, r)) if self._history.sharding.counts_replicated else 0.0
             squared, trials = self._comm.allreduce(np.array([partial, trial is not None]))
+            self.stats.bytes["safeguard"] += 16
             if trial is None or trials < self._comm.size:
                 return True  # nothing to judge, or not on all ranks
             cause = safeguard.judge_residual(trial.norm, math.sqrt(squared))
@@ -259,6 +261,8 @@ class Accelerator:
                 return True
             problem.write(self._gather(trial.base_rows))
             trial.restore()
+            if self._average is not None:
+                self._average.replace_last(trial.base_rows)  # the rejected point was never there
             self._reject(cause)
             return False
 
@@ -272,6 +276,7 @@ class Accelerator:
             local = torch.stack([average.spread(), largest * problem.residual_scale])
             values = np.append(local.double().cpu().numpy(), not average.full)
             spread, size, missing = self._comm.allreduce(values, "max")
+            self.stats.bytes["average"] += values.nbytes
             calm = spread < self.config.average_threshold * size
             if not missing and math.isfinite(spread) and not calm:
                 mean = average.mean()
@@ -281,6 +286,7 @@ class Accelerator:
 
     def _mean_loss(self, problem: FixedPoint) -> float:
         with self.stats.timed("safeguard"):
+            self.stats.bytes["safeguard"] += 8
             return float(self._comm.allreduce(np.array([problem.loss()]))[0]) / self._comm.size
 
     def _reject(self, cause: Rejection) -> None:
@@ -326,12 +332,26 @@ class Accelerator:
 @contextlib.contextmanager
 def _plain_numerics(device: torch.device) -> Iterator[None]:
     """No graph, no autocast, no TF32, whatever the user's training loop has switched on."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision(device):
+        yield
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32. Only the setting of the device's own backend is touched."""
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul: Any = getattr(backend, "matmul", None)
+    # torch refuses to read its old switches once its new ones were set; old versions have no new.
+    switch: tuple[str, Any, tuple[Any, ...]] = ("fp32_precision", "ieee", ("tf32", "bf16"))
+    if not hasattr(matmul, switch[0]):
+        matmul, switch = torch.backends.cuda.matmul, ("allow_tf32", False, (True,))
+    name, full, reduced = switch
+    before = getattr(matmul, name)
+    if before not in reduced:
+        yield
+        return
+    setattr(matmul, name, full)
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        setattr(matmul, name, before)

@@ -39,8 +39,8 @@ class AndersonConfig:
 
     Equation numbers are those of Lupo Pasini, Yin, Reshniak, Stoyanov, "Stable Anderson
     Acceleration for Deep Learning" (arXiv 2110.14813). The defaults are not the paper's: they are
-    the combination that was measured to be safe with a full batch (README, "What the defaults
-    are"). The paper's own settings are `AndersonConfig.paper(name)`.
+    the combination that was measured to be safe with a full batch (README, "When does it
+    pay?"). The paper's own settings are `AndersonConfig.paper(name)`.
 
     Args:
         history_depth: m, the number of columns of W and R (Eq. 2, 3); at least 1.

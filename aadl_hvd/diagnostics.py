@@ -17,7 +17,10 @@ PARTS = ("read", "store", "gram", "solve", "update", "gather", "write", "safegua
 
 @dataclasses.dataclass
 class Stats:
-    """What has happened since the optimizer was made. The same on every rank but for times.
+    """What has happened since the optimizer was made.
+
+    The same on every rank but for times, and for counters that a checkpoint brought to one rank
+    alone.
 
     Attributes:
         steps: calls of `step`.

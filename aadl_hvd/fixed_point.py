@@ -108,6 +108,10 @@ class OptimizerFixedPoint:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 self._gradient = self._read_gradient(*self._due)
 
+    def forget_gradient(self) -> None:
+        """Ends a step, also one that raised before its residual was read."""
+        self._due = self._gradient = None
+
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return self._read(self._parameters, lo, hi, out)
 
@@ -122,9 +126,12 @@ class OptimizerFixedPoint:
     def write(self, flat: Tensor) -> None:
         if self._residual != "state":
             return self._layout.write(self._parameters, flat)
-        self._layout.write([*self._parameters, *self._momenta()], flat)
-        for momentum, rate in zip(self._momenta(), self._rates, strict=True):
-            if momentum is not None and rate != 0.0:
+        # At rate 0 the state says nothing of the momentum: it stays what it is.
+        pairs = list(zip(self._momenta(), self._rates, strict=True))
+        momenta = [momentum if rate else None for momentum, rate in pairs]
+        self._layout.write([*self._parameters, *momenta], flat)
+        for momentum, rate in pairs:
+            if momentum is not None and rate:
                 momentum.div_(rate)
 
     # What it does

@@ -212,6 +212,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         finally:  # neither outlives the step: they hold on to the closure and its graph
             vars(problem).pop("base_step")
             vars(problem).pop("evaluate", None)
+            problem.forget_gradient()
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
         with _step_hooks_off(self):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -177,15 +178,20 @@ def _device(settings: Settings) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cpu" or (settings.device == "auto" and not max(gather(count))):
         return torch.device("cpu")
-    if hvd.local_rank() < count:
-        problem = None
-    elif count:
-        problem = f"local rank {hvd.local_rank()} has no GPU of its own, the machine has {count}"
-    else:
+    # A launcher may show each rank all GPUs of its machine or, as jsrun does, only its own.
+    index = hvd.local_rank() if hvd.local_rank() < count else 0
+    own = None
+    if count:
+        own = (socket.gethostname(), str(torch.cuda.get_device_properties(index).uuid))
+    everybody = gather(own)
+    problem = None
+    if own is None:
         problem = "torch sees no GPU here; use --device cpu"
+    elif everybody.index(own) != hvd.rank():
+        problem = f"local rank {hvd.local_rank()} has no GPU of its own, it sees {count}"
     fail_together(problem)
-    torch.cuda.set_device(hvd.local_rank())
-    return torch.device("cuda", hvd.local_rank())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _make_folder(folder: Path) -> None:
@@ -363,7 +369,8 @@ def _resume(
     fail_together(problem)
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the checkpoint was written without fp16
+        trainer.scaler.load_state_dict(state["scaler"])
     trainer.step = state["step"]
     torch.set_rng_state(own["torch"])
     if own["cuda"] is not None and trainer.device.type == "cuda":
