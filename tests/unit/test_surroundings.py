@@ -1,0 +1,119 @@
+"""What a training script may have switched on, or do wrong, around an accelerated step."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from aadl_hvd import AndersonConfig, AndersonOptimizer
+
+SCRIPT = """
+import torch
+{setting}
+from aadl_hvd import AndersonOptimizer
+matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+before = [m.fp32_precision for m in matmul]
+p = torch.nn.Parameter(torch.randn(10))
+opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
+for _ in range(6):
+    p.grad = p.detach() * torch.arange(1.0, 11.0)
+    opt.step()
+assert opt.anderson.stats.accelerated > 0, opt.anderson.stats
+assert [m.fp32_precision for m in matmul] == before
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('medium')",
+    ],
+)
+def test_reduced_precision_of_matrix_products(setting):
+    """In either spelling: torch raises where code reads the one after the other was set."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has only the old switches")
+    script = SCRIPT.format(setting=setting)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_products_are_exact_where_bfloat16_products_are_allowed():
+    torch.manual_seed(0)
+    start = torch.randn(300)
+
+    def weights():
+        p = torch.nn.Parameter(start.clone())
+        opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
+        for _ in range(8):
+            p.grad = p.detach() * torch.linspace(0.1, 3.0, 300)
+            opt.step()
+        return p.detach()
+
+    expected = weights()
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert torch.equal(weights(), expected)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+def test_closure_that_raises_leaves_nothing_behind():
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
+
+    def broken():
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        opt.step(broken)
+    problem = opt._anderson_problem
+    assert problem._due is None and problem._gradient is None
+    for _ in range(4):
+        p.grad = p.detach() * torch.arange(1.0, 5.0)
+        opt.step()
+    assert opt.anderson.stats.accelerated > 0
+
+
+def test_state_leaves_the_momentum_of_a_group_at_rate_0_alone():
+    p, q = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.0}]
+    opt = AndersonOptimizer(
+        torch.optim.SGD(groups, momentum=0.9),
+        anderson=AndersonConfig(residual="state", safeguard="none"),
+    )
+    momentum = torch.zeros(3)
+    for _ in range(6):
+        p.grad = p.detach() * torch.arange(1.0, 5.0)
+        q.grad = torch.arange(1.0, 4.0)
+        opt.step()
+        momentum = 0.9 * momentum + q.grad
+    assert opt.anderson.stats.accelerated > 0
+    torch.testing.assert_close(opt.state[q]["momentum_buffer"], momentum)
+
+
+def test_a_rejected_point_is_not_averaged():
+    """After a rejection the window's newest iterate is the base step that training goes on from."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6))
+    opt = AndersonOptimizer(
+        torch.optim.SGD([p], lr=0.3),
+        anderson=AndersonConfig(
+            frequency=1, safeguard="residual", average_window=3, average_threshold=1e9
+        ),
+    )
+    average = opt.anderson._average
+    rejected = 0
+    for _ in range(40):
+        p.grad = torch.randn(6) + p.detach() * torch.linspace(0.5, 3.0, 6)
+        opt.step()
+        average = opt.anderson._average
+        newest = average._iterates[(average._pushed - 1) % 3]
+        assert torch.equal(newest, p.detach())
+        rejected = opt.anderson.stats.rejected["residual"]
+    assert rejected > 2
