@@ -206,7 +206,16 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         problem = self._anderson_problem
         problem.base_step = lambda: self._base_step(closure)
         if closure is not None:
-            problem.evaluate = lambda: self._evaluate(closure)
+            kind = problem.device.type
+            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+            def evaluate() -> float:
+                # The algorithm's own numerics are plain; the closure's are what the user chose.
+                with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+                    loss: float = self._evaluate(closure)
+                return loss
+
+            problem.evaluate = evaluate
         try:
             return self.anderson.step(problem)
         finally:  # neither outlives the step: they hold on to the closure and its graph
@@ -219,8 +228,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             return super(type(self), self).step(closure)
 
     def _evaluate(self: Any, closure: Closure) -> float:
-        with torch.enable_grad():
-            return _number(closure())
+        return _number(closure())
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
@@ -281,8 +289,7 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
                 return horovods["step"](self, lambda: _synchronized(self, closure))
 
     def _evaluate(self: Any, closure: Closure) -> float:
-        with torch.enable_grad():
-            return _number(_synchronized(self, closure))
+        return _number(_synchronized(self, closure))
 
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
         """As in torch; not between backward() and step() or synchronize()."""

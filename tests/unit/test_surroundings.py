@@ -117,3 +117,27 @@ def test_a_rejected_point_is_not_averaged():
         assert torch.equal(newest, p.detach())
         rejected = opt.anderson.stats.rejected["residual"]
     assert rejected > 2
+
+
+def test_closure_sees_the_autocast_that_step_was_called_in():
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = AndersonOptimizer(
+        torch.optim.SGD([p], lr=0.1), anderson=AndersonConfig(safeguard="loss", frequency=1)
+    )
+    seen = []
+
+    def closure():
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        opt.zero_grad()
+        loss = (p.square() * torch.arange(1.0, 5.0)).sum()
+        loss.backward()
+        return loss
+
+    for enabled in (True, False):
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            for _ in range(3):
+                opt.step(closure)
+        assert len(seen) > 3  # two more for each accelerated step
+        assert {was for was, _ in seen} == {enabled}
+        assert not enabled or {dtype for _, dtype in seen} == {torch.float16}
