@@ -25,7 +25,7 @@ from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.config import AndersonConfig
-from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
+from aadl_hvd.errors import AndersonError, ConfigError, ReplicaMismatchError, UnsupportedError
 from aadl_hvd.fixed_point import OptimizerFixedPoint
 from aadl_hvd.safeguard import Restart
 
@@ -121,16 +121,8 @@ def DistributedAndersonOptimizer(
     op = hvd.Average if op is None else op
     process_set = hvd.global_process_set if process_set is None else process_set
     adasum = op == hvd.Adasum and hvd.size() > 1
-    config = _checked_config(anderson)
-    if adasum:
-        config = _adasum_config(config, explicit=anderson is not None)
-    _check_optimizer(optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError(
-            "Invalid optimizer LBFGS. It decides from the loss of one rank how often it calls the "
-            "closure; ranks would wait for each other for ever. AndersonOptimizer takes it."
-        )
     comm = horovod_communicator(process_set)
+    config = _accepted_by_all(comm, lambda: _accept(optimizer, anderson, adasum))
     _compare_ranks(comm, optimizer, config)
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
 
@@ -451,8 +443,37 @@ def _adasum_config(config: AndersonConfig, explicit: bool) -> AndersonConfig:
             f"Invalid residual={config.residual!r} with op=Adasum, which combines the updates of "
             "the ranks and not their gradients. Must be 'step'."
         )
-    warnings.warn("op=Adasum: Anderson acceleration uses residual='step'.", stacklevel=3)
+    warnings.warn("op=Adasum: Anderson acceleration uses residual='step'.", stacklevel=6)
     return dataclasses.replace(config, residual="step")
+
+
+def _accept(
+    optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None, adasum: bool
+) -> AndersonConfig:
+    """The settings, if they and the optimizer can be distributed."""
+    config = _checked_config(anderson)
+    if adasum:
+        config = _adasum_config(config, explicit=anderson is not None)
+    _check_optimizer(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "Invalid optimizer LBFGS. It decides from the loss of one rank how often it calls the "
+            "closure; ranks would wait for each other for ever. AndersonOptimizer takes it."
+        )
+    return config
+
+
+def _accepted_by_all(comm: Communicator, accept: Callable[[], AndersonConfig]) -> AndersonConfig:
+    """What `accept` returns; raises on every rank if it raised on any. Collective."""
+    try:
+        config = accept()
+    except AndersonError as error:
+        comm.allgather_object(str(error))
+        raise
+    for rank, refusal in enumerate(comm.allgather_object(None)):
+        if refusal is not None:
+            raise ReplicaMismatchError(f"Rank {rank} refused what this rank accepts: {refusal}")
+    return config
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -230,3 +230,19 @@ def test_scripts_written_for_horovod(script, optimizer):
         stats = scope["optimizer"].anderson.stats
         assert stats.accelerated + stats.rejected["descent"] >= 3, stats
     assert isinstance(scope["optimizer"], torch.optim.SGD)
+
+
+@pytest.mark.parametrize("wrong", ["settings", "wrapped twice"])
+def test_refused_on_one_rank_alone(wrong):
+    """The others do not wait for it: they are told which rank, and why."""
+    optimizer = sgd(layered(4))
+    anderson = None
+    if LAST and wrong == "settings":
+        anderson = {"frequency": 3}
+    if LAST and wrong == "wrapped twice":
+        optimizer = AndersonOptimizer(optimizer)
+    own = ConfigError if wrong == "settings" else UnsupportedError
+    reason = "Must be an AndersonConfig" if wrong == "settings" else "accelerated already"
+    with pytest.raises(own if LAST else ReplicaMismatchError, match=reason) as error:
+        DistributedAndersonOptimizer(optimizer, anderson=anderson)
+    assert LAST or f"Rank {hvd.size() - 1} refused" in str(error.value)
