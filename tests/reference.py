@@ -69,6 +69,8 @@ def anderson(
             if not np.linalg.norm(r) < norm:
                 counts["residual"] += 1
                 w, state = back, back_state
+                if recent:
+                    recent[-1] = back  # line 23: w^(k+1) is the base step, the point never was
                 path.append(w)
                 continue
         if k >= 1 and k % q == 0:

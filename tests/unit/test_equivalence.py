@@ -53,7 +53,7 @@ CASES = {
             "history_depth": 4,
             "frequency": 3,
             "average_window": 2,
-            "average_threshold": 0.6,
+            "average_threshold": 0.4,
             "safeguard": "residual",
         },
     ),
