@@ -13,6 +13,7 @@ from aadl_hvd.errors import (
     ReplicaMismatchError,
     UnsupportedError,
 )
+from aadl_hvd.neumann import NeumannOptimizer
 from aadl_hvd.optimizer import AndersonOptimizer, DistributedAndersonOptimizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CommunicationError",
     "ConfigError",
     "DistributedAndersonOptimizer",
+    "NeumannOptimizer",
     "ReplicaMismatchError",
     "UnsupportedError",
 ]
