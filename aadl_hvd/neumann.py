@@ -70,7 +70,8 @@ class NeumannOptimizer(torch.optim.Optimizer):
         gamma: decay of the moving average; in [0, 1].
         mu_min: lower bound of mu(t); in [0, 1].
         mu_max: upper bound of mu(t); in [mu_min, 1].
-        warmup_epochs: epochs of plain SGD before t = 1; at least 0. As steps: rounded.
+        warmup_epochs: epochs of plain SGD before t = 1; at least 0. As steps: rounded. With 0 the
+            repulsion begins at a tiny |delta|, and its first push may be larger than the weights.
         reset_epochs: the first K, in epochs; greater than 0. As steps: rounded, and at least 1.
         variables: what "the number of variables" that beta is multiplied with counts: "parameters"
             (scalars) or "tensors" (what TensorFlow, the source's framework, calls variables).
