@@ -45,7 +45,7 @@ class DigitsResNet(Supervised):
         self,
         *,
         batch: int | None = None,
-        epochs: int = 60,
+        epochs: int = 30,
         steps: int | None = None,
         seed: int = 0,
         rank: int = 0,

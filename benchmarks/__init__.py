@@ -1,0 +1,1 @@
+"""Measurements that run from the checkout: `python -m benchmarks.NAME --help`."""

@@ -1,0 +1,1 @@
+"""Does acceleration pay? All problems of `models.problems`, each with all contenders."""

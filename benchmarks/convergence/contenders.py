@@ -1,0 +1,61 @@
+"""The optimizers that are compared, each made from a problem's own base optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+from torch import nn
+
+from aadl_hvd import DistributedAndersonOptimizer
+from benchmarks.convergence.aadl import Aadl
+from models.problems import Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contender:
+    """An optimizer in training.
+
+    Attributes:
+        optimizer: distributed.
+        after_step: to be called after each of its steps, or None.
+        observes: its `observe` is told each step's loss.
+        averages: it can lend averaged weights to evaluate.
+    """
+
+    optimizer: Any
+    after_step: Callable[[], None] | None = None
+    observes: bool = False
+    averages: bool = False
+
+
+def make(name: str, problem: Problem, model: nn.Module) -> Contender:
+    """Makes the contender called `name`, one of `plan.CONTENDERS`. Collective."""
+    base = problem.make_optimizer(model)
+    named = list(model.named_parameters())
+    settings = problem.paper
+    if name in ("base", "aadl"):
+        optimizer = hvd.DistributedOptimizer(base, named_parameters=named)
+        if name == "base":
+            return Contender(optimizer=optimizer)
+        aadl = Aadl(
+            optimizer,
+            history_depth=settings.history_depth,
+            frequency=settings.frequency,
+            store_every=settings.store_every,
+            relaxation=settings.relaxation,
+        )
+        return Contender(optimizer=optimizer, after_step=aadl.after_step)
+    if name == "default":
+        optimizer = DistributedAndersonOptimizer(base, named_parameters=named)
+        return Contender(
+            optimizer=optimizer,
+            observes=hasattr(optimizer, "observe"),
+            averages=hasattr(optimizer, "averaged_weights"),
+        )
+    if name == "paper":
+        settings = dataclasses.replace(settings, average_window=None)
+    optimizer = DistributedAndersonOptimizer(base, named_parameters=named, anderson=settings)
+    return Contender(optimizer=optimizer)
