@@ -34,7 +34,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
             DigitsMLP, batch=batch, optimizer=optimizer
         )
         for batch in (None, 500, 100)
-        for optimizer in ("sgd", "nesterov", "adam")
+        for optimizer in ("sgd", "nesterov", "adam", "neumann")
     },
     "digits_mlp-32-nesterov": partial(DigitsMLP, batch=32, optimizer="nesterov", lr=0.2, steps=800),
     f"digits_resnet-{SMALL_BATCH}": partial(DigitsResNet, batch=SMALL_BATCH),

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aadl_hvd import AndersonConfig
+from aadl_hvd import AndersonConfig, NeumannOptimizer
 
-OPTIMIZERS = ("sgd", "nesterov", "adam")
+OPTIMIZERS = ("sgd", "nesterov", "adam", "neumann")
 
 # The paper's algorithm on problems that the paper does not have: its residual, safeguard and moving
 # average, with a window and frequencies in the middle of those it uses.
@@ -187,9 +187,16 @@ def mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
 
 
 def make_optimizer(
-    kind: str, model: nn.Module, lr: float, weight_decay: float = 0.0
+    kind: str,
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    steps_per_epoch: int = 1,
 ) -> torch.optim.Optimizer:
-    """A base optimizer by name: one of `OPTIMIZERS`; "nesterov" has momentum 0.9."""
+    """A base optimizer by name: one of `OPTIMIZERS`.
+
+    "nesterov" has momentum 0.9; "neumann" alone needs to know `steps_per_epoch`.
+    """
     parameters = model.parameters()
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
@@ -199,4 +206,6 @@ def make_optimizer(
         )
     if kind == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
+    if kind == "neumann":
+        return NeumannOptimizer(parameters, lr, steps_per_epoch, weight_decay=weight_decay)
     raise ValueError(f"Invalid kind={kind!r}. Must be one of {OPTIMIZERS}.")

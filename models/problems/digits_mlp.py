@@ -12,7 +12,7 @@ from torch.nn import functional
 from models.problems.base import Supervised, make_optimizer, mlp, seeded
 
 TRAIN_IMAGES = 1497
-RATES = {"sgd": 0.5, "nesterov": 0.1, "adam": 2e-3}
+RATES = {"sgd": 0.5, "nesterov": 0.1, "adam": 2e-3, "neumann": 0.1}
 
 
 @functools.cache
@@ -40,9 +40,9 @@ class DigitsMLP(Supervised):
     """64-64-64-10 tanh MLP, cross-entropy, weight decay 1e-4 in the optimizer, 400 steps.
 
     Args:
-        optimizer: "sgd", "nesterov" (momentum 0.9) or "adam".
+        optimizer: "sgd", "nesterov" (momentum 0.9), "adam" or "neumann".
         batch: items in a global batch; None: all 1,497.
-        lr: learning rate; None: 0.5, 0.1 or 2e-3 for the three optimizers.
+        lr: learning rate; None: that of `RATES`.
         steps: of the base optimizer.
         seed: see `Problem`.
         rank: see `Problem`.
@@ -68,7 +68,13 @@ class DigitsMLP(Supervised):
             return mlp([64, 64, 64, 10], nn.Tanh)
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return make_optimizer(self.optimizer, model, self.lr, weight_decay=1e-4)
+        return make_optimizer(
+            self.optimizer,
+            model,
+            self.lr,
+            weight_decay=1e-4,
+            steps_per_epoch=TRAIN_IMAGES // self.batch,
+        )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets, reduction="none")
