@@ -46,6 +46,9 @@ class Aadl:
     for itself. The count of steps starts anew at every acceleration and must exceed `wait`, of
     which 1 is the published default; so with frequency 1 every second step is accelerated.
 
+    Not imitated: versions of the published code let the weights and the newest entry of the history
+    share memory after an acceleration, so that the next step overwrites that entry.
+
     Args:
         optimizer: a torch optimizer, distributed or not.
         history_depth: iterates that are kept.
@@ -89,5 +92,6 @@ class Aadl:
             if len(history) < 3:
                 continue
             history[-1] = extrapolate(torch.stack(list(history), dim=1), self._relaxation)
-            vector_to_parameters(history[-1], group)
+            # A copy: parameters become views of the vector, and the next step is in place.
+            vector_to_parameters(history[-1].clone(), group)
             self.accelerated += 1
