@@ -20,7 +20,7 @@ CONTENDERS = {
     "default": "DistributedAndersonOptimizer as it comes",
 }
 # Seeds where none are asked for, so that all problems together take about 40 minutes on 2 cores.
-SEEDS = {"burgers2d": 3, "burgers100d": 3, "digits_resnet": 5, "admissions": 3}
+SEEDS = {"digits_mlp": 15, "digits_resnet": 5, "admissions": 3, "burgers2d": 3, "burgers100d": 3}
 OTHER_SEEDS = 20
 QUICK_PROBLEMS = ("quadratic", "digits_mlp-full-sgd", "digits_mlp-100-nesterov", "burgers2d")
 QUICK_STEPS, QUICK_SEEDS = 12, 2

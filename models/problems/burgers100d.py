@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -122,7 +123,7 @@ class Burgers100d(Problem):
         self,
         *,
         collocation: int = COLLOCATION_POINTS,
-        steps: int = 300,
+        steps: int = 200,
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
@@ -145,12 +146,7 @@ class Burgers100d(Problem):
         self._train = _cut(data, slice(a)), _cut(inner, slice(b))
         self._validation = _cut(data, slice(a, None)), _cut(inner, slice(b, None))
         self._counts = a, b
-        own = _cut(data, self.share(a)), _cut(inner, self.share(b))
-        count = -(-max(len(points) for points, _ in own) // CHUNK)
-        self._chunks = [
-            (_cut(own[0], slice(i, None, count)), _cut(own[1], slice(i, None, count)))
-            for i in range(count)
-        ]
+        self._own = _cut(data, self.share(a)), _cut(inner, self.share(b))
 
     def make_model(self) -> LaplacianMLP:
         with seeded(self.seed):
@@ -167,7 +163,7 @@ class Burgers100d(Problem):
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients: list[Tensor] = []
         total = torch.zeros(())
-        for data, inner in self._chunks:
+        for data, inner in _chunks(*self._own):
             of_data, of_inner = _squares(model, data, inner)
             loss = self.mean(of_data, self._counts[0]) + self.mean(of_inner, self._counts[1])
             total += loss.detach()
@@ -187,9 +183,10 @@ class Burgers100d(Problem):
         found = {}
         with torch.no_grad():
             for name, parts in (("training", self._train), ("validation", self._validation)):
-                of_data, of_inner = _squares(model, *parts)
-                loss = of_data.double().mean() + of_inner.double().mean()
-                found[f"{name}_loss"] = loss.item()
+                squares = zip(*(_squares(model, *chunk) for chunk in _chunks(*parts)), strict=True)
+                found[f"{name}_loss"] = sum(
+                    torch.cat(pieces).double().mean().item() for pieces in squares
+                )
             points = self._validation[1][0]
             exact = torch.from_numpy(
                 exact_solution(points[:, :-1].double().numpy(), points[:, -1].double().numpy())
@@ -238,6 +235,13 @@ def _uniform(random: np.random.Generator, count: int) -> tuple[np.ndarray, np.nd
 def _tensors(x: np.ndarray, t: np.ndarray, values: np.ndarray) -> Points:
     points = np.concatenate([x, t[:, None]], axis=1)
     return torch.from_numpy(points).float(), torch.from_numpy(values).float()
+
+
+def _chunks(data: Points, inner: Points) -> Iterator[tuple[Points, Points]]:
+    """The same points, few at a time."""
+    count = -(-max(len(data[0]), len(inner[0])) // CHUNK)
+    for i in range(count):
+        yield _cut(data, slice(i, None, count)), _cut(inner, slice(i, None, count))
 
 
 def _cut(points: Points, part: slice) -> Points:
