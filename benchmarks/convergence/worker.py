@@ -53,6 +53,7 @@ def main(plan_path: Path) -> None:
                     results.write()
                     written = time.monotonic()
     finally:
+        gc.unfreeze()  # else libraries complain of leaks at the end
         if results is not None:
             results.write()
     hvd.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,8 @@ OPTIMIZERS = ("sgd", "nesterov", "adam", "neumann")
 
 # The paper's algorithm on problems that the paper does not have: its residual, safeguard and moving
 # average, with a window and frequencies in the middle of those it uses.
-NOT_IN_PAPER = AndersonConfig(
-    history_depth=10,
-    frequency=5,
-    store_every=1,
-    relaxation=1.0,
-    safeguard="residual",
-    residual="step",
-    average_window=5,
-    average_threshold=0.1,
+NOT_IN_PAPER = dataclasses.replace(
+    AndersonConfig.paper("burgers2d"), history_depth=10, frequency=5, store_every=1
 )
 
 

@@ -168,7 +168,10 @@ def test_settings_of_the_paper(make):
     assert make("burgers2d").paper.frequency == 10
     assert make("burgers100d").paper.history_depth == 20
     assert make("digits_resnet-full").paper.store_every == 5
-    assert make("quadratic").paper.average_window == 5
+    other = make("quadratic").paper
+    assert (other.history_depth, other.frequency, other.store_every) == (10, 5, 1)
+    assert (other.relaxation, other.average_window, other.average_threshold) == (1.0, 5, 0.1)
+    assert (other.residual, other.safeguard) == ("step", "residual")
 
 
 # Burgers in one dimension
