@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks.convergence.__main__ as convergence
 from benchmarks.convergence import summary
-from benchmarks.convergence.__main__ import main
 from benchmarks.convergence.aadl import Aadl, extrapolate
 from benchmarks.convergence.plan import CONTENDERS, make_plan, parse_seeds, parser
 from benchmarks.convergence.results import Results, plain
@@ -21,6 +21,7 @@ from models.errors import UserError
 from models.problems import PROBLEMS
 
 ROOT = Path(__file__).parents[2]
+main = convergence.main
 
 
 # The reference of AADL
@@ -310,6 +311,34 @@ def test_mistakes(words, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_what_is_there_is_kept_or_left_out(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def launch(plan, results, words):
+        asked.append(plan.runs)
+        results.head = {"conditions": plan.conditions}
+        for problem, contender, seed in plan.runs:
+            results.add(a_run(problem, contender, seed, final=float(len(asked))))
+        results.write()
+        return 0
+
+    monkeypatch.setattr(convergence, "_launch", launch)
+    monkeypatch.setattr(summary, "_about", lambda head: [])
+    words = ["--out", str(tmp_path), "--problems", "quadratic", "--seeds"]
+    assert main([*words, "0-1"]) == 0
+    assert main([*words, "1-2", "--contenders", "base"]) == 0
+    assert main([*words, "0-2", "--resume", "--contenders", "base,aadl"]) == 0
+    assert asked[1] == [("quadratic", "base", 1), ("quadratic", "base", 2)]
+    assert asked[2] == [("quadratic", "aadl", 2)]
+    runs = Results(tmp_path / "results.json").runs
+    finals = {key: run["final"]["training_loss"] for key, run in runs.items()}
+    assert finals["quadratic", "base", 0] == finals["quadratic", "default", 1] == 1
+    assert finals["quadratic", "base", 1] == 2 and finals["quadratic", "aadl", 2] == 3
+    assert "| base | 3 |" in (tmp_path / "table.md").read_text()
+    assert main([*words, "0", "--steps", "5"]) == 2
+    assert "steps = None, and now it is 5: choose another --out" in capsys.readouterr().err
+
+
 # On real ranks
 
 
@@ -356,13 +385,3 @@ def test_a_quick_run_on_two_ranks(tmp_path):
     assert table.count("| base |") == table.count("| default |") == 2
     for name in ("quadratic", "digits_mlp-100-nesterov"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-    # One problem more: what is there stays as it is.
-    start(
-        *words, "logistic_digits", "quadratic", "--seeds", "1", "--contenders", "base", "--resume"
-    )
-    more = Results(tmp_path / "results.json").runs
-    assert len(more) == len(content["runs"]) + 1
-    assert all(
-        more[run["problem"], run["contender"], run["seed"]] == run for run in content["runs"]
-    )
