@@ -1,9 +1,12 @@
 """Anderson acceleration of a fixed-point iteration w <- G(w), its history shared by P ranks.
 
-    r = G(w) - w                                         residual
-    W, R                                                 differences of stored w and r, n x m
-    gamma = argmin || r - R gamma ||                     paper, Eq. 5
-    w+ = w + beta [ -W gamma + damping (r - R gamma) ]   paper, Eq. 4 and 6 (damping = 1)
+    r                                                      residual, zero where G(w) = w
+    W, R                                                   differences of stored w and r, n x m
+    gamma = argmin || r - R gamma ||                       paper, Eq. 5
+    w+ = w + beta [ -W gamma + damping M (r - R gamma) ]   paper, Eq. 4 and 6 (damping = 1)
+
+M is diagonal and makes a step of a residual: the identity for r = G(w) - w, the paper's; the base
+optimizer's own scaling where r is minus a gradient (fixed_point.py).
 
 The paper's Eq. 8 prints (1 - beta) I - beta (W + R) ..., which contradicts its Eq. 4 and 6, and
 Algorithm 1 stores where "k (mod q) != 0": both are taken as misprints.
@@ -32,9 +35,10 @@ from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
-from aadl_hvd.safeguard import Rejection, Restart, Trial
+from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
+from aadl_hvd.safeguard import LossWatch, Rejection, Restart, Trial
 from aadl_hvd.sharding import Sharding
-from aadl_hvd.solve import Factorization, Vector, promised_reduction
+from aadl_hvd.solve import Factorization, Matrix, Vector, promised_reduction
 
 
 class FixedPoint(Protocol):
@@ -57,8 +61,8 @@ class FixedPoint(Protocol):
         """Where w is."""
 
     @property
-    def residual_scale(self) -> float:
-        """What r is proportional to (the learning rate): residuals are stored divided by it."""
+    def moves(self) -> bool:
+        """Whether the base optimizer goes anywhere (no learning rate of 0)."""
 
     def read_before(self, lo: int, hi: int, out: Tensor) -> Tensor:
         """Copies rows [lo, hi) of w, before `advance`."""
@@ -70,7 +74,19 @@ class FixedPoint(Protocol):
         """Copies rows [lo, hi) of the current weights."""
 
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
-        """Copies rows [lo, hi) of r / residual_scale, after `advance`; w: rows from before it."""
+        """Copies rows [lo, hi) of r, after `advance`; w: rows from before it."""
+
+    def mixing(self, lo: int, hi: int) -> float | Tensor:
+        """The diagonal of M: one number, or rows [lo, hi) of it."""
+
+    def deviations(self) -> Deviations | None:
+        """What is known of the noise in the residual of this step, after `advance`."""
+
+    def skip(self) -> Any:
+        """Ends a step without moving; its return value is handed to the user."""
+
+    def reset_momentum(self) -> Callable[[], None]:
+        """Sets the base optimizer's momentum to zero; the result puts it back."""
 
     def write(self, flat: Tensor) -> None:
         """Sets the weights from a flat vector [>= n]."""
@@ -105,6 +121,8 @@ class Accelerator:
         self._signature: Hashable = None
         self._average: MovingAverage | None = None
         self._trial: Trial | None = None
+        self._noise = NoiseMeter()
+        self._losses = LossWatch()
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
     @property
@@ -117,10 +135,25 @@ class Accelerator:
         """h, how many columns the history holds now."""
         return self._history.columns
 
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the next step needs the gradients one by one, before they are averaged.
+
+        Only in accelerated steps and in those before them.
+        """
+        k, p = self._calls + 1 - self.config.warmup_steps, self.config.frequency
+        return self.config.noise_gate is not None and k >= 0 and (k % p == 0 or (k + 1) % p == 0)
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Takes note of this rank's loss at the weights that the next step starts from."""
+        self._losses.observe(loss)
+
     def restart(self, cause: Restart = Restart.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
         self.stats.restarts[cause.value] += 1
         self._trial = None
+        self._losses.drop_trial()
+        self._noise.clear()
         self._history.clear()
         self._gram.clear()
         if self._average is not None:
@@ -140,8 +173,13 @@ class Accelerator:
         accelerate = k >= 1 and k % config.frequency == 0
         confirm = config.safeguard == "residual" and k >= 2 and (k - 1) % config.frequency == 0
         average = config.average_window is not None and k >= 1
+        self._losses.next_step()
+        if self._losses.verdict_due and not self._confirm_loss(problem):
+            return problem.skip()
         if not (store or accelerate or confirm or average):
-            return problem.advance()
+            result = problem.advance()
+            self._note_noise(problem)
+            return result
 
         with _plain_numerics(problem.device), self.stats.timed("read"):
             self._prepare(problem)
@@ -152,13 +190,21 @@ class Accelerator:
                 r = problem.read_residual(*self._rows, w, self._vector())
             if confirm and not self._confirm(problem, r):
                 return result
-            if store and problem.residual_scale > 0.0:  # at learning rate 0 r says nothing
+            noise = self._note_noise(problem)
+            if store and problem.moves:  # at learning rate 0 r says nothing
                 self._store(w, r)
             if accelerate:
-                self._accelerate(problem, w, r)
+                self._accelerate(problem, w, r, np.concatenate([noise, self._losses.riders()]))
             if average:
                 self._replace_by_average(problem, r)
         return result
+
+    def _note_noise(self, problem: FixedPoint) -> Vector:
+        """This rank's numbers on the noise of this step's gradient."""
+        if self.config.noise_gate is None:
+            return np.zeros(NoiseMeter.RIDERS)
+        with self.stats.timed("noise"):
+            return self._noise.riders(problem.deviations(), self._calls)
 
     def _store(self, w: Tensor, r: Tensor) -> None:
         with self.stats.timed("store"):
@@ -167,11 +213,13 @@ class Accelerator:
                 self._gram.stored(*new)
             self.stats.stored += 1
 
-    def _accelerate(self, problem: FixedPoint, w: Tensor, r: Tensor) -> None:
+    def _accelerate(self, problem: FixedPoint, w: Tensor, r: Tensor, riders: Vector) -> None:
         stats, config = self.stats, self.config
         with stats.timed("gram"):
-            system = self._gram.assemble(r)
-            stats.bytes["gram"] += self._gram.message_bytes
+            system, sums = self._gram.assemble(r, riders)
+            stats.bytes["gram"] += self._gram.message_bytes(len(riders))
+        noise, losses = np.split(sums, [NoiseMeter.RIDERS])
+        may_accelerate = self._losses.event(losses, self._comm.size)
         if system is None:
             self.restart(Restart.DESYNCHRONIZED)
             self._history.generation = 0  # from here on the same on all ranks
@@ -181,16 +229,27 @@ class Accelerator:
             return None  # no two pairs yet: nothing to try
         if (cause := safeguard.judge_system(gram, b, rr)) is not None:
             return self._reject(cause)
+        columns = self._clear_of_noise(noise, gram, rr)
+        if not columns:
+            return self._reject(Rejection.NOISE)
+        if not may_accelerate:
+            return self._reject(Rejection.BACKOFF)
+        gram, b = gram[np.ix_(columns, columns)], b[columns]
+        slots = [self._history.live[i] for i in columns]
         with stats.timed("solve"):
-            gamma = self._solve(gram, b, rr, r)
+            gamma = self._solve(gram, b, rr, r, slots)
         with stats.timed("update"):
-            update = self._history.update(r, gamma, config.damping, problem.residual_scale)
+            mixing = config.damping * problem.mixing(*self._rows)
+            update = self._history.update(r, gamma, mixing)
             partial_slope = float(chunked_dot(update, r))
             slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
             stats.bytes["update"] += 8
         if (cause := safeguard.judge_update(slope, config.safeguard)) is not None:
+            if cause is Rejection.DESCENT:
+                self._history.keep(self._history.columns // 2)  # the newest know the way down
             return self._reject(cause)
-        if config.safeguard in ("residual", "loss"):
+        observed = self._losses.observed
+        if config.safeguard in ("residual", "loss") or observed:
             base_rows = problem.read(*self._rows, self._vector())
         if config.safeguard == "residual":
             self._trial = Trial(base_rows, problem.snapshot(), math.sqrt(rr))
@@ -205,28 +264,55 @@ class Accelerator:
             if cause is not None:
                 problem.write(self._gather(base_rows))
                 return self._reject(cause)
+        restore: Callable[[], None] | None = None
+        if config.momentum == "reset":
+            restore = problem.reset_momentum()
+        if observed:
+            self._losses.try_out(base_rows, restore)
         stats.accelerated += 1
 
-    def _solve(self, gram: np.ndarray, b: Vector, rr: float, r: Tensor) -> Tensor:
+    def _clear_of_noise(self, sums: Vector, gram: Matrix, rr: float) -> list[int]:
+        """The columns that stand out of the noise; none where the residual does not."""
+        everything = list(range(len(gram)))
+        if self.config.noise_gate is None:
+            return everything
+        gate = self.config.noise_gate
+        measured = NoiseMeter.variance(sums, self._comm.size)
+        by_gradients = measured is not None
+        if measured is None:
+            guess = variance_from_history(gram) if self.config.store_every == 1 else 0.0
+            if guess is None:
+                return []
+            measured = guess, rr
+        variance, squared = measured
+        if self.config.residual == "gradient":
+            squared = rr
+        self.stats.note_noise(variance, squared, gate)
+        if not stands_out(squared, variance, gate):
+            return []
+        if by_gradients and self.config.residual != "gradient":
+            return everything  # columns are in other units than the noise
+        return [i for i in everything if gram[i, i] > 2.0 * gate * variance]
+
+    def _solve(self, gram: Matrix, b: Vector, rr: float, r: Tensor, slots: list[int]) -> Tensor:
         """gamma [m] float64 on the host, zero for unused slots; the same bits on every rank."""
         history, config = self._history, self.config
         eps = torch.finfo(history.work_dtype).eps
         factor = Factorization(gram, config.regularization, precision=eps)
         gamma = np.zeros(config.history_depth)
-        h = len(b)
-        gamma[:h] = factor.solve(b)
+        gamma[slots] = factor.solve(b)
         for _ in range(config.refine):
             left = history.residual_left(r, torch.from_numpy(gamma))
             if history.sharding.layout == "columns":
                 self.stats.bytes["solve"] += left.numel() * left.element_size()
                 left = self._comm.sum_tensor(left)
-            gradient = self._gram.project(left)[:h] - factor.penalty(gamma[:h])
-            gamma[:h] += factor.solve(gradient)
+            gradient = self._gram.project(left)[slots] - factor.penalty(gamma[slots])
+            gamma[slots] += factor.solve(gradient)
         # Replicated, but not trusted: processors may differ, and weights must not.
         gamma = self._comm.broadcast(gamma)
         self.stats.bytes["solve"] += gamma.nbytes * (1 + config.refine)
         self.stats.condition, self.stats.rank = factor.condition, factor.rank
-        self.stats.promised_reduction = promised_reduction(gram, b, rr, gamma[:h])
+        self.stats.promised_reduction = promised_reduction(gram, b, rr, gamma[slots])
         return torch.from_numpy(gamma)
 
     def _gather_point(self, w: Tensor, update: Tensor) -> Tensor:
@@ -246,6 +332,21 @@ class Accelerator:
             rows = torch.nn.functional.pad(rows, (0, sharding.block - rows.numel()))
         self.stats.bytes["gather"] += rows.numel() * rows.element_size()
         return self._comm.allgather(rows)
+
+    def _confirm_loss(self, problem: FixedPoint) -> bool:
+        """Judges the accelerated step before this one by its loss; goes back if it was bad."""
+        with _plain_numerics(problem.device), self.stats.timed("safeguard"):
+            numbers = np.append(self._losses.riders(), self._losses.on_trial)
+            sums = self._comm.allreduce(numbers)
+            self.stats.bytes["safeguard"] += sums.nbytes
+            base_rows = self._losses.verdict(sums, self._comm.size)
+            if base_rows is None:
+                return True
+            problem.write(self._gather(base_rows))
+            if self._average is not None:
+                self._average.replace_last(base_rows)  # the rejected point was never there
+            self._reject(Rejection.LOSS)
+            return False
 
     def _confirm(self, problem: FixedPoint, r: Tensor) -> bool:
         """Judges the accelerated step before this one; if it was bad, goes back to the base's."""
@@ -272,8 +373,9 @@ class Accelerator:
         assert average is not None
         with self.stats.timed("average"):
             average.push(problem.read(*self._rows, self._vector()))
-            largest = r.abs().max() if r.numel() else r.new_zeros(())
-            local = torch.stack([average.spread(), largest * problem.residual_scale])
+            mixed = (r * problem.mixing(*self._rows)).abs()
+            largest = mixed.max() if r.numel() else r.new_zeros(())
+            local = torch.stack([average.spread(), largest])
             values = np.append(local.double().cpu().numpy(), not average.full)
             spread, size, missing = self._comm.allreduce(values, "max")
             self.stats.bytes["average"] += values.nbytes

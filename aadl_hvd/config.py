@@ -14,6 +14,7 @@ from aadl_hvd.errors import ConfigError
 
 SAFEGUARDS: Final = ("none", "residual", "loss", "descent")
 RESIDUALS: Final = ("step", "gradient", "state")
+MOMENTA: Final = ("keep", "reset")
 LAYOUTS: Final = ("rows", "columns")
 HISTORY_DTYPES: Final = {
     "float64": torch.float64,
@@ -48,7 +49,9 @@ class AndersonConfig:
             warm-up being counted from k = 1; at least 1.
         store_every: q, store the pair (w, r) where k mod q = 0, before accelerating; at least 1.
         relaxation: beta in (0, 1], the step taken towards the accelerated point (Eq. 6).
-        damping: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 2].
+        damping: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 10].
+            What the history leaves of r lies in directions of low curvature, in which the base
+            optimizer's step is short: measured, 3 is better than 1.
         warmup_steps: plain steps of the base optimizer before the first pair is stored.
         regularization: ridge of the least-squares problem, relative to the diagonal of the Gram
             matrix (so the result does not depend on the scale of the problem, nor of a column);
@@ -57,15 +60,23 @@ class AndersonConfig:
             None switches the moving average off.
         average_threshold: epsilon of the criterion of Eq. 16, greater than 0. The average replaces
             the weights only while max sqrt(S) >= epsilon * max |r|.
+        noise_gate: c of the noise gate: a point is accepted only where ||r||^2 - s > c s, with s
+            the variance of the residual's noise as the ranks measure it, and a column is used only
+            where the square of its norm is above 2 c s. None opens the gate: for full batches on
+            one rank, where noise has to be estimated from the residuals alone.
         safeguard: when an accelerated point is taken. "none": always. "descent": only if
-            <w+ - w, r> > 0; no extra pass. "residual": the paper's, judged in the next step: if
+            <w+ - w, r> > 0; no extra pass; after a rejection the older half of the columns is
+            dropped. "residual": the paper's, judged in the next step: if
             the norm of the residual has not fallen, weights and base-optimizer state go back
             (costs a copy of the base optimizer's state and one wasted step per rejection).
             "loss": the closure given to `step` is evaluated at the base and at the accelerated
             point (two extra passes per accelerated step).
         residual: what r is. "step": G(w) - w, the paper's; wrong for optimizers with momentum.
-            "gradient": -lr * (gradient + weight_decay * w). "state": weights and momentum buffers
-            of `torch.optim.SGD` together, with the norm over both.
+            "gradient": -(gradient + weight_decay * w), turned into a step by the base optimizer's
+            own scaling: lr / (1 - momentum), lr / (sqrt(v) + eps) for Adam and its kin. "state":
+            weights and momentum buffers of `torch.optim.SGD` together, with the norm over both.
+        momentum: what becomes of the base optimizer's momentum after an accepted step: "keep" or
+            "reset" (to zero).
         layout: "rows": every rank holds n/P rows of all columns. "columns": every rank holds whole
             columns; uses at most m ranks.
         history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
@@ -81,13 +92,15 @@ class AndersonConfig:
     frequency: int = 2
     store_every: int = 1
     relaxation: float = 1.0
-    damping: float = 1.0
+    damping: float = 3.0
     warmup_steps: int = 0
     regularization: float = 0.0
     average_window: int | None = None
     average_threshold: float = 0.1
+    noise_gate: float | None = 10.0
     safeguard: str = "descent"
     residual: str = "gradient"
+    momentum: str = "keep"
     layout: str = "rows"
     history_dtype: torch.dtype | None = None
     refine: int = 0
@@ -104,11 +117,19 @@ class AndersonConfig:
         if self.average_window is not None:
             self._check_integer("average_window", 2, "or None, for no moving average")
         self._check_real("relaxation", 0.0, 1.0, low_open=True)
-        self._check_real("damping", 0.0, 2.0)
+        self._check_real("damping", 0.0, 10.0)
+        if self.noise_gate is not None:
+            self._check_real("noise_gate", 0.0, math.inf, other="or None, for no gate")
         self._check_real("regularization", 0.0, math.inf)
         self._check_real("average_threshold", 0.0, math.inf, low_open=True)
         self._check_choice("safeguard", SAFEGUARDS)
         self._check_choice("residual", RESIDUALS)
+        self._check_choice("momentum", MOMENTA)
+        if self.momentum == "reset" and self.residual == "state":
+            raise ConfigError(
+                "Invalid momentum='reset' with residual='state', which accelerates the momentum "
+                "itself. Must be 'keep'."
+            )
         self._check_choice("layout", LAYOUTS)
         self._check_history_dtype()
 
@@ -135,6 +156,8 @@ class AndersonConfig:
             **_PAPER[name],
             average_window=_PAPER_WINDOW[name] if average else None,
             average_threshold=_PAPER_THRESHOLD,
+            damping=1.0,
+            noise_gate=None,
             safeguard="residual",
             residual="step",
         )
@@ -152,14 +175,19 @@ class AndersonConfig:
             also = f", {other}" if other else ""
             raise ConfigError(f"Invalid {name}={value!r}. Must be an integer >= {low}{also}.")
 
-    def _check_real(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
+    def _check_real(
+        self, name: str, low: float, high: float, *, low_open: bool = False, other: str = ""
+    ) -> None:
         value: Any = getattr(self, name)
         ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
         ok = ok and math.isfinite(value) and low <= value <= high
         if not ok or (low_open and value == low):
             lower = f"> {low:g}" if low_open else f">= {low:g}"
             upper = "" if math.isinf(high) else f" and <= {high:g}"
-            raise ConfigError(f"Invalid {name}={value!r}. Must be a finite number {lower}{upper}.")
+            also = f", {other}" if other else ""
+            raise ConfigError(
+                f"Invalid {name}={value!r}. Must be a finite number {lower}{upper}{also}."
+            )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

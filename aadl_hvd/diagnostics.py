@@ -12,7 +12,19 @@ from typing import Any
 from aadl_hvd.safeguard import Rejection, Restart
 
 # Order of an accelerated step; "read" copies this rank's rows, "write" puts the update in place.
-PARTS = ("read", "store", "gram", "solve", "update", "gather", "write", "safeguard", "average")
+PARTS = (
+    "read",
+    "noise",
+    "store",
+    "gram",
+    "solve",
+    "update",
+    "gather",
+    "write",
+    "safeguard",
+    "average",
+)
+_SMOOTHING = 0.9
 
 
 @dataclasses.dataclass
@@ -33,7 +45,11 @@ class Stats:
         restarts: times the history was forgotten, by cause (`Restart`).
         averaged: steps whose weights were replaced by the moving average.
         promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.
+        noise_variance: variance of the mean gradient's noise, summed over coordinates; smoothed
+            over the last 10 attempts or so.
+        signal: square of the norm of the mean gradient without its noise, smoothed likewise.
         condition: condition number of the last Gram matrix after truncation.
+        gate: `noise_gate` of the settings; NaN before the first attempt.
         rank: columns' worth of directions that the last solve used.
         seconds: wall-clock of each part on this rank, summed. On a GPU, work is counted where the
             host waits for it, mostly under "gram".
@@ -53,8 +69,34 @@ class Stats:
     promised_reduction: float = math.nan
     condition: float = math.nan
     rank: int = 0
+    noise_variance: float = math.nan
+    signal: float = math.nan
+    gate: float = math.nan
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+    @property
+    def batch_factor(self) -> float:
+        """How many times the present batch it takes for acceleration to be let through.
+
+        Below 1 the gate is open. The noise of a mean falls as one over the batch:
+        gate * noise_variance / signal. Infinite where no signal is seen, NaN where nothing has
+        been measured.
+        """
+        if math.isnan(self.noise_variance) or math.isnan(self.signal):
+            return math.nan
+        if self.signal <= 0.0:
+            return math.inf if self.noise_variance > 0.0 else math.nan
+        return self.gate * self.noise_variance / self.signal
+
+    def note_noise(self, variance: float, squared: float, gate: float) -> None:
+        """Takes in one measurement: sigma^2 and ||r||^2, noise included."""
+        self.gate = gate
+        for name, value in (("noise_variance", variance), ("signal", squared - variance)):
+            old = getattr(self, name)
+            if math.isfinite(value):
+                new = value if math.isnan(old) else _SMOOTHING * old + (1.0 - _SMOOTHING) * value
+                setattr(self, name, new)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -92,5 +134,6 @@ class Stats:
             f"{self.averaged} averaged, {sum(self.restarts.values())} restarts"
             f"{f' ({restarts})' if restarts else ''}; last solve: promised reduction "
             f"{self.promised_reduction:.3g}, condition {self.condition:.3g}; "
+            f"gate opens at {self.batch_factor:.3g} times this batch; "
             f"{sum(self.seconds.values()):.3g} s in Anderson acceleration"
         )

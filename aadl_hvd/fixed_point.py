@@ -1,10 +1,15 @@
 """A torch optimizer seen as a fixed-point iteration w <- G(w), with three notions of residual.
 
-    step       r = G(w) - w                            paper, Eq. 1
-    gradient   r = -lr (g + weight_decay w)            what SGD without momentum would do (Eq. 9)
+    step       r = G(w) - w                      paper, Eq. 1
+    gradient   r = -(g + weight_decay w)         mixed in by M: what the optimizer makes of r
     state      the same as "step" for x = (w, lr v), v the momentum buffers of torch.optim.SGD
 
 With momentum the map is G(w, v): a residual of w alone ("step") is not a function of w.
+
+M is diagonal: lr / (1 - momentum), the step that a constant gradient leads to in the end, divided
+by sqrt(v) + eps where the optimizer divides by it (Adam and its kin, RMSprop, Adagrad). So
+"gradient" columns do not depend on the learning rate at all. What decoupled weight decay (AdamW)
+adds to r is weight_decay w (sqrt(v) + eps): r is zero where that optimizer rests.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.flatten import FlatLayout
+from aadl_hvd.noise import Deviations, GradientSamples
 
 # Rows of the flat gradient, and the parameters that have none.
 _Gradient = tuple[Tensor, set[int]]
@@ -47,12 +53,31 @@ class OptimizerFixedPoint:
         self._residual = residual
         self._weights_before = weights_before or (lambda parameter: parameter)
         self.base_step: Callable[[], Any]
+        self.skip_step: Callable[[], Any]
         self.evaluate: Callable[[], float]
+        self.samples: GradientSamples | None = None
+        self._sampling: tuple[int, float, Callable[[], bool] | None] | None = None
+        self._hooks: list[Any] = []
         self._last_rates: tuple[float, ...] = ()
         self._due: tuple[int, int, Tensor] | None = None
         self._gradient: _Gradient | None = None
+        self._deviations: Deviations | None = None
         self._check()
         self._refresh()
+
+    def sample_gradients(
+        self, samples: int, factor: float, wanted: Callable[[], bool] | None = None
+    ) -> None:
+        """Has the noise of the gradient measured.
+
+        Args:
+            samples: see `GradientSamples`.
+            factor: see `GradientSamples`.
+            wanted: makes hooks that take a sample after every backward pass in which it says so;
+                None: samples are handed in by others.
+        """
+        self._sampling = samples, factor, wanted
+        self._make_samples()
 
     # What is accelerated
 
@@ -67,9 +92,12 @@ class OptimizerFixedPoint:
                 initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
                 rates = self._last_rates or tuple(initial)
             self._last_rates = rates
-            # Only ratios matter; rounded, so that a schedule's last bit does not count.
-            largest = max(rates, default=1.0) or 1.0
-            rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
+            if self._residual == "gradient":
+                rates = tuple(map(bool, rates))  # what moves at all
+            else:
+                # Only ratios matter; rounded, so that a schedule's last bit does not count.
+                largest = max(rates, default=1.0) or 1.0
+                rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
         return parameters, decays, rates
 
     @property
@@ -86,10 +114,41 @@ class OptimizerFixedPoint:
         return self._parameters[0].device if self._parameters else torch.device("cpu")
 
     @property
-    def residual_scale(self) -> float:
+    def moves(self) -> bool:
+        return any(_learning_rate(group) for group in self._groups)
+
+    def mixing(self, lo: int, hi: int) -> float | Tensor:
         if self._residual == "state":
             return 1.0
-        return max((abs(_learning_rate(group)) for group in self._groups), default=0.0)
+        if self._residual == "step":
+            return max((abs(rate) for rate in self._rates), default=0.0)
+        rates = [_long_run_rate(group) for group in self._group_of]
+        denominators = [self._denominator(i) for i in range(len(rates))]
+        if len(set(rates)) == 1 and all(d is None for d in denominators):
+            return rates[0]
+        mixing = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
+        for index, first, last in self._layout.segments(lo, hi):
+            rows = mixing[first - lo : last - lo].fill_(rates[index])
+            if (denominator := denominators[index]) is not None:
+                rows.div_(self._piece(denominator, index, first, last))
+        return mixing
+
+    def deviations(self) -> Deviations | None:
+        found, self._deviations = self._deviations, None
+        return found
+
+    def reset_momentum(self) -> Callable[[], None]:
+        entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        found = [e[key] for e in entries for key in _MOMENTA if isinstance(e.get(key), Tensor)]
+        saved = [buffer.clone() for buffer in found]
+        for buffer in found:
+            buffer.zero_()
+
+        def restore() -> None:
+            for buffer, values in zip(found, saved, strict=True):
+                buffer.copy_(values)
+
+        return restore
 
     def read_before(self, lo: int, hi: int, out: Tensor) -> Tensor:
         if self._residual == "gradient":
@@ -104,24 +163,27 @@ class OptimizerFixedPoint:
         Some overwrite them: torch.optim.SGD with Nesterov momentum and foreach, its default on
         GPUs, adds the momentum to them. Costs nothing in a step that does not need a residual.
         """
-        if self._due is not None:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            if self._due is not None:
                 self._gradient = self._read_gradient(*self._due)
+            if self.samples is not None:
+                self._deviations = self.samples.deviations()
 
     def forget_gradient(self) -> None:
         """Ends a step, also one that raised before its residual was read."""
-        self._due = self._gradient = None
+        self._due = self._gradient = self._deviations = None
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return self._read(self._parameters, lo, hi, out)
 
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
         gradient, self._gradient, self._due = self._gradient, None, None
-        if self.residual_scale == 0.0:  # every learning rate is 0: nothing to divide by or to gain
+        if not self.moves:  # every learning rate is 0: nothing to divide by or to gain
             return out.zero_()
         if self._residual == "gradient":
-            return self._scaled(gradient or self._read_gradient(lo, hi, out), lo, hi, w)
-        return self.read(lo, hi, out).sub_(w).div_(self.residual_scale)
+            return self._with_decay(gradient or self._read_gradient(lo, hi, out), lo, hi, w)
+        scale = self.mixing(lo, hi)  # residuals are proportional to it, and outlive it
+        return self.read(lo, hi, out).sub_(w).div_(scale)
 
     def write(self, flat: Tensor) -> None:
         if self._residual != "state":
@@ -138,6 +200,9 @@ class OptimizerFixedPoint:
 
     def advance(self) -> Any:
         return self.base_step()
+
+    def skip(self) -> Any:
+        return self.skip_step()
 
     def snapshot(self) -> Callable[[], None]:
         state = self._optimizer.state
@@ -160,6 +225,7 @@ class OptimizerFixedPoint:
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
+        before = [id(p) for p in getattr(self, "_parameters", [])]
         pairs = [(p, group) for group in self._groups for p in group["params"] if p.requires_grad]
         self._parameters: list[Tensor] = [p for p, _ in pairs]
         self._group_of = [group for _, group in pairs]
@@ -173,6 +239,26 @@ class OptimizerFixedPoint:
                 f"Invalid parameters on several devices {devices}. All trainable parameters of "
                 "one optimizer must be on one device."
             )
+        if [id(p) for p in self._parameters] != before:
+            self._make_samples()
+
+    def _make_samples(self) -> None:
+        if self._sampling is None:
+            return
+        samples, factor, wanted = self._sampling
+        self.samples = taker = GradientSamples(self._parameters, samples, factor)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if wanted is None:
+            return
+
+        def take(p: Tensor) -> None:
+            if wanted():
+                taker.take(p)
+
+        for p in self._parameters:
+            self._hooks.append(p.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
 
     def _check(self) -> None:
         for group in self._optimizer.param_groups:
@@ -212,20 +298,68 @@ class OptimizerFixedPoint:
         absent = {index for index, gradient in enumerate(gradients) if gradient is None}
         return self._layout.read(gradients, lo, hi, out), absent
 
-    def _scaled(self, found: _Gradient, lo: int, hi: int, w: Tensor) -> Tensor:
+    def _with_decay(self, found: _Gradient, lo: int, hi: int, w: Tensor) -> Tensor:
         """The residual, in place of the gradient."""
         gradient, absent = found
-        largest = self.residual_scale
         for index, first, last in self._layout.segments(lo, hi):
             if index in absent:
                 continue  # no optimizer touches it, weight decay or not
             group, rows = self._group_of[index], slice(first - lo, last - lo)
+            if not self._rates[index]:
+                gradient[rows].zero_()  # nobody is going to follow it
+                continue
             sign = -1.0 if group.get("maximize", False) else 1.0
+            gradient[rows].mul_(-sign)
             weight_decay = float(group.get("weight_decay", 0.0))
-            if weight_decay:
-                gradient[rows].add_(w[rows], alpha=sign * weight_decay)
-            gradient[rows].mul_(-sign * self._rates[index] / largest)
+            if not weight_decay:
+                continue
+            if not self._decoupled(group):
+                gradient[rows].sub_(w[rows], alpha=weight_decay)
+            elif (denominator := self._denominator(index)) is not None:
+                piece = self._piece(denominator, index, first, last)
+                gradient[rows].sub_(piece * w[rows], alpha=weight_decay)
         return gradient
+
+    def _decoupled(self, group: dict[str, Any]) -> bool:
+        return isinstance(self._optimizer, torch.optim.AdamW) or bool(
+            group.get("decoupled_weight_decay", False)
+        )
+
+    def _denominator(self, index: int) -> Tensor | None:
+        """What the optimizer divides a parameter's gradient by, of its shape; None: by nothing."""
+        p, group = self._parameters[index], self._group_of[index]
+        state = self._optimizer.state.get(p, {})
+        if isinstance(v := state.get("exp_avg_sq"), Tensor) and "betas" in group:
+            v = state.get("max_exp_avg_sq", v) if group.get("amsgrad", False) else v
+            v = v / (1.0 - group["betas"][1] ** state["step"]) if "step" in state else v
+        elif isinstance(v := state.get("square_avg"), Tensor):
+            v = v - state["grad_avg"].square() if group.get("centered", False) else v
+        else:
+            v = state.get("sum")
+        if not isinstance(v, Tensor) or v.shape != p.shape or "eps" not in group:
+            return None
+        return v.clamp_min(0.0).sqrt().add_(group["eps"])
+
+    def _piece(self, tensor: Tensor, index: int, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a tensor of a parameter's shape."""
+        start = self._layout.offsets[index]
+        return tensor.reshape(-1)[first - start : last - start].to(self._work_dtype)
+
+    @property
+    def _work_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+# Where torch's optimizers keep what they have gathered of past gradients.
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+def _long_run_rate(group: dict[str, Any]) -> float:
+    """The length of all steps together that a gradient of 1, once, leads to."""
+    momentum = group.get("momentum", 0.0)
+    if not isinstance(momentum, int | float) or not 0.0 < momentum < 1.0:
+        return _learning_rate(group)
+    return _learning_rate(group) * (1.0 - float(group.get("dampening", 0.0))) / (1.0 - momentum)
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

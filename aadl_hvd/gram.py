@@ -11,13 +11,15 @@ from aadl_hvd.comm.base import Communicator
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.solve import Matrix, Vector
 
+System = tuple[Matrix, Vector, float]
+
 
 class Gram:
     """Keeps R^T R [m, m], float64, the same on every rank, and brings it up to date on demand.
 
     Only rows of slots that were filled since the last assembly are computed. The message has the
-    same length whatever a rank has stored, (m + 1) m + 5 float64 numbers, and says what it has
-    stored, so that a rank that differs is noticed and waits for nobody.
+    same length whatever a rank has stored, (m + 1) m + 5 float64 numbers and what rides along, and
+    says what it has stored, so that a rank that differs is noticed and waits for nobody.
 
     In the row layout the rows are computed at assembly, in one pass over R. In the column layout
     nobody holds two columns of different ranks, so each rank multiplies its own columns with a new
@@ -31,10 +33,9 @@ class Gram:
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
         self._fresh: dict[int, Tensor | None] = {}
 
-    @property
-    def message_bytes(self) -> int:
+    def message_bytes(self, riders: int) -> int:
         """Length of what a rank hands to the allreduce of `assemble`."""
-        return 8 * ((self._depth + 1) * self._depth + 5)
+        return 8 * ((self._depth + 1) * self._depth + 5 + riders)
 
     def stored(self, slot: int, column: Tensor) -> None:
         """Takes note of a new column [rows] of R in `slot`; no communication."""
@@ -44,16 +45,17 @@ class Gram:
         else:
             self._fresh[slot] = None
 
-    def assemble(self, r: Tensor) -> tuple[Matrix, Vector, float] | None:
+    def assemble(self, r: Tensor, riders: Vector) -> tuple[System | None, Vector]:
         """Brings R^T R up to date and multiplies R with r. Collective: one allreduce.
 
         Args:
             r: this rank's rows of the residual, [rows].
+            riders: [e] numbers to be summed over ranks in the same message.
 
         Returns:
-            R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, where h is the number
-            of columns stored; they may hold NaN or Inf, then on every rank. None, on every rank,
-            if the ranks have not stored the same pairs.
+            R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, for the h columns in
+            use from the oldest to the newest; they may hold NaN or Inf, then on every rank. None,
+            on every rank, if the ranks have not stored the same pairs. And the sums of the riders.
         """
         k, m = len(self._fresh), self._depth
         table = np.zeros((m + 1, m))
@@ -61,19 +63,19 @@ class Gram:
         products, rr = self._partial(r)
         table[own] = products
         tokens = np.array(self._history.tokens, dtype=np.float64)
-        message = np.concatenate([table.reshape(-1), [rr], tokens, tokens**2])
-        summed = self._comm.allreduce(message)
-        numbers, sums, squares = np.split(summed, [-4, -2])
+        message = np.concatenate([riders, table.reshape(-1), [rr], tokens, tokens**2])
+        summed, message = np.split(self._comm.allreduce(message), [len(riders)])
+        numbers, sums, squares = np.split(message, [-4, -2])
         # Equal tokens, and only they, have no variance; these sums are exact.
         if (squares * self._comm.size != sums**2).any():
-            return None
+            return None, summed
         table = numbers[:-1].reshape(m + 1, m)
         for slot, row in zip(self._fresh, table[:k], strict=True):
             self._matrix[slot, :] = row
             self._matrix[:, slot] = row
         self._fresh.clear()
-        h = self._history.columns
-        return self._matrix[:h, :h].copy(), table[m, :h].copy(), float(numbers[-1])
+        live = self._history.live
+        return (self._matrix[np.ix_(live, live)], table[m, live], float(numbers[-1])), summed
 
     def project(self, v: Tensor) -> Vector:
         """R^T v [m], the same on every rank. Collective: one allreduce.

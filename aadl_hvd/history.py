@@ -24,6 +24,11 @@ class History:
         dtype: of the stored columns.
         work_dtype: of pairs and products, float32 or float64.
         device: where the parameters are.
+
+    Attributes:
+        stored: pairs stored since the last restart.
+        generation: number of restarts.
+        columns: h, number of columns that can be used: at most depth.
     """
 
     def __init__(
@@ -35,13 +40,19 @@ class History:
         self.device = device
         self.stored = 0
         self.generation = 0
+        self.columns = 0
         self._place = {slot: i for i, slot in enumerate(sharding.slots)}
         self._w: Tensor | None = None
 
     @property
-    def columns(self) -> int:
-        """h, number of columns that can be used: at most depth."""
-        return min(max(self.stored - 1, 0), self.sharding.depth)
+    def live(self) -> list[int]:
+        """Slots of the columns that can be used, from the oldest to the newest."""
+        first = self.stored - 1 - self.columns
+        return [(first + i) % self.sharding.depth for i in range(self.columns)]
+
+    def keep(self, columns: int) -> None:
+        """Forgets all but the newest columns."""
+        self.columns = min(self.columns, columns)
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +87,7 @@ class History:
         slot = None
         if self.stored > 0:
             slot = (self.stored - 1) % self.sharding.depth
+            self.columns = min(self.columns + 1, self.sharding.depth)
             # The last pair is overwritten below: its buffers may hold the differences meanwhile.
             torch.sub(w, self._last_w, out=self._last_w)
             torch.sub(r, self._last_r, out=self._last_r)
@@ -121,13 +133,22 @@ class History:
         """
         return self._combine(r, gamma, residual_weight=1.0, step_weight=0.0)
 
-    def update(self, r: Tensor, gamma: Tensor, damping: float, scale: float) -> Tensor:
-        """This rank's part of -W gamma + damping * scale * (r - R gamma), [rows]."""
-        return self._combine(r, gamma, residual_weight=damping * scale, step_weight=1.0)
+    def update(self, r: Tensor, gamma: Tensor, mixing: float | Tensor) -> Tensor:
+        """This rank's part of -W gamma + mixing * (r - R gamma), [rows].
+
+        Args:
+            r: residual, [rows].
+            gamma: [depth] float64 on the host.
+            mixing: a number, or one for every row, [rows].
+        """
+        if isinstance(mixing, Tensor):
+            left = self._combine(r, gamma, residual_weight=1.0, step_weight=0.0).mul_(mixing)
+            return left.add_(self._combine(r, gamma, residual_weight=0.0, step_weight=1.0))
+        return self._combine(r, gamma, residual_weight=mixing, step_weight=1.0)
 
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
-        self.stored = 0
+        self.stored = self.columns = 0
         self.generation += 1
         if self._w is not None:
             self._w.zero_()

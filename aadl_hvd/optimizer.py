@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 import sys
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +38,10 @@ _STATE_FORMAT = 1
 
 
 def AndersonOptimizer(
-    optimizer: torch.optim.Optimizer, *, anderson: AndersonConfig | None = None
+    optimizer: torch.optim.Optimizer,
+    *,
+    backward_passes_per_step: int = 1,
+    anderson: AndersonConfig | None = None,
 ) -> Any:
     """Adds Anderson acceleration to a torch optimizer, in one process.
 
@@ -49,6 +54,9 @@ def AndersonOptimizer(
 
     Args:
         optimizer: any `torch.optim.Optimizer`. Use the result in its place from now on.
+        backward_passes_per_step: micro-batches whose gradients are summed in every step. With 2 or
+            more the noise of the gradient is measured from their differences; with 1 it is
+            estimated from successive residuals, which is rougher.
         anderson: settings; None: `AndersonConfig()`.
 
     Raises:
@@ -63,7 +71,11 @@ def AndersonOptimizer(
     cls: Any = type(inner.__name__, (_keeping_gradient(inner),), methods)
     accelerated = cls.__new__(cls)
     vars(accelerated).update(_attributes(optimizer))
-    return _attach(accelerated, optimizer, config, LocalCommunicator())
+    if backward_passes_per_step < 1:
+        raise ConfigError(
+            f"Invalid backward_passes_per_step={backward_passes_per_step!r}. Must be at least 1."
+        )
+    return _attach(accelerated, optimizer, config, LocalCommunicator(), backward_passes_per_step)
 
 
 def DistributedAndersonOptimizer(
@@ -149,7 +161,8 @@ def DistributedAndersonOptimizer(
     # When Horovod sets up its reductions at all: the condition in its __init__.
     alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
-    return _attach(distributed, optimizer, config, comm)
+    factor = comm.size if op == hvd.Sum else 1
+    return _attach(distributed, optimizer, config, comm, backward_passes_per_step, factor)
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -197,6 +210,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         self._accelerated._opt_called = True  # for schedulers made before the wrapping
         problem = self._anderson_problem
         problem.base_step = lambda: self._base_step(closure)
+        problem.skip_step = lambda: self._skip_step(closure)
         if closure is not None:
             kind = problem.device.type
             enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -212,6 +226,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             return self.anderson.step(problem)
         finally:  # neither outlives the step: they hold on to the closure and its graph
             vars(problem).pop("base_step")
+            vars(problem).pop("skip_step")
             vars(problem).pop("evaluate", None)
             problem.forget_gradient()
 
@@ -221,6 +236,26 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
 
     def _evaluate(self: Any, closure: Closure) -> float:
         return _number(closure())
+
+    def _skip_step(self: Any, closure: Closure | None) -> Any:
+        """What a step without an update leaves to be done."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def observe(self: Any, loss: float | Tensor) -> None:
+        """Says this rank's loss at the present weights, before `step`: an optional line.
+
+        It judges the accelerated step before: if the mean over ranks is higher than it was, by
+        more than the losses' own spread, weights and momentum go back to the base optimizer's
+        step on all ranks, this step does nothing else, and acceleration pauses for a while. All
+        ranks should call it; a step in which one does not is not judged.
+
+        `loss` is that of the ordinary forward pass, a float or a tensor []; of several calls
+        before one step the mean counts.
+        """
+        self.anderson.observe(loss)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
@@ -263,7 +298,17 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     def __repr__(self: Any) -> str:
         return f"{inner.__repr__(self)}\n{self.anderson.config}"
 
-    own = (__init__, step, _base_step, _evaluate, state_dict, load_state_dict, __repr__)
+    own = (
+        __init__,
+        step,
+        observe,
+        _base_step,
+        _skip_step,
+        _evaluate,
+        state_dict,
+        load_state_dict,
+        __repr__,
+    )
     return {**below, **{f.__name__: f for f in own}}
 
 
@@ -283,6 +328,16 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
     def _evaluate(self: Any, closure: Closure) -> float:
         return _number(_synchronized(self, closure))
 
+    def _skip_step(self: Any, closure: Closure | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = _synchronized(self, closure)
+        elif self._should_synchronize and not self._synchronized:
+            self.synchronize()  # reductions are under way and must come to their end
+        self._synchronized = False
+        return loss
+
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
         """As in torch; not between backward() and step() or synchronize()."""
         if self._handles:
@@ -296,6 +351,9 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         """As in Horovod; parameters that joined after the construction are reduced too."""
         _register_new_parameters(self)
         horovods["synchronize"](self)
+        if self.anderson.measures_noise and self._anderson_problem.samples is not None:
+            with torch.no_grad():
+                self._anderson_problem.samples.take_mean()
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         raise UnsupportedError(
@@ -304,12 +362,20 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         )
 
     def _allreduce_grad_async(self: Any, p: Tensor) -> Any:
-        with _step_hooks_off(self):  # here Adasum's hooks on the gradients call the inner step
-            return horovods["_allreduce_grad_async"](self, p)
+        if adasum:
+            with _step_hooks_off(self):  # here Adasum's hooks on the gradients call the inner step
+                return horovods["_allreduce_grad_async"](self, p)
+        _take_samples(self, [p])
+        return horovods["_allreduce_grad_async"](self, p)
 
-    methods = [_base_step, _evaluate, zero_grad, synchronize, __reduce_ex__]
-    if adasum:
-        methods.append(_allreduce_grad_async)
+    def _grouped_allreduce_grad_async(self: Any, ps: Sequence[Tensor]) -> Any:
+        _take_samples(self, ps)
+        return horovods["_grouped_allreduce_grad_async"](self, ps)
+
+    methods = [_base_step, _skip_step, _evaluate, zero_grad, synchronize, __reduce_ex__]
+    methods.append(_allreduce_grad_async)
+    if not adasum:
+        methods.append(_grouped_allreduce_grad_async)
     return {f.__name__: f for f in methods}
 
 
@@ -362,6 +428,15 @@ def _synchronized(optimizer: Any, closure: Closure) -> Any:
     return loss
 
 
+def _take_samples(optimizer: Any, parameters: Sequence[Tensor]) -> None:
+    """Notes this rank's own gradients, which are about to be averaged in place."""
+    samples = optimizer._anderson_problem.samples
+    if samples is not None and optimizer.anderson.measures_noise:
+        with torch.no_grad():
+            for p in parameters:
+                samples.take(p)
+
+
 def _register_new_parameters(optimizer: Any) -> None:
     """Lets Horovod reduce trainable parameters it does not know: its own class never does."""
     if not optimizer._anderson_reduces:
@@ -389,6 +464,8 @@ def _attach(
     optimizer: torch.optim.Optimizer,
     config: AndersonConfig,
     comm: Communicator,
+    passes: int,
+    factor: int = 1,
 ) -> Any:
     starting = getattr(accelerated, "_starting_models", None)
 
@@ -402,8 +479,19 @@ def _attach(
         accelerated, config.residual, before if starting is not None else None
     )
     accelerated.anderson = Accelerator(config, comm)
+    if config.noise_gate is not None and starting is None:
+        if comm.size > 1:
+            accelerated._anderson_problem.sample_gradients(1, factor)
+        elif passes > 1:
+            wanted = functools.partial(_measures_noise, weakref.ref(accelerated))
+            accelerated._anderson_problem.sample_gradients(passes, passes, wanted)
     accelerated._patch_step_function()
     return accelerated
+
+
+def _measures_noise(optimizer: Any) -> bool:
+    accelerated = optimizer()
+    return accelerated is not None and accelerated.anderson.measures_noise
 
 
 @contextlib.contextmanager

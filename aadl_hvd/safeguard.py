@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -18,9 +19,11 @@ class Rejection(enum.Enum):
 
     NONFINITE = "nonfinite"  # NaN or Inf in weights, residual or history: look at the base's lr
     DEGENERATE = "degenerate"  # zero residual, or no independent column: converged, or q too small
+    NOISE = "noise"  # the residual does not stand out of its noise: stats.batch_factor
+    BACKOFF = "backoff"  # not tried, because a step before was rejected by its loss
     DESCENT = "descent"  # <w+ - w, r> <= 0: near a saddle, or the history is too old: lower m
     RESIDUAL = "residual"  # the norm of the next residual did not fall: lower beta
-    LOSS = "loss"  # the closure was higher than at the base step: lower beta, raise p
+    LOSS = "loss"  # the loss was higher, at once (closure) or in the next step (observe)
 
 
 class Restart(enum.Enum):
@@ -46,6 +49,116 @@ class Trial:
     base_rows: Tensor
     restore: Callable[[], None]
     norm: float
+
+
+class LossWatch:
+    """Judges an accelerated step by the loss of the next ordinary forward pass.
+
+    A step in which every rank has said its loss and a point was accepted is on trial; the next
+    step's losses decide. Where they are higher than before by more than their own spread, the
+    point is rejected, and a number of attempts is left out that doubles with every rejection in
+    a row, up to `MAX_PAUSE`.
+
+    What decides has come out of reductions, so that it is the same on every rank; only the trial
+    itself may be missing on a rank that has loaded a checkpoint since.
+    """
+
+    RIDERS = 3
+    MAX_PAUSE = 32
+    # In standard deviations of the difference of two losses.
+    TOLERANCE = 2.0
+
+    def __init__(self) -> None:
+        self.observed = False
+        self.verdict_due = False
+        self._given: list[float | Tensor] = []
+        self._losses: list[float | Tensor | None] = []
+        self._variances: deque[float] = deque(maxlen=20)
+        self._last_difference: float | None = None
+        self._after_base_step = True
+        self._loss = math.nan
+        self._tolerance = 0.0
+        self._trial: tuple[Tensor, Callable[[], None] | None] | None = None
+        self._pause, self._next_pause = 0, 1
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether this rank knows the way back."""
+        return self._trial is not None
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Takes note of this rank's loss at the present weights; the mean, if called again."""
+        self._given.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+
+    def next_step(self) -> None:
+        """Begins a step: what was observed belongs to it."""
+        self._after_base_step = not self.verdict_due
+        given, self._given = self._given, []
+        self._losses.append(sum(given[1:], given[0]) / len(given) if given else None)
+        if len(self._losses) > 2:
+            del self._losses[0]
+
+    def riders(self) -> Vector:
+        """[3] numbers to be summed over ranks: this rank's loss, whether it has one, its spread."""
+        before, now = [None, *self._losses][-2:]
+        if now is None:
+            return np.zeros(self.RIDERS)
+        loss = float(now)
+        if before is not None and self._after_base_step:
+            self._note_spread(loss - float(before))
+        spread = float(np.median(self._variances)) if self._variances else 0.0
+        return np.array([loss, 1.0, spread])
+
+    def _note_spread(self, difference: float) -> None:
+        # Successive differences of a smooth curve are nearly equal, whatever its slope.
+        last, self._last_difference = self._last_difference, difference
+        if last is not None and math.isfinite(difference - last):
+            self._variances.append((difference - last) ** 2 / 4.0)
+
+    def event(self, sums: Vector, size: int) -> bool:
+        """Takes the sums of `riders` in an accelerated step; whether to accelerate at all."""
+        loss, count, spread = (float(x) for x in sums)
+        self.observed = count == size and math.isfinite(loss)
+        self._loss = loss / size
+        # Of the mean over ranks, and of the difference of two.
+        self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
+        if self._pause > 0:
+            self._pause -= 1
+            return False
+        return True
+
+    def try_out(self, base_rows: Tensor, restore: Callable[[], None] | None) -> None:
+        """Puts an accepted point on trial.
+
+        Args:
+            base_rows: this rank's block of the weights the base optimizer had reached, [rows].
+            restore: puts the base optimizer's momentum back, if it was changed.
+        """
+        self.verdict_due, self._trial = True, (base_rows, restore)
+
+    def drop_trial(self) -> None:
+        """Forgets the way back; the next verdict will be that nothing is known."""
+        self._trial = None
+
+    def verdict(self, sums: Vector, size: int) -> Tensor | None:
+        """Takes the sums of `riders` and `on_trial` in the step after.
+
+        Returns:
+            The rows to go back to, or None if the point stays.
+        """
+        loss, count, _, trials = (float(x) for x in sums)
+        trial, self._trial = self._trial, None
+        self.verdict_due = False
+        if trial is None or trials < size or count < size:
+            return None
+        if loss / size <= self._loss + self._tolerance:
+            self._next_pause = 1
+            return None
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, self.MAX_PAUSE)
+        base_rows, restore = trial
+        if restore is not None:
+            restore()
+        return base_rows
 
 
 def judge_system(gram: Matrix, b: Vector, rr: float) -> Rejection | None:

@@ -24,6 +24,8 @@ class Group:
         return sum(int(np.prod(shape)) for shape in self.shapes)
 
 
+# Textbook Anderson acceleration, whatever the noise.
+TEXTBOOK = {"noise_gate": None, "damping": 1.0}
 PLAIN = (Group(shapes=((3, 4), (4,), (2, 1, 3), ()), lr=0.3),)  # n = 23, a prime
 SEVERAL = (
     Group(shapes=((5,), (2, 3)), lr=0.1, weight_decay=0.02),
@@ -62,9 +64,13 @@ class Problem:
     def loss(self, k, w):
         return 0.5 * w @ self.A @ w - (self.b + self.noise[k % len(self.noise)]) @ w
 
-    def residual(self, k, w, factor=lambda k: 1.0):
-        """r = -lr (g + weight_decay w)."""
-        return -factor(k) * self.rates * (self.gradient(k, w) + self.decays * w)
+    def residual(self, k, w):
+        """r = -(g + weight_decay w)."""
+        return -(self.gradient(k, w) + self.decays * w)
+
+    def mixing(self, k, factor=lambda k: 1.0):
+        """Diagonal of M: lr / (1 - momentum)."""
+        return factor(k) * self.rates / (1.0 - self._per_number("momentum"))
 
     def sgd(self, k, w, v, factor=lambda k: 1.0):
         """torch.optim.SGD; v, the momentum, begins as zeros."""

@@ -33,6 +33,7 @@ def anderson(
     warmup=0,
     residual=None,
     state=None,
+    mixing=None,
     rate=lambda k: 1.0,
     safeguard="none",
     window=None,
@@ -43,12 +44,14 @@ def anderson(
 
     Args:
         step: (k, w, state) -> (G(w), next state), k = 0, 1, ...; state is the base optimizer's.
-        residual: (k, w) -> r; None: G(w) - w (Eq. 1). Divided by rate(k), it is what is stored.
+        residual: (k, w) -> r; None: (G(w) - w) / rate(k) (Eq. 1).
+        mixing: (k) -> diagonal of M, that makes a step of r; None: rate(k).
         m, p, q: depth; AA where k mod p = 0; (w, r) of the same step stored where k mod q = 0,
             before AA; k = 1 is the first step after `warmup` plain ones.
-        beta, damping: w+ = w + beta [-W g + damping (r - R g)], Eq. 4 and 6 where damping = 1.
-        rate: what r is proportional to; differences are taken of r / rate.
-        safeguard: "none"; "descent": only if <w+ - w, r> > 0; "residual": Algorithm 1, lines 19
+        beta, damping: w+ = w + beta [-W g + damping M (r - R g)], Eq. 4 and 6 where damping = 1.
+        rate: see above.
+        safeguard: "none"; "descent": only if <w+ - w, r> > 0, else the older half of the columns
+            goes; "residual": Algorithm 1, lines 19
             to 24, one step later: if the norm of r has not fallen, back to the base step, and the
             step that showed it is lost; "loss": only if loss(w+) <= loss(G(w)).
         window, threshold: t of Eq. 11 and epsilon of Eq. 16; None: no moving average.
@@ -60,8 +63,8 @@ def anderson(
     for index in range(steps):
         k = index + 1 - warmup
         image, next_state = step(index, w, state)
-        scale = rate(index)
-        r = ((image - w) if residual is None else residual(index, w)) / scale
+        r = (image - w) / rate(index) if residual is None else residual(index, w)
+        mix = rate(index) if mixing is None else mixing(index)
         new = image
         if trial is not None:
             norm, back, back_state = trial
@@ -84,9 +87,14 @@ def anderson(
             g = np.linalg.lstsq(R, r)[0]  # Eq. 5
             left = r - R @ g
             reductions.append(np.linalg.norm(left) / np.linalg.norm(r))
-            point = w + beta * (-W @ g + damping * scale * left)
+            point = w + beta * (-W @ g + damping * mix * left)
             if safeguard == "descent" and not (point - w) @ r > 0:
                 counts["descent"] += 1
+                kept = len(columns_w) // 2
+                columns_w, columns_r = (
+                    columns_w[-kept:] * (kept > 0),
+                    columns_r[-kept:] * (kept > 0),
+                )
             elif safeguard == "loss" and not loss(index, point) <= loss(index, image):
                 counts["loss"] += 1
             else:
@@ -97,7 +105,7 @@ def anderson(
         if window is not None and k >= 1:
             recent = [*recent, new][-window:]
             spread = np.sqrt(np.var(recent, axis=0)).max()  # Eq. 15
-            if len(recent) == window and spread >= threshold * np.abs(r * scale).max():  # Eq. 16
+            if len(recent) == window and spread >= threshold * np.abs(mix * r).max():  # Eq. 16
                 counts["averaged"] += 1
                 new = recent[-1] = np.mean(recent, axis=0)  # Eq. 11
         w, state = new, next_state

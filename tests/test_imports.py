@@ -16,7 +16,7 @@ PACKAGE = ROOT / "aadl_hvd"
 LAYERS = [
     {"config", "errors", "sharding", "comm.base", "flatten", "solve"},
     {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
-    {"history", "gram", "averaging", "safeguard", "diagnostics", "fixed_point"},
+    {"history", "gram", "averaging", "safeguard", "diagnostics", "noise", "fixed_point"},
     {"accelerator", "checkpoint"},
     {"optimizer", "neumann"},
     {"elastic"},
@@ -30,6 +30,7 @@ BESIDE = {
     "comm.horovod": {"comm.local", "comm.mpi"},
     "gram": {"history"},
     "diagnostics": {"safeguard"},
+    "fixed_point": {"noise"},
     "checkpoint": {"accelerator"},
 }
 MAY_IMPORT = {

@@ -30,7 +30,12 @@ from training import (
 from aadl_hvd import AndersonConfig, AndersonOptimizer, DistributedAndersonOptimizer
 
 DOUBLE = torch.float64
-SETTINGS = {"history_depth": 4, "frequency": 3}  # two accelerated steps in STEPS
+SETTINGS = {
+    "history_depth": 4,
+    "frequency": 3,
+    "noise_gate": None,
+    "damping": 1.0,
+}  # two accelerated steps in STEPS
 # For comparisons to rounding: new data in every step keep the least squares well conditioned;
 # they leave nothing to gain, so every point is taken.
 ALWAYS = AndersonConfig(**SETTINGS, safeguard="none", relaxation=0.3)

@@ -4,7 +4,7 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from problems import Group, Problem, counts, flat, parameters_of
+from problems import TEXTBOOK, Group, Problem, counts, flat, parameters_of
 from reference import anderson
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
@@ -84,7 +84,7 @@ def test_layouts_are_the_textbook_s(name, dtype):
     problem = Regression()
     paths = {}
     for layout in ("rows", "columns"):
-        config = AndersonConfig(**CASES[name], layout=layout)
+        config = AndersonConfig(**TEXTBOOK | CASES[name], layout=layout)
         path, opt = problem.run_here(config, STEPS, dtype)
         assert_same_on_all_ranks(path, counts(opt), "layouts")
         paths[layout] = path
@@ -99,6 +99,7 @@ def test_layouts_are_the_textbook_s(name, dtype):
             damping=config.damping,
             warmup=config.warmup_steps,
             residual=problem.residual if config.residual == "gradient" else None,
+            mixing=problem.mixing if config.residual == "gradient" else None,
             state=np.zeros(problem.n),
             safeguard=config.safeguard,
             window=config.average_window,
@@ -119,7 +120,7 @@ def test_layouts_are_the_textbook_s(name, dtype):
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_replicas_bitwise_equal_after_100_steps(layout):
     problem = Regression(noise=0.01)
-    config = AndersonConfig(layout=layout, average_window=4)
+    config = AndersonConfig(**TEXTBOOK, layout=layout, average_window=4)
     path, opt = problem.run_here(config, 100, torch.float32)
     assert counts(opt)["accelerated"] > 10
     assert counts(opt)["averaged"] > 10

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from problems import SEVERAL, Group, Problem, counts, flat, parameters_of
+from problems import SEVERAL, TEXTBOOK, Group, Problem, counts, flat, parameters_of
 from reference import anderson
 
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
 
 P, M = 3, 4
-SETTINGS = {"history_depth": M, "frequency": P, "safeguard": "none"}
+SETTINGS = TEXTBOOK | {"history_depth": M, "frequency": P, "safeguard": "none"}
 ON = [(1, "rows"), (3, "rows"), (3, "columns")]
 
 
@@ -43,6 +43,7 @@ def textbook(problem, start, steps, first=0, **options):
         m=M,
         p=P,
         residual=lambda k, w: problem.residual(k + first, w),
+        mixing=lambda k: problem.mixing(k + first),
         state=np.zeros(problem.n),
         **options,
     ).path
@@ -200,7 +201,8 @@ def test_learning_rate_changes(residual, ranks, layout):
         20,
         m=M,
         p=P,
-        residual=lambda k, w: problem.residual(k, w, factor),
+        residual=problem.residual if residual == "gradient" else None,
+        mixing=(lambda k: problem.mixing(k, factor)) if residual == "gradient" else None,
         state=np.zeros(problem.n),
         rate=lambda k: factor(k) * largest,
     )
@@ -239,7 +241,7 @@ def test_learning_rate_zero(residual, safeguard, steps):
 def test_warm_up_from_learning_rate_zero(groups):
     """The usual LambdaLR: the first step has rate 0, and is no reason to restart."""
     problem = Problem(groups, noise=0.0)
-    opt = problem.optimizer(AndersonConfig(frequency=3))
+    opt = problem.optimizer(AndersonConfig(**TEXTBOOK, frequency=3))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: min(1.0, k / 6))
     for k in range(15):
         problem.set_gradient(opt, problem.gradient(k, flat(opt)))

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from problems import PLAIN, SEVERAL, Group, Problem, counts
+from problems import PLAIN, SEVERAL, TEXTBOOK, Group, Problem, counts
 from reference import anderson
 
 from aadl_hvd import AndersonConfig, accelerator
@@ -74,7 +74,7 @@ MUST_HAPPEN = {
 
 
 def settings(options, **more):
-    return AndersonConfig(**({"safeguard": "none"} | options | more))
+    return AndersonConfig(**(TEXTBOOK | {"safeguard": "none"} | options | more))
 
 
 def textbook(problem, config, steps=STEPS):
@@ -90,6 +90,7 @@ def textbook(problem, config, steps=STEPS):
         damping=config.damping,
         warmup=config.warmup_steps,
         residual=problem.residual if gradient else None,
+        mixing=problem.mixing if gradient else None,
         state=np.zeros(problem.n),
         safeguard=config.safeguard,
         window=config.average_window,
@@ -173,6 +174,7 @@ def test_weights_and_momentum_together(layout, safeguard):
     assert ("residual" in expected.counts) == (safeguard == "residual")
     config = AndersonConfig(
         residual="state",
+        noise_gate=None,
         history_depth=4,
         frequency=2,
         damping=0.8,
@@ -217,14 +219,14 @@ def test_residual_is_what_it_is_called(kind):
         if kind == "step":
             expected = after - w
         elif kind == "gradient":
-            expected = -problem.rates * (gradient + problem.decays * w)
+            expected = -problem.mixing(k) * (gradient + problem.decays * w)
         else:
             next_v[-4:] = 0.0  # torch keeps no buffer where momentum is 0: v reads as zeros
             expected = np.concatenate([after - w, problem.rates * (next_v - v)])
         for lo in range(0, view.n, 5):
             for hi in (lo, min(lo + 1, view.n), min(lo + 9, view.n), view.n):
                 out = torch.full((hi - lo,), torch.nan, dtype=torch.float64)
-                r = view.read_residual(lo, hi, before[lo:hi], out) * view.residual_scale
+                r = view.read_residual(lo, hi, before[lo:hi], out) * view.mixing(lo, hi)
                 np.testing.assert_allclose(r, expected[lo:hi], rtol=1e-12, atol=1e-13)
         w, v = after, next_v
 
@@ -233,7 +235,7 @@ def test_residual_is_what_it_is_called(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_replicas_bitwise_equal_after_100_steps(layout, dtype):
     problem = Problem(SEVERAL, noise=0.1)
-    config = AndersonConfig(layout=layout, average_window=4)
+    config = AndersonConfig(**TEXTBOOK, layout=layout, average_window=4)
     for ranks in (2, 3, 4):
         # on_ranks compares the bits of all weights of all steps.
         _, count, _ = on_ranks(problem, config, ranks, steps=100, dtype=dtype)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from problems import PLAIN, SEVERAL, Group, Problem, counts, flat
+from problems import PLAIN, SEVERAL, TEXTBOOK, Group, Problem, counts, flat
 from reference import anderson, krylov_minimal_residual
 
 from aadl_hvd import AndersonConfig
@@ -19,7 +19,7 @@ def linear(n, seed=0, symmetric=True):
     return problem
 
 
-FULL = {"frequency": 1, "store_every": 1, "history_depth": 30, "safeguard": "none"}
+FULL = TEXTBOOK | {"frequency": 1, "store_every": 1, "history_depth": 30, "safeguard": "none"}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -92,7 +92,12 @@ def test_scale_does_not_matter(units, scale, ridge, dtype, residual):
     unit = 1.0 if units == "objective" else scale
     scaled.start = base.start * unit
     config = AndersonConfig(
-        history_depth=4, frequency=2, regularization=ridge, residual=residual, safeguard="descent"
+        **TEXTBOOK,
+        history_depth=4,
+        frequency=2,
+        regularization=ridge,
+        residual=residual,
+        safeguard="descent",
     )
     expected, first = base.run(config, 16, dtype=dtype)
     found, second = scaled.run(config, 16, dtype=dtype)
@@ -109,7 +114,7 @@ def test_scale_does_not_matter(units, scale, ridge, dtype, residual):
 @pytest.mark.parametrize("refine", [0, 1])
 def test_promised_reduction_is_the_true_one(refine):
     problem = Problem(SEVERAL)
-    options = {"history_depth": 6, "frequency": 2, "safeguard": "none"}
+    options = TEXTBOOK | {"history_depth": 6, "frequency": 2, "safeguard": "none"}
     expected = anderson(
         problem.sgd,
         problem.start,
@@ -117,6 +122,7 @@ def test_promised_reduction_is_the_true_one(refine):
         m=6,
         p=2,
         residual=problem.residual,
+        mixing=problem.mixing,
         state=np.zeros(problem.n),
     )
     opt, found = None, []
@@ -138,7 +144,9 @@ def prescribed(R, r, first, dtype, refine, lr=0.5):
     """
     n, h = R.shape
     problem = Problem((Group(((n,),), lr=lr),))
-    config = AndersonConfig(history_depth=h, frequency=h + 1, safeguard="none", refine=refine)
+    config = AndersonConfig(
+        **TEXTBOOK, history_depth=h, frequency=h + 1, safeguard="none", refine=refine
+    )
     opt = problem.optimizer(config, dtype=dtype)
     path = [flat(opt)]
     residuals = np.cumsum(np.column_stack([first, R]), axis=1).T
@@ -223,7 +231,12 @@ def test_ridge(refine):
     n, h = R.shape
     problem = Problem((Group(((n,),), lr=0.5),))
     config = AndersonConfig(
-        history_depth=h, frequency=h + 1, safeguard="none", refine=refine, regularization=ridge
+        **TEXTBOOK,
+        history_depth=h,
+        frequency=h + 1,
+        safeguard="none",
+        refine=refine,
+        regularization=ridge,
     )
     opt = problem.optimizer(config)
     path = [flat(opt)]

@@ -1,0 +1,209 @@
+"""How noisy the mean gradient is, and whether a residual stands out of it.
+
+Of S samples of one gradient (ranks, or micro-batches of one rank), d_i = g_i - mean(g) is what each
+deviates by. The variance of their mean is measured from how the deviations change between two
+successive steps:
+
+    sigma^2 = (1/S) mean_i ||d_i(k) - d_i(k-1)||^2 / (2 (1 - 1/S))
+
+On a fixed partition of a full batch d_i is large but stays, and is no noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadl_hvd.solve import Matrix, Vector
+
+# Coordinates looked at: holding deviations of all of them from step to step would cost n numbers.
+# Drawn at random: a regular stride falls in step with the layers' widths and misjudges.
+COORDINATES = 2**16
+_SEED = 20211014  # any; the same on every rank
+
+
+@dataclasses.dataclass
+class Deviations:
+    """What the samples of one step deviate by from their mean.
+
+    Attributes:
+        values: [samples, coordinates], scaled so that a squared norm estimates that of all n.
+        squared: square of the mean's norm, estimated likewise; [].
+    """
+
+    values: Tensor
+    squared: Tensor
+
+
+class GradientSamples:
+    """Samples of the gradient of one step, on random coordinates, and what they deviate by.
+
+    Args:
+        parameters: of which the gradients are, in the order of the flat vector.
+        samples: gradients that this rank contributes to the mean: 1, or its micro-batches.
+        factor: what a sample is multiplied by to be an estimate of the whole: the mean of all
+            samples times `factor` is the gradient that the optimizer gets.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], samples: int = 1, factor: float = 1.0) -> None:
+        self.samples, self.factor = samples, factor
+        n = sum(p.numel() for p in parameters)
+        generator = torch.Generator().manual_seed(_SEED)
+        chosen = torch.arange(n)
+        if n > COORDINATES:
+            # With replacement, for a permutation of n would cost n; what is drawn twice goes.
+            chosen = torch.unique(torch.randint(n, (COORDINATES,), generator=generator))
+        self._scale = n / max(len(chosen), 1)
+        self._places: dict[int, tuple[slice, Tensor | None]] = {}
+        ends = np.cumsum([p.numel() for p in parameters])
+        bounds = np.searchsorted(chosen.numpy(), [0, *ends])
+        for i, p in enumerate(parameters):
+            lo, hi = int(bounds[i]), int(bounds[i + 1])
+            if lo < hi:
+                own = chosen[lo:hi] - (int(ends[i]) - p.numel())
+                everything = hi - lo == p.numel()
+                self._places[id(p)] = slice(lo, hi), None if everything else own.to(p.device)
+        self._parameters = [p for p in parameters if id(p) in self._places]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._own = torch.zeros((samples, len(chosen)), dtype=dtype, device=device)
+        self._mean = torch.zeros_like(self._own[0])
+        self._taken: dict[int, int] = {}
+        self._reduced = False
+
+    def take(self, p: Tensor) -> None:
+        """Notes this rank's gradient of a parameter, as accumulated so far, before the mean."""
+        if id(p) not in self._places:
+            return
+        passes = self._taken.get(id(p), 0)
+        if passes < self.samples:
+            where, _ = self._places[id(p)]
+            self._read(p, self._own[passes, where])
+        self._taken[id(p)] = passes + 1
+
+    def take_mean(self) -> None:
+        """Notes the mean, once gradients are reduced and before anything is done to them."""
+        if self._taken:
+            self._read_all(self._mean)
+            self._reduced = True
+
+    def deviations(self) -> Deviations | None:
+        """What each sample deviates by from the gradient the optimizer gets. Ends the step.
+
+        To be called when gradients are final; they may have been clipped or unscaled since the
+        mean was taken, and deviations then are as well.
+
+        Returns:
+            None if samples are missing.
+        """
+        taken, self._taken = self._taken, {}
+        reduced, self._reduced = self._reduced, False
+        if self.samples > 1:  # micro-batches: what they have added up to needs no reduction
+            self._mean.copy_(self._own[-1])
+            reduced = True
+        complete = all(
+            taken.get(id(p), 0) == self.samples for p in self._parameters if p.grad is not None
+        )
+        if not reduced or not complete or not taken:
+            return None
+        final = self._read_all(torch.empty_like(self._mean))
+        changed = (final @ self._mean) / (self._mean @ self._mean)
+        # Accumulated sums become samples by differences.
+        own = torch.diff(self._own, dim=0, prepend=torch.zeros_like(self._own[:1]))
+        values = (own.mul_(self.factor) - self._mean).mul_(changed * self._scale**0.5)
+        self._own.zero_()  # a parameter may get no gradient next time
+        return Deviations(values, (final @ final) * self._scale)
+
+    def _read_all(self, out: Tensor) -> Tensor:
+        for p in self._parameters:
+            self._read(p, out[self._places[id(p)][0]])
+        return out
+
+    def _read(self, p: Tensor, out: Tensor) -> None:
+        gradient = p.grad
+        if gradient is None:
+            out.zero_()
+            return
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        flat, chosen = gradient.detach().reshape(-1), self._places[id(p)][1]
+        out.copy_(flat if chosen is None else flat[chosen])
+
+
+class NoiseMeter:
+    """Turns deviations of successive steps into numbers to be summed, and these into sigma^2."""
+
+    RIDERS = 4
+
+    def __init__(self) -> None:
+        self._last: Deviations | None = None
+        self._last_call = -1
+
+    def riders(self, deviations: Deviations | None, call: int) -> Vector:
+        """[4] numbers to be summed over ranks; zeros where this rank cannot say.
+
+        Args:
+            deviations: of this step.
+            call: number of this step.
+        """
+        last, self._last = self._last, deviations
+        successive, self._last_call = self._last_call == call - 1, call
+        if deviations is None or last is None or not successive:
+            return np.zeros(4)
+        if last.values.shape != deviations.values.shape:
+            return np.zeros(4)
+        change = deviations.values - last.values
+        numbers = torch.stack([change.double().square().sum(), deviations.squared.double()])
+        changed, squared = numbers.tolist()  # one synchronisation
+        samples = len(change)
+        return np.array([changed, samples, samples**2, squared], dtype=np.float64)
+
+    @staticmethod
+    def variance(sums: Vector, size: int) -> tuple[float, float] | None:
+        """sigma^2 of the mean gradient, and the square of the gradient's norm.
+
+        Args:
+            sums: of `riders` over ranks, [4].
+            size: number of ranks.
+
+        Returns:
+            None where a rank could not say or there is one sample only.
+        """
+        changed, samples, squares, squared = (float(x) for x in sums)
+        if samples < 2 or squares * size != samples**2:
+            return None
+        return changed / samples**2 / (2.0 * (1.0 - 1.0 / samples)), squared / size
+
+    def clear(self) -> None:
+        """Forgets the last step."""
+        self._last = None
+
+
+def variance_from_history(gram: Matrix) -> float | None:
+    """sigma^2 where there is one sample: from the residuals alone, roughly.
+
+    Noise that is new in every residual makes successive differences dr_j = r_j - r_(j-1)
+    anticorrelated: E <dr_j, dr_(j+1)> = -sigma^2, and E <dr_j, dr_(j+2)> = 0. An iteration that
+    swings does the former, too, but then the latter is positive; their sum does not see it.
+    Medians, because accelerated steps are outliers.
+
+    Args:
+        gram: R^T R [h, h], columns from the oldest to the newest, of residuals stored in every
+            step.
+
+    Returns:
+        None with fewer than 3 columns.
+    """
+    if len(gram) < 3:
+        return None
+    next_one, one_after = np.diag(gram, 1), np.diag(gram, 2)
+    return max(0.0, -float(np.median(next_one)) - float(np.median(one_after)))
+
+
+def stands_out(squared: float, variance: float, gate: float) -> bool:
+    """Whether a squared norm is that of more than noise; NaN is not."""
+    return squared - variance > gate * variance
