@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import safeguard
-from aadl_hvd.averaging import MovingAverage
+from aadl_hvd.averaging import MovingAverage, WeightAverages
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
@@ -120,6 +120,7 @@ class Accelerator:
         self._calls = 0
         self._signature: Hashable = None
         self._average: MovingAverage | None = None
+        self._averages: WeightAverages
         self._trial: Trial | None = None
         self._noise = NoiseMeter()
         self._losses = LossWatch()
@@ -127,8 +128,9 @@ class Accelerator:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes of history, moving average included, allocated on this rank."""
-        return self._history.nbytes + (self._average.nbytes if self._average is not None else 0)
+        """Bytes of history and of all averages allocated on this rank."""
+        average = self._average.nbytes if self._average is not None else 0
+        return self._history.nbytes + average + self._averages.nbytes
 
     @property
     def columns(self) -> int:
@@ -148,6 +150,39 @@ class Accelerator:
         """Takes note of this rank's loss at the weights that the next step starts from."""
         self._losses.observe(loss)
 
+    @property
+    def average_gains(self) -> dict[float, float]:
+        """What the loss would fall by at each of the running averages, as measured; NaN: unknown.
+
+        By the trapezoidal rule over gradients, see `averaging.WeightAverages`. Measured for
+        residual="gradient" only.
+        """
+        gains = self._averages.gains
+        return gains if self.config.residual == "gradient" else dict.fromkeys(gains, math.nan)
+
+    def put_average(self, problem: FixedPoint, kind: float) -> bool:
+        """Puts one of the running averages into the weights. Collective.
+
+        Returns:
+            Whether there is one: False, on every rank, if a rank has none (yet, or any more).
+        """
+        with _plain_numerics(problem.device):
+            rows = self._averages.mean(kind) if problem.signature == self._signature else None
+            if self.mean_over_ranks(np.array([float(rows is not None)]))[0] < 1.0:
+                return False
+            assert rows is not None
+            problem.write(self._gather(rows))
+            return True
+
+    @property
+    def comm(self) -> Communicator:
+        """The ranks that share the history."""
+        return self._comm
+
+    def mean_over_ranks(self, values: Vector) -> Vector:
+        """Mean of a small vector over the ranks that share the history. Collective."""
+        return self._comm.allreduce(values) / self._comm.size
+
     def restart(self, cause: Restart = Restart.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
         self.stats.restarts[cause.value] += 1
@@ -158,6 +193,8 @@ class Accelerator:
         self._gram.clear()
         if self._average is not None:
             self._average.clear()
+        if cause is not Restart.NONFINITE:
+            self._averages.clear()
 
     def step(self, problem: FixedPoint) -> Any:
         """One step of the base optimizer, accelerated on every p-th. Collective on those steps.
@@ -194,7 +231,10 @@ class Accelerator:
             if store and problem.moves:  # at learning rate 0 r says nothing
                 self._store(w, r)
             if accelerate:
-                self._accelerate(problem, w, r, np.concatenate([noise, self._losses.riders()]))
+                with self.stats.timed("average"):
+                    gains = self._averages.partial_gains(w, r)
+                riders = np.concatenate([noise, self._losses.riders(), gains])
+                self._accelerate(problem, w, r, riders)
             if average:
                 self._replace_by_average(problem, r)
         return result
@@ -218,13 +258,16 @@ class Accelerator:
         with stats.timed("gram"):
             system, sums = self._gram.assemble(r, riders)
             stats.bytes["gram"] += self._gram.message_bytes(len(riders))
-        noise, losses = np.split(sums, [NoiseMeter.RIDERS])
+        noise, losses, gains = np.split(sums, np.cumsum([NoiseMeter.RIDERS, LossWatch.RIDERS]))
         may_accelerate = self._losses.event(losses, self._comm.size)
         if system is None:
             self.restart(Restart.DESYNCHRONIZED)
             self._history.generation = 0  # from here on the same on all ranks
             return None
         gram, b, rr = system
+        if math.isfinite(rr):
+            with stats.timed("average"):
+                self._averages.push(w, r, gains)
         if len(b) == 0:
             return None  # no two pairs yet: nothing to try
         if (cause := safeguard.judge_system(gram, b, rr)) is not None:
@@ -426,8 +469,9 @@ class Accelerator:
         sharding = Sharding(config.layout, n, config.history_depth, comm.size, comm.rank)
         self._history = History(sharding, config.history_dtype or work, work, device)
         self._gram = Gram(self._history, comm)
+        lo, hi = sharding.rows
+        self._averages = WeightAverages(config.averages, config.frequency, hi - lo, work, device)
         if config.average_window is not None:
-            lo, hi = sharding.rows
             self._average = MovingAverage(config.average_window, hi - lo, work, device)
 
 

@@ -1,9 +1,19 @@
-"""The paper's moving average of the weights and its adaptive criterion, on one rank's rows."""
+"""Averages of the weights, on one rank's rows.
+
+The paper's moving average replaces the weights and training goes on from it; the running averages
+are for evaluation and leave training alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from aadl_hvd.history import chunked_dot
+from aadl_hvd.solve import Vector
 
 
 class MovingAverage:
@@ -55,3 +65,143 @@ class MovingAverage:
         if self._iterates.shape[1] == 0:
             return self._iterates.new_zeros(())
         return self._iterates.var(dim=0, correction=0).max().sqrt()
+
+
+class WeightAverages:
+    """Running averages of the iterates, for evaluation; training never sees them.
+
+    Several at once: exponential ones, by their decay factor per step, and windows, by their number
+    of steps. Fed in accelerated steps only, where the rows are at hand anyway. With each goes the
+    average of the residuals, because for a quadratic loss, r being minus its gradient,
+
+        f(w) - f(avg w) = 1/2 <r + avg r, avg w - w>
+
+    (the trapezoidal rule): the gain of every average is known without a forward pass, up to noise,
+    which is smoothed over about 20 steps. Memory: 2 rows an exponential average, 4 a window.
+
+    Args:
+        kinds: decay factors in (0, 1) and window lengths >= 2.
+        every: steps between two calls of `push`.
+        rows: number of rows of this rank.
+        dtype: float32 or float64.
+        device: where the parameters are.
+
+    Attributes:
+        count: iterates taken in.
+    """
+
+    SMOOTHING = 0.95
+
+    def __init__(
+        self,
+        kinds: Sequence[float],
+        every: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kinds = tuple(kinds)
+        self._every = every
+        self._averages = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
+        self._gains: Vector = np.zeros(len(self.kinds))
+        self._measured = self.count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated on this rank."""
+        return sum(average.nbytes for average in self._averages)
+
+    @property
+    def gains(self) -> dict[float, float]:
+        """f(w) - f(avg w) of each average as measured, the same on every rank; NaN: unknown."""
+        weight = 1.0 - self.SMOOTHING ** (self._every * self._measured)
+        gains = self._gains / weight if weight else np.full(len(self.kinds), np.nan)
+        return dict(zip(self.kinds, gains.tolist(), strict=True))
+
+    def partial_gains(self, w: Tensor, r: Tensor) -> Vector:
+        """This rank's part of the gains over an iterate and its residual, [rows] each: [kinds]."""
+        if not self.count:
+            return np.zeros(len(self.kinds))
+        parts = []
+        for average in self._averages:
+            away = average.w - w
+            parts.append(0.5 * (chunked_dot(r, away) + chunked_dot(average.r, away)))
+        return np.array(torch.stack(parts).tolist()) if parts else np.zeros(0)
+
+    def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
+        """Takes in an iterate and its residual, [rows] each.
+
+        Args:
+            w: the iterate.
+            r: its residual.
+            gains: `partial_gains` of them, summed over ranks.
+        """
+        if not np.isfinite(gains).all():
+            return
+        for average in self._averages:
+            average.push(w, r)
+        self.count += 1
+        if self.count > 1:
+            kept = self.SMOOTHING**self._every
+            self._gains = kept * self._gains + (1.0 - kept) * gains
+            self._measured += 1
+
+    def mean(self, kind: float) -> Tensor | None:
+        """This rank's rows of an average, [rows]; None if nothing has been taken in yet."""
+        average = self._averages[self.kinds.index(kind)]
+        return average.w if self.count else None
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._gains, self._measured, self.count = np.zeros(len(self.kinds)), 0, 0
+        for average in self._averages:
+            average.count = 0
+
+
+class _Average:
+    """One running average of w and r."""
+
+    def __init__(
+        self, kind: float, every: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._decay = kind**every if kind < 1 else None
+        # A window is the second half, going on, and the first half, complete: t/2 to t steps.
+        self._half = max(1, round(kind / (2 * every)))
+        halves = 1 if self._decay is not None else 2
+        self._sums = torch.zeros((halves, 2, rows), dtype=dtype, device=device)
+        self.count = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._sums.numel() * self._sums.element_size()
+
+    @property
+    def w(self) -> Tensor:
+        return self._mean(0)
+
+    @property
+    def r(self) -> Tensor:
+        return self._mean(1)
+
+    def push(self, w: Tensor, r: Tensor) -> None:
+        if self.count == 0:
+            self._sums.zero_()
+        now = self._sums[self.count // self._half % 2 if self._decay is None else 0]
+        if self._decay is None and self.count % self._half == 0:
+            now.zero_()
+        self.count += 1
+        if self._decay is None:
+            now[0].add_(w)
+            now[1].add_(r)
+        else:
+            # The plain mean as long as there are too few to fill the horizon.
+            weight = max(1.0 - self._decay, 1.0 / self.count)
+            now[0].lerp_(w, weight)
+            now[1].lerp_(r, weight)
+
+    def _mean(self, which: int) -> Tensor:
+        if self._decay is not None:
+            return self._sums[0, which]
+        complete = self._half if self.count > self._half else 0
+        inside = (self.count - 1) % self._half + 1
+        return self._sums[:, which].sum(dim=0).div_(complete + inside)

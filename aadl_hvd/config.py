@@ -64,6 +64,9 @@ class AndersonConfig:
             the variance of the residual's noise as the ranks measure it, and a column is used only
             where the square of its norm is above 2 c s. None opens the gate: for full batches on
             one rank, where noise has to be estimated from the residuals alone.
+        averages: running averages of the iterates kept for evaluation (`averaged_weights`), beside
+            training: decay factors per step in (0, 1), and window lengths in steps, integers of at
+            least 2. Each costs 2 n/P numbers, a window 4. () for none.
         safeguard: when an accelerated point is taken. "none": always. "descent": only if
             <w+ - w, r> > 0; no extra pass; after a rejection the older half of the columns is
             dropped. "residual": the paper's, judged in the next step: if
@@ -97,6 +100,7 @@ class AndersonConfig:
     regularization: float = 0.0
     average_window: int | None = None
     average_threshold: float = 0.1
+    averages: tuple[float, ...] = (0.9, 0.97, 0.99, 0.997)
     noise_gate: float | None = 10.0
     safeguard: str = "descent"
     residual: str = "gradient"
@@ -122,6 +126,7 @@ class AndersonConfig:
             self._check_real("noise_gate", 0.0, math.inf, other="or None, for no gate")
         self._check_real("regularization", 0.0, math.inf)
         self._check_real("average_threshold", 0.0, math.inf, low_open=True)
+        self._check_averages()
         self._check_choice("safeguard", SAFEGUARDS)
         self._check_choice("residual", RESIDUALS)
         self._check_choice("momentum", MOMENTA)
@@ -157,6 +162,7 @@ class AndersonConfig:
             average_window=_PAPER_WINDOW[name] if average else None,
             average_threshold=_PAPER_THRESHOLD,
             damping=1.0,
+            averages=(),
             noise_gate=None,
             safeguard="residual",
             residual="step",
@@ -165,6 +171,7 @@ class AndersonConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only (for checkpoints, logs and comparison across ranks)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["averages"] = list(self.averages)
         if self.history_dtype is not None:
             fields["history_dtype"] = str(self.history_dtype).removeprefix("torch.")
         return fields
@@ -195,6 +202,19 @@ class AndersonConfig:
             close = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"Invalid {name}={value!r}. Must be one of {choices}.{hint}")
+
+    def _check_averages(self) -> None:
+        value: Any = self.averages
+        ok = isinstance(value, tuple | list) and len(set(value)) == len(value)
+        for kind in value if ok else ():
+            whole = isinstance(kind, numbers.Integral) and not isinstance(kind, bool)
+            ok = ok and (kind >= 2 if whole else isinstance(kind, float) and 0.0 < kind < 1.0)
+        if not ok:
+            raise ConfigError(
+                f"Invalid averages={value!r}. Must be a tuple of different decay factors, floats "
+                "> 0 and < 1, and window lengths, integers >= 2."
+            )
+        object.__setattr__(self, "averages", tuple(value))
 
     def _check_history_dtype(self) -> None:
         value: Any = self.history_dtype

@@ -201,6 +201,19 @@ class OptimizerFixedPoint:
     def advance(self) -> Any:
         return self.base_step()
 
+    def hold(self) -> Callable[[], None]:
+        """Copies the weights (and momenta that `write` writes); the result puts them back."""
+        tensors: list[Tensor] = list(self._parameters)
+        if self._residual == "state":
+            tensors += [momentum for momentum in self._momenta() if momentum is not None]
+        saved = [tensor.detach().clone() for tensor in tensors]
+
+        def restore() -> None:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, saved)
+
+        return restore
+
     def skip(self) -> Any:
         return self.skip_step()
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import os
 import sys
 import warnings
@@ -20,9 +21,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import batch_norm
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.comm.local import LocalCommunicator
@@ -207,6 +210,11 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                 "clears the gradients, computes the loss, calls backward() and returns the loss; "
                 "or choose safeguard='descent', which needs none."
             )
+        if self._averaged:
+            raise UnsupportedError(
+                "Invalid step() inside averaged_weights(): training goes on from the weights "
+                "themselves. Leave the block first."
+            )
         self._accelerated._opt_called = True  # for schedulers made before the wrapping
         problem = self._anderson_problem
         problem.base_step = lambda: self._base_step(closure)
@@ -229,6 +237,78 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             vars(problem).pop("skip_step")
             vars(problem).pop("evaluate", None)
             problem.forget_gradient()
+
+    @contextlib.contextmanager
+    def averaged_weights(
+        self: Any,
+        loss: Closure | None = None,
+        *,
+        which: float | str | None = "auto",
+        model: torch.nn.Module | None = None,
+        batches: Iterable[Any] = (),
+        forward: Callable[[Any], Any] | None = None,
+    ) -> Iterator[float | None]:
+        """Within, the model holds averaged weights, for evaluation, saving or export.
+
+        Afterwards weights and batch-norm statistics are what they were, bit for bit. Collective;
+        no step may be taken inside. Which of `AndersonConfig.averages` it is:
+
+        - with `loss`: the one, the last iterate included, with the lowest mean over ranks; so it
+          is never worse than the last iterate on the data that `loss` sees.
+        - without: the one that promises the largest gain by the trapezoidal rule over gradients
+          measured in training (residual="gradient" only), the last iterate if none does.
+
+        `loss` evaluates this rank's loss at the weights in place, on the same few batches each
+        time. `which` names an average, or None for the last iterate, in place of a choice. With
+        `model` and `batches` batch-norm statistics are measured at the weights chosen (and at
+        those compared), by `forward(batch)` or `model(batch)`, and averaged over ranks.
+
+        Yields the average's name in `AndersonConfig.averages`, or None for the last iterate.
+        """
+        accelerator: Accelerator = self.anderson
+        problem = self._anderson_problem
+        names = accelerator.config.averages
+        if not (which is None or which == "auto" or which in names):
+            raise ConfigError(
+                f"Invalid which={which!r}. Must be 'auto', None, or one of averages={names!r}."
+            )
+        if model is not None and not (batches := list(batches)):
+            raise ConfigError("Invalid batches=[]. Must hold at least one batch with model=...")
+        hash(problem.signature)  # up to date with the parameter groups
+        restore = problem.hold()
+
+        def put_in(kind: float | None) -> bool:
+            if kind is None:
+                restore()
+            elif not accelerator.put_average(problem, kind):
+                return False
+            if model is not None:
+                batch_norm.recalibrate(model, batches, accelerator.comm, forward)
+            return True
+
+        def mean_loss() -> float:
+            assert loss is not None
+            return float(accelerator.mean_over_ranks(np.array([_number(loss())]))[0])
+
+        with contextlib.ExitStack() as undo:
+            if model is not None:
+                undo.enter_context(batch_norm.kept(model))
+            undo.callback(restore)
+            self._averaged = True
+            undo.callback(setattr, self, "_averaged", False)
+            chosen: float | None = None
+            if which != "auto":
+                chosen = which  # type: ignore[assignment]
+            elif loss is not None:
+                losses = {kind: mean_loss() for kind in (None, *names) if put_in(kind)}
+                chosen = min(losses, key=lambda kind: (not losses[kind] < math.inf, losses[kind]))
+            else:
+                gains = {kind: g for kind, g in accelerator.average_gains.items() if g > 0.0}
+                chosen = max(gains, key=gains.__getitem__, default=None)
+            if not put_in(chosen):
+                chosen = None
+                put_in(None)
+            yield chosen
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
         with _step_hooks_off(self):
@@ -302,6 +382,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         __init__,
         step,
         observe,
+        averaged_weights,
         _base_step,
         _skip_step,
         _evaluate,
@@ -475,6 +556,7 @@ def _attach(
         return starting[p] if handle is not None and handle[0] is not None else p  # type: ignore[index]
 
     accelerated._accelerated = optimizer
+    accelerated._averaged = False
     accelerated._anderson_problem = OptimizerFixedPoint(
         accelerated, config.residual, before if starting is not None else None
     )

@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "errors", "sharding", "comm.base", "flatten", "solve"},
     {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
     {"history", "gram", "averaging", "safeguard", "diagnostics", "noise", "fixed_point"},
-    {"accelerator", "checkpoint"},
+    {"accelerator", "checkpoint", "batch_norm"},
     {"optimizer", "neumann"},
     {"elastic"},
     {"__init__"},
@@ -31,6 +31,7 @@ BESIDE = {
     "gram": {"history"},
     "diagnostics": {"safeguard"},
     "fixed_point": {"noise"},
+    "averaging": {"history"},
     "checkpoint": {"accelerator"},
 }
 MAY_IMPORT = {
