@@ -194,6 +194,8 @@ def _table(base: Run, anderson: Run) -> str:
     rows = [
         ("", *RUNS.values()),
         ("validation accuracy", *both("{:.2%}", "validation_top1")),
+        ("validation accuracy at averaged weights", "-",
+         f"{anderson.summary['averaged_validation_top1']:.2%}"),
         ("validation loss", *both("{:.4f}", "validation_loss")),
         ("training loss", *both("{:.3e}", "training_loss")),
         (

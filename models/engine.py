@@ -85,7 +85,7 @@ class Trainer:
             are: Horovod sends contiguous tensors only.
         clip_norm: Largest norm of the averaged gradient; None for no clipping.
         accumulate: Batches in a step.
-        keep_batches: Batches remembered for `recalibrate`.
+        keep_batches: Batches remembered for `recalibrate` and `averaged`.
         step: Optimizer steps done in the whole training.
     """
 
@@ -106,7 +106,7 @@ class Trainer:
         """Makes loss and loss scaler."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self._loss = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
-        self._recent: deque[torch.Tensor] = deque(maxlen=self.keep_batches)
+        self._recent: deque[Batch] = deque(maxlen=self.keep_batches)
 
     def train_epoch(self, loader: Loader, log_every: int) -> Iterator[Interval]:
         """Trains on the rest of the loader's epoch. Collective.
@@ -167,10 +167,12 @@ class Trainer:
         self.optimizer.zero_grad()
         for images, labels in group:
             if self.keep_batches:
-                self._recent.append(images)
+                self._recent.append((images, labels))
             with self._autocast():
                 logits = self.model(self._laid_out(images))
                 loss = self._loss(logits.float(), labels)
+            if hasattr(self.optimizer, "observe"):
+                self.optimizer.observe(loss)
             self.scaler.scale(loss / len(group)).backward()
             right = (logits.detach().argmax(1) == labels).sum()
             count = right.new_tensor(len(labels))
@@ -207,11 +209,41 @@ class Trainer:
             norm.momentum = None  # the plain mean over batches
         self.model.train()
         with torch.no_grad(), self._autocast():
-            for images in self._recent:
+            for images, _ in self._recent:
                 self.model(self._laid_out(images))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         average_batch_norm(self.model)
+
+    def validate_averaged(self, batches: Iterable[Batch]) -> tuple[str, Validation] | None:
+        """Evaluates at averaged weights, chosen by the loss on the remembered batches. Collective.
+
+        Batch-norm statistics are measured at each candidate; weights and statistics are put back.
+
+        Returns:
+            The average's name, "last" where none is better than the last iterate, and what was
+            found; None without acceleration or remembered batches.
+        """
+        anderson = getattr(self.optimizer, "anderson", None)
+        if anderson is None or not anderson.config.averages or not self._recent:
+            return None
+        inputs = [images for images, _ in self._recent]
+        with self.optimizer.averaged_weights(
+            self._recent_loss, model=self.model, batches=inputs, forward=self._forward
+        ) as kind:
+            return "last" if kind is None else str(kind), self.validate(batches)
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            logits: torch.Tensor = self.model(self._laid_out(images))
+        return logits
+
+    def _recent_loss(self) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            losses = [self._loss(self._forward(x).float(), y) for x, y in self._recent]
+        self.model.train()
+        return torch.stack(losses).mean().item()
 
     def validate(self, batches: Iterable[Batch]) -> Validation:
         """Evaluates the model on this rank's batches and sums over ranks. Collective.

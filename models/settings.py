@@ -289,10 +289,21 @@ class Settings:
         "when an accelerated point is taken",
         ("none", "descent", "residual"),
     )
+    anderson_noise_gate: float | None = _option(
+        "Anderson acceleration",
+        None,
+        "how many times its noise a residual must be; 0 opens the gate",
+    )
+    anderson_momentum: str | None = _option(
+        "Anderson acceleration",
+        None,
+        "what becomes of the momentum after an accelerated step",
+        ("keep", "reset"),
+    )
     anderson_residual: str | None = _option(
         "Anderson acceleration",
         None,
-        "step: what the optimizer did; gradient: minus learning rate times gradient; state: "
+        "step: what the optimizer did; gradient: minus the gradient; state: "
         "weights and momentum together",
         ("step", "gradient", "state"),
     )

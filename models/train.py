@@ -122,6 +122,7 @@ def run(settings: Settings) -> None:
     moved = 0
     interval: Interval | None = None
     validation: Validation | None = None
+    averaged: tuple[str, Validation] | None = None
     try:
         while epoch < settings.epochs:
             for interval in trainer.train_epoch(train_loader, settings.log_every):
@@ -148,8 +149,14 @@ def run(settings: Settings) -> None:
                     f"validation loss {validation.loss:.4g}, top-1 {validation.top1:.2%}, "
                     f"top-5 {validation.top5:.2%}"
                 )
+                averaged = trainer.validate_averaged(val_loader)
+                if averaged is not None:
+                    progress.say(
+                        f"    at averaged weights ({averaged[0]}): validation loss "
+                        f"{averaged[1].loss:.4g}, top-1 {averaged[1].top1:.2%}"
+                    )
                 if log is not None:
-                    log.write("epochs", _epoch_row(interval, epoch, validation))
+                    log.write("epochs", _epoch_row(interval, epoch, validation, averaged))
             if saving:
                 state = _state(identity, epoch, best, trainer, train_loader)
                 if chief:
@@ -168,7 +175,7 @@ def run(settings: Settings) -> None:
     if interval is None or validation is None:
         print(f"nothing left to train: {epoch} of {settings.epochs} epochs are done")
     else:
-        summary = _summary(settings, trainer, totals, interval, validation, best)
+        summary = _summary(settings, trainer, totals, interval, validation, averaged, best)
         summary["total_seconds"] = time.perf_counter() - started
         print("\n" + write_summary(folder, summary))
         print(f"plot  {plot_training(folder)}", flush=True)
@@ -419,9 +426,17 @@ def _step_row(interval: Interval, epoch: int, stats: Any) -> dict[str, Any]:
     return row
 
 
-def _epoch_row(interval: Interval, epoch: int, validation: Validation) -> dict[str, Any]:
+def _epoch_row(
+    interval: Interval,
+    epoch: int,
+    validation: Validation,
+    averaged: tuple[str, Validation] | None,
+) -> dict[str, Any]:
     row = {"step": interval.step, "epoch": epoch, "train_loss": interval.loss}
-    return row | {f"val_{name}": value for name, value in asdict(validation).items()}
+    row |= {f"val_{name}": value for name, value in asdict(validation).items()}
+    if averaged is not None:
+        row |= {"averaged_val_loss": averaged[1].loss, "averaged_val_top1": averaged[1].top1}
+    return row
 
 
 def _summary(
@@ -430,6 +445,7 @@ def _summary(
     totals: dict[str, Any],
     interval: Interval,
     validation: Validation,
+    averaged: tuple[str, Validation] | None,
     best: float,
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {
@@ -450,6 +466,12 @@ def _summary(
         "ms_per_step": 1000 * totals["seconds"] / totals["steps"],
         "images_per_second": totals["images"] / totals["seconds"],
     }
+    if averaged is not None:
+        summary |= {
+            "averaged_weights": averaged[0],
+            "averaged_validation_loss": averaged[1].loss,
+            "averaged_validation_top1": averaged[1].top1,
+        }
     stats = _stats(trainer)
     if stats is not None:
         seconds = sum(stats.seconds.values())

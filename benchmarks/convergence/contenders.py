@@ -50,11 +50,7 @@ def make(name: str, problem: Problem, model: nn.Module) -> Contender:
         return Contender(optimizer=optimizer, after_step=aadl.after_step)
     if name == "default":
         optimizer = DistributedAndersonOptimizer(base, named_parameters=named)
-        return Contender(
-            optimizer=optimizer,
-            observes=hasattr(optimizer, "observe"),
-            averages=hasattr(optimizer, "averaged_weights"),
-        )
+        return Contender(optimizer=optimizer, observes=True, averages=True)
     if name == "paper":
         settings = dataclasses.replace(settings, average_window=None)
     optimizer = DistributedAndersonOptimizer(base, named_parameters=named, anderson=settings)

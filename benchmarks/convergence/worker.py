@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from models.problems import Problem, build
 MARKS = 40
 CURVE_POINTS = {True: 400, False: 100}
 """At most so many of the losses that a run saw: every step's where it had a full batch of 400."""
+FEW = 8
 WRITE_EVERY = 20.0
 SAY_EVERY = 2.0
 
@@ -83,7 +85,7 @@ def train(problem: Problem, contender: str) -> Run:
         for name, value in found.items():
             metrics[name].append(value)
         if made.averages:
-            with made.optimizer.averaged_weights():
+            with made.optimizer.averaged_weights(_few_batches(problem, model, done)):
                 for name, value in problem.metrics(model).items():
                     averaged[name].append(value)
         if not math.isfinite(found["training_loss"]):
@@ -106,6 +108,18 @@ def train(problem: Problem, contender: str) -> Run:
         # Entry i is the mean over ranks of the loss that step i * stride saw before its update.
         "loss": {"stride": stride, "values": plain(losses[:done:stride].tolist(), 5)},
     }
+
+
+def _few_batches(problem: Problem, model: nn.Module, done: int) -> Callable[[], float]:
+    """This rank's loss on its last training batches: what averaged weights are chosen by."""
+    count = 1 if problem.full_batch else FEW
+
+    def loss() -> float:
+        with torch.no_grad():
+            losses = [problem.loss(model, max(done - 1 - i, 0)) for i in range(count)]
+        return torch.stack(losses).mean().item()
+
+    return loss
 
 
 def _evaluated(optimizer: Any) -> contextlib.AbstractContextManager[Any]:
