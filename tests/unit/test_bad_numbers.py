@@ -253,8 +253,9 @@ def test_warm_up_from_learning_rate_zero(groups):
 
 
 def test_ratio_of_learning_rates_changes():
+    """What r = G(w) - w measured with other ratios is worth nothing any more."""
     problem = Problem(SEVERAL)
-    config = AndersonConfig(**SETTINGS)
+    config = AndersonConfig(**SETTINGS, residual="step")
     path, opt = problem.run(config, 9)
     assert opt.anderson.columns == M
     opt.param_groups[1]["lr"] *= 0.5
@@ -265,12 +266,58 @@ def test_ratio_of_learning_rates_changes():
     problem.rates = problem._per_number("lr")
     last, _ = problem.run(config, 9, opt=opt, first=9)
     assert restarts(opt) == {"changed": 1}
-    np.testing.assert_allclose(last, textbook(problem, path[-1], 9, first=9), rtol=1e-8, atol=1e-10)
+    largest = problem.rates.max()
+    expected = anderson(
+        lambda k, w, v: problem.sgd(k + 9, w, v),
+        path[-1],
+        9,
+        m=M,
+        p=P,
+        rate=lambda k: largest,
+        state=np.zeros(problem.n),
+    )
+    np.testing.assert_allclose(last, expected.path, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), ON)
+def test_ratio_of_learning_rates_changes_in_every_step(ranks, layout):
+    """Gradients do not depend on it: no restart, and M is that of the step."""
+    problem = Problem(SEVERAL)
+    config = AndersonConfig(**SETTINGS, layout=layout)
+    owner = np.repeat(np.arange(3), [g.n for g in SEVERAL])
+
+    def factors(k):
+        return np.array([1.0 + 0.1 * k, 0.9**k, 1.0 + 0.5 * np.sin(k)])
+
+    expected = anderson(
+        lambda k, w, v: problem.sgd(k, w, v, lambda k: factors(k)[owner]),
+        problem.start,
+        20,
+        m=M,
+        p=P,
+        residual=problem.residual,
+        mixing=lambda k: problem.mixing(k, lambda k: factors(k)[owner]),
+        state=np.zeros(problem.n),
+    )
+
+    def program(comm):
+        opt = problem.optimizer(config, comm)
+        path = [flat(opt)]
+        for k in range(20):
+            for group, settings, factor in zip(opt.param_groups, SEVERAL, factors(k), strict=True):
+                group["lr"] = settings.lr * factor
+            path.append(problem.run(config, 1, opt=opt, first=k)[0][-1])
+        return np.array(path), counts(opt), restarts(opt)
+
+    path, count, reset = on_ranks(ranks, program)
+    np.testing.assert_allclose(path, expected.path, rtol=1e-8, atol=1e-10)
+    assert count == expected.counts
+    assert reset == {}
 
 
 def test_a_schedule_s_last_bit_is_no_change():
     problem = Problem(SEVERAL)
-    config = AndersonConfig(**SETTINGS)
+    config = AndersonConfig(**SETTINGS, residual="step")
     _, opt = problem.run(config, 6)
     for k in range(6, 20):
         for group in opt.param_groups:
@@ -311,7 +358,20 @@ def test_frozen_parameter_thaws(ranks, layout):
         whole[free] = w
         return problem.sgd(k, whole, 0.0)[0][free], v
 
-    expected = anderson(step, problem.start[free], 9, m=M, p=P).path
+    def residual(k, w):
+        whole = problem.start.copy()
+        whole[free] = w
+        return problem.residual(k, whole)[free]
+
+    expected = anderson(
+        step,
+        problem.start[free],
+        9,
+        m=M,
+        p=P,
+        residual=residual,
+        mixing=lambda k: problem.mixing(k)[free],
+    ).path
     np.testing.assert_allclose(path[:, free], expected, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(last, textbook(problem, path[-1], 9, first=9), rtol=1e-8, atol=1e-10)
     assert reset == {"changed": 1}

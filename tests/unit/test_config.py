@@ -20,22 +20,26 @@ BAD = [
     *((name, bad) for name, low in INTEGERS.items() for bad in (low - 1, -3, 2.5, 3.0, "4", True)),
     *((name, None) for name in INTEGERS if name != "average_window"),
     *(("relaxation", bad) for bad in (0, 0.0, -0.1, 1.0001, math.nan, math.inf, "1", None, True)),
-    *(("damping", bad) for bad in (-1e-9, 2.0001, math.nan, math.inf, "1", None, False)),
+    *(("damping", bad) for bad in (-1e-9, 10.0001, math.nan, math.inf, "1", None, False)),
+    *(("noise_gate", bad) for bad in (-1e-9, math.nan, math.inf, "10", True, 1j)),
     *(("regularization", bad) for bad in (-1e-12, math.nan, math.inf, "0", None, 1j)),
     *(("average_threshold", bad) for bad in (0, -0.1, math.nan, math.inf, "0.1", None)),
     *(("safeguard", bad) for bad in ("Descent", "", None, 1, True)),
     *(("residual", bad) for bad in ("gradients", None, 0)),
+    *(("momentum", bad) for bad in ("Keep", "zero", None, 0.9, True)),
     *(("layout", bad) for bad in ("row", None, 2)),
     *(("history_dtype", bad) for bad in ("float8", torch.int32, torch.complex64, 32, "", [])),
 ]
 ALLOWED = {
     **{name: f">= {low}" for name, low in INTEGERS.items()},
     "relaxation": "> 0 and <= 1",
-    "damping": ">= 0 and <= 2",
+    "damping": ">= 0 and <= 10",
+    "noise_gate": ">= 0, or None, for no gate",
     "regularization": ">= 0",
     "average_threshold": "> 0",
     "safeguard": "'none', 'residual', 'loss', 'descent'",
     "residual": "'step', 'gradient', 'state'",
+    "momentum": "'keep', 'reset'",
     "layout": "'rows', 'columns'",
     "history_dtype": "float64, float32, bfloat16, float16",
 }
@@ -60,8 +64,9 @@ def test_every_field_has_bad_values():
     [
         INTEGERS,
         {"relaxation": 1.0, "damping": 0.0, "regularization": 0.0, "average_threshold": 1e-9},
-        {"relaxation": 1e-9, "damping": 2.0, "regularization": 3.5, "average_threshold": 7},
-        {"average_window": None, "history_dtype": None},
+        {"relaxation": 1e-9, "damping": 10.0, "regularization": 3.5, "average_threshold": 7},
+        {"average_window": None, "history_dtype": None, "noise_gate": None},
+        {"noise_gate": 0.0, "momentum": "reset"},
     ],
 )
 def test_ends_of_ranges_are_allowed(good):
@@ -73,6 +78,11 @@ def test_ends_of_ranges_are_allowed(good):
 def test_a_typing_mistake_gets_a_hint():
     with pytest.raises(ConfigError, match="Did you mean 'descent'"):
         AndersonConfig(safeguard="decent")
+
+
+def test_momentum_that_is_accelerated_itself_is_not_reset():
+    with pytest.raises(ConfigError, match="momentum='reset' with residual='state'"):
+        AndersonConfig(momentum="reset", residual="state")
 
 
 def test_frozen_and_keyword_only():
@@ -97,6 +107,7 @@ def test_history_dtype_as_name_or_dtype(dtype):
     [
         AndersonConfig(),
         AndersonConfig(history_dtype=torch.bfloat16, average_window=3, layout="columns", refine=2),
+        AndersonConfig(noise_gate=None, damping=1.0, momentum="reset"),
         AndersonConfig.paper("resnet50"),
     ],
 )
@@ -124,6 +135,7 @@ def test_paper_s_settings(name):
     assert config.relaxation == beta
     assert config.average_threshold == 0.1
     assert config.damping == 1.0  # Eq. 4
+    assert config.noise_gate is None  # the paper knows none
     assert config.regularization == 0.0
     assert (config.safeguard, config.residual) == ("residual", "step")  # Algorithm 1, Eq. 1
     assert config.average_window >= 2

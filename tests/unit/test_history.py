@@ -15,23 +15,24 @@ from aadl_hvd.sharding import Sharding
 
 
 class ListOfColumns:
-    """What History must hold, as lists of whole columns by slot."""
+    """What History must hold: (slot, column of W, column of R), from the oldest to the newest."""
 
     def __init__(self, depth):
-        self.depth, self.pairs = depth, []
+        self.depth, self.columns = depth, []
+        self.clear()
 
     def push(self, w, r):
-        self.pairs.append((w, r))
+        if self.last is not None:
+            column = self.pushed % self.depth, w - self.last[0], r - self.last[1]
+            self.columns = [*self.columns, column][-self.depth :]
+            self.pushed += 1
+        self.last = w, r
+
+    def keep(self, columns):
+        self.columns = self.columns[max(0, len(self.columns) - columns) :]
 
     def clear(self):
-        self.pairs = []
-
-    def by_slot(self, which):
-        columns = {}
-        for j in range(1, len(self.pairs)):
-            difference = self.pairs[j][which] - self.pairs[j - 1][which]
-            columns[(j - 1) % self.depth] = difference
-        return columns
+        self.columns, self.last, self.pushed = [], None, 0
 
 
 def stored_column(held, slot):
@@ -43,7 +44,9 @@ def stored_column(held, slot):
 
 
 # One run: pushes, and now and then an assembly of the Gram matrix or a new start.
-EVENTS = st.lists(st.sampled_from(["push", "push", "push", "solve", "clear"]), max_size=25)
+EVENTS = st.lists(
+    st.sampled_from(["push", "push", "push", "push", "solve", "clear", 0, 1, 3]), max_size=25
+)  # a number: how many columns to keep
 
 
 @pytest.fixture(params=[2, 2**18], ids=["chunks of 2", "one chunk"], autouse=True)
@@ -67,42 +70,49 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             if event == "push":
                 new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]))
                 plain.push(w, r)
-                assert (new is None) == (len(plain.pairs) == 1)
+                assert (new is None) == (plain.pushed == 0)
                 if new is not None:
-                    assert new[0] == (len(plain.pairs) - 2) % depth
+                    assert new[0] == (plain.pushed - 1) % depth
                     gram.stored(*new)
             elif event == "clear":
                 held.clear()
                 gram.clear()
                 plain.clear()
-            h = min(max(len(plain.pairs) - 1, 0), depth)
+            elif event != "solve":
+                held.keep(event)
+                plain.keep(event)
+            live = [slot for slot, _, _ in plain.columns]
+            h = len(live)
             assert held.columns == h
+            assert held.live == live
             if h == 0:
                 continue
-            columns_w, columns_r = plain.by_slot(0), plain.by_slot(1)
-            for slot, column in columns_r.items():
+            for slot, _, column in plain.columns:
                 place = held.place(slot)
                 assert (place is None) == (slot not in sharding.slots)
                 if place is not None:
                     np.testing.assert_array_equal(stored_column(held, slot), column[part])
-            W = np.column_stack([columns_w[slot] for slot in range(h)])
-            R = np.column_stack([columns_r[slot] for slot in range(h)])
+            W = np.column_stack([column for _, column, _ in plain.columns])
+            R = np.column_stack([column for _, _, column in plain.columns])
             if event == "solve":
-                G, b, rr = gram.assemble(torch.from_numpy(r[part]))
+                riders = np.array([1.0, comm.rank, w[0]])
+                system, sums = gram.assemble(torch.from_numpy(r[part]), riders)
+                ranks = comm.size * (comm.size - 1) / 2
+                np.testing.assert_allclose(sums, [comm.size, ranks, comm.size * w[0]])
+                G, b, rr = system
                 np.testing.assert_allclose(G, R.T @ R, atol=1e-12)
                 np.testing.assert_allclose(b, R.T @ r, atol=1e-12)
                 assert rr == pytest.approx(r @ r)
                 np.testing.assert_allclose(
-                    gram.project(torch.from_numpy(w[part]))[:h], R.T @ w, atol=1e-12
+                    gram.project(torch.from_numpy(w[part]))[live], R.T @ w, atol=1e-12
                 )
             # What the parts of an update add up to.
             gamma = np.zeros(depth)
-            gamma[:h] = random_gamma = np.arange(1.0, h + 1)
-            for damping, scale in ((1.0, 1.0), (0.5, 0.1), (0.0, 2.0)):
-                expected = -W @ random_gamma + damping * scale * (r - R @ random_gamma)
-                mine = held.update(
-                    torch.from_numpy(r[part]), torch.from_numpy(gamma), damping, scale
-                )
+            gamma[live] = random_gamma = np.arange(1.0, h + 1)
+            for mixing in (1.0, 0.05, 0.0, np.linspace(0.0, 2.0, n)):
+                expected = -W @ random_gamma + mixing * (r - R @ random_gamma)
+                own = mixing if isinstance(mixing, float) else torch.from_numpy(mixing[part])
+                mine = held.update(torch.from_numpy(r[part]), torch.from_numpy(gamma), own)
                 whole = np.zeros(n)
                 whole[part] = mine.numpy()
                 np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-11)
@@ -146,7 +156,7 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
             new = held.push(w_k[part], r_k[part])
             if new is not None:
                 gram.stored(*new)
-        G, b, _ = gram.assemble(r[part])
+        (G, b, _), _ = gram.assemble(r[part], np.zeros(0))
         R = np.zeros((n, depth))
         for slot in sharding.slots:
             R[part, slot] = stored_column(held, slot)
@@ -173,7 +183,7 @@ def test_dot_adds_up_in_float64(monkeypatch):
 
 
 def test_message_bytes_is_what_is_sent():
-    """The documented (m + 1) m + 5 numbers, whatever is stored."""
+    """The documented (m + 1) m + 5 numbers, whatever is stored, and what rides along."""
 
     class Counting(LocalCommunicator):
         sent: tuple[int, ...] = ()
@@ -190,5 +200,5 @@ def test_message_bytes_is_what_is_sent():
     for _ in range(3):
         if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
             gram.stored(*new)
-        gram.assemble(torch.randn(6).double())
-    assert comm.sent == (gram.message_bytes,) * 3 == (8 * 25,) * 3
+        gram.assemble(torch.randn(6).double(), np.zeros(7))
+    assert comm.sent == (gram.message_bytes(7),) * 3 == (8 * (25 + 7),) * 3

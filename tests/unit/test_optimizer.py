@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
 
 NEVER = AndersonConfig(frequency=10**9)
-OFTEN = AndersonConfig(frequency=3, history_depth=4, safeguard="none", relaxation=0.3)
+OFTEN = AndersonConfig(**TEXTBOOK, frequency=3, history_depth=4, safeguard="none", relaxation=0.3)
 STEPS = 9
 
 OPTIMIZERS = {
@@ -249,7 +250,7 @@ def test_add_param_group_and_state_are_shared_with_the_given_optimizer():
 
 def test_loss_safeguard():
     model = network()
-    settings = AndersonConfig(frequency=3, safeguard="loss")
+    settings = AndersonConfig(**TEXTBOOK, frequency=3, safeguard="loss")
     opt = AndersonOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), anderson=settings)
     with pytest.raises(UnsupportedError, match="closure"):
         opt.step()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 
@@ -15,7 +16,7 @@ def trained(make, **settings):
     y = torch.randn(20, dtype=torch.float64)
     w = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
     opt = AndersonOptimizer(
-        make([w]), anderson=AndersonConfig(frequency=3, history_depth=4, **settings)
+        make([w]), anderson=AndersonConfig(**TEXTBOOK, frequency=3, history_depth=4, **settings)
     )
     for _ in range(STEPS):
         opt.zero_grad()
@@ -55,7 +56,8 @@ def test_optimizer_that_overwrites_gradients_with_a_closure():
     for cls in (torch.optim.SGD, GradientEater):
         torch.manual_seed(0)
         w = torch.nn.Parameter(torch.randn(5))
-        opt = AndersonOptimizer(cls([w], lr=0.2), anderson=AndersonConfig(frequency=2))
+        config = AndersonConfig(**TEXTBOOK, frequency=2)
+        opt = AndersonOptimizer(cls([w], lr=0.2), anderson=config)
         target = torch.arange(5.0)
         scale = torch.linspace(0.5, 2.0, 5)
 

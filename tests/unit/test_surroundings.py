@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 
@@ -65,7 +66,7 @@ def test_products_are_exact_where_bfloat16_products_are_allowed():
 
 def test_closure_that_raises_leaves_nothing_behind():
     p = torch.nn.Parameter(torch.ones(4))
-    opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
+    opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1), anderson=AndersonConfig(**TEXTBOOK))
 
     def broken():
         raise RuntimeError("no data")
@@ -73,7 +74,7 @@ def test_closure_that_raises_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="no data"):
         opt.step(broken)
     problem = opt._anderson_problem
-    assert problem._due is None and problem._gradient is None
+    assert problem._due is None and problem._gradient is None and problem._deviations is None
     for _ in range(4):
         p.grad = p.detach() * torch.arange(1.0, 5.0)
         opt.step()
@@ -104,7 +105,11 @@ def test_a_rejected_point_is_not_averaged():
     opt = AndersonOptimizer(
         torch.optim.SGD([p], lr=0.3),
         anderson=AndersonConfig(
-            frequency=1, safeguard="residual", average_window=3, average_threshold=1e9
+            **TEXTBOOK,
+            frequency=1,
+            safeguard="residual",
+            average_window=3,
+            average_threshold=1e9,
         ),
     )
     average = opt.anderson._average
@@ -122,7 +127,8 @@ def test_a_rejected_point_is_not_averaged():
 def test_closure_sees_the_autocast_that_step_was_called_in():
     p = torch.nn.Parameter(torch.ones(4))
     opt = AndersonOptimizer(
-        torch.optim.SGD([p], lr=0.1), anderson=AndersonConfig(safeguard="loss", frequency=1)
+        torch.optim.SGD([p], lr=0.1),
+        anderson=AndersonConfig(**TEXTBOOK, safeguard="loss", frequency=1),
     )
     seen = []
 
