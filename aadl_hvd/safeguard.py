@@ -56,15 +56,16 @@ class LossWatch:
 
     A step in which every rank has said its loss and a point was accepted is on trial; the next
     step's losses decide. Where they are higher than before by more than their own spread, the
-    point is rejected, and a number of attempts is left out that doubles with every rejection in
-    a row, up to `MAX_PAUSE`.
+    point is rejected, and the next `FIRST_PAUSE` attempts are left out, twice as many with every
+    further rejection in a row, up to `MAX_PAUSE`.
 
     What decides has come out of reductions, so that it is the same on every rank; only the trial
     itself may be missing on a rank that has loaded a checkpoint since.
     """
 
     RIDERS = 3
-    MAX_PAUSE = 32
+    FIRST_PAUSE = 4
+    MAX_PAUSE = 64
     # In standard deviations of the difference of two losses.
     TOLERANCE = 2.0
 
@@ -79,7 +80,7 @@ class LossWatch:
         self._loss = math.nan
         self._tolerance = 0.0
         self._trial: tuple[Tensor, Callable[[], None] | None] | None = None
-        self._pause, self._next_pause = 0, 1
+        self._pause, self._next_pause = 0, self.FIRST_PAUSE
 
     @property
     def on_trial(self) -> bool:
@@ -152,7 +153,7 @@ class LossWatch:
         if trial is None or trials < size or count < size:
             return None
         if loss / size <= self._loss + self._tolerance:
-            self._next_pause = 1
+            self._next_pause = self.FIRST_PAUSE
             return None
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, self.MAX_PAUSE)
         base_rows, restore = trial
