@@ -227,24 +227,24 @@ class Accelerator:
                 r = problem.read_residual(*self._rows, w, self._vector())
             if confirm and not self._confirm(problem, r):
                 return result
-            noise = self._note_noise(problem)
+            self._note_noise(problem)
             if store and problem.moves:  # at learning rate 0 r says nothing
                 self._store(w, r)
             if accelerate:
                 with self.stats.timed("average"):
                     gains = self._averages.partial_gains(w, r)
+                with self.stats.timed("noise"):
+                    noise = self._noise.riders()
                 riders = np.concatenate([noise, self._losses.riders(), gains])
                 self._accelerate(problem, w, r, riders)
             if average:
                 self._replace_by_average(problem, r)
         return result
 
-    def _note_noise(self, problem: FixedPoint) -> Vector:
-        """This rank's numbers on the noise of this step's gradient."""
-        if self.config.noise_gate is None:
-            return np.zeros(NoiseMeter.RIDERS)
-        with self.stats.timed("noise"):
-            return self._noise.riders(problem.deviations(), self._calls)
+    def _note_noise(self, problem: FixedPoint) -> None:
+        if self.config.noise_gate is not None:
+            with self.stats.timed("noise"):
+                self._noise.note(problem.deviations(), self._calls)
 
     def _store(self, w: Tensor, r: Tensor) -> None:
         with self.stats.timed("store"):
@@ -379,6 +379,8 @@ class Accelerator:
     def _confirm_loss(self, problem: FixedPoint) -> bool:
         """Judges the accelerated step before this one by its loss; goes back if it was bad."""
         with _plain_numerics(problem.device), self.stats.timed("safeguard"):
+            if problem.signature != self._signature:
+                self._losses.drop_trial()  # the way back is that of another problem
             numbers = np.append(self._losses.riders(), self._losses.on_trial)
             sums = self._comm.allreduce(numbers)
             self.stats.bytes["safeguard"] += sums.nbytes

@@ -140,21 +140,20 @@ class NoiseMeter:
     RIDERS = 4
 
     def __init__(self) -> None:
+        self._now: Deviations | None = None
         self._last: Deviations | None = None
-        self._last_call = -1
+        self._call = -1
 
-    def riders(self, deviations: Deviations | None, call: int) -> Vector:
-        """[4] numbers to be summed over ranks; zeros where this rank cannot say.
+    def note(self, deviations: Deviations | None, call: int) -> None:
+        """Takes in the deviations of a step; `call` is its number."""
+        successive = self._call == call - 1
+        self._last = self._now if successive else None
+        self._now, self._call = deviations, call
 
-        Args:
-            deviations: of this step.
-            call: number of this step.
-        """
-        last, self._last = self._last, deviations
-        successive, self._last_call = self._last_call == call - 1, call
-        if deviations is None or last is None or not successive:
-            return np.zeros(4)
-        if last.values.shape != deviations.values.shape:
+    def riders(self) -> Vector:
+        """[4] numbers on the last step to be summed over ranks; zeros if this rank cannot say."""
+        deviations, last = self._now, self._last
+        if deviations is None or last is None or last.values.shape != deviations.values.shape:
             return np.zeros(4)
         change = deviations.values - last.values
         numbers = torch.stack([change.double().square().sum(), deviations.squared.double()])
@@ -179,8 +178,8 @@ class NoiseMeter:
         return changed / samples**2 / (2.0 * (1.0 - 1.0 / samples)), squared / size
 
     def clear(self) -> None:
-        """Forgets the last step."""
-        self._last = None
+        """Forgets all steps."""
+        self._now = self._last = None
 
 
 def variance_from_history(gram: Matrix) -> float | None:
