@@ -24,8 +24,8 @@ class Group:
         return sum(int(np.prod(shape)) for shape in self.shapes)
 
 
-# Textbook Anderson acceleration, whatever the noise.
-TEXTBOOK = {"noise_gate": None, "damping": 1.0}
+# Textbook Anderson acceleration, whatever the noise, and nothing kept beside it.
+TEXTBOOK = {"noise_gate": None, "damping": 1.0, "averages": ()}
 PLAIN = (Group(shapes=((3, 4), (4,), (2, 1, 3), ()), lr=0.3),)  # n = 23, a prime
 SEVERAL = (
     Group(shapes=((5,), (2, 3)), lr=0.1, weight_decay=0.02),

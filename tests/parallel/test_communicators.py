@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import CHECKS
+from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 from aadl_hvd.comm.horovod import HorovodCommunicator, horovod_communicator
@@ -100,7 +101,7 @@ def test_training_on_a_part_of_the_ranks(all_but_rank_0):
         opt,
         named_parameters=model.named_parameters(),
         process_set=all_but_rank_0,
-        anderson=AndersonConfig(frequency=2, history_depth=3),
+        anderson=AndersonConfig(**TEXTBOOK, frequency=2, history_depth=3),
     )
     for k in range(8):
         opt.zero_grad()

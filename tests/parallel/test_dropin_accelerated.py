@@ -12,6 +12,7 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
+from problems import TEXTBOOK
 from training import (
     HandMade,
     assert_replicas_equal,
@@ -30,12 +31,7 @@ from training import (
 from aadl_hvd import AndersonConfig, AndersonOptimizer, DistributedAndersonOptimizer
 
 DOUBLE = torch.float64
-SETTINGS = {
-    "history_depth": 4,
-    "frequency": 3,
-    "noise_gate": None,
-    "damping": 1.0,
-}  # two accelerated steps in STEPS
+SETTINGS = TEXTBOOK | {"history_depth": 4, "frequency": 3}  # two accelerated steps in STEPS
 # For comparisons to rounding: new data in every step keep the least squares well conditioned;
 # they leave nothing to gain, so every point is taken.
 ALWAYS = AndersonConfig(**SETTINGS, safeguard="none", relaxation=0.3)
@@ -803,7 +799,12 @@ def test_adasum(layout, passes):
         op=hvd.Adasum,
         backward_passes_per_step=passes,
         anderson=AndersonConfig(
-            frequency=5, history_depth=4, residual="step", safeguard="none", layout=layout
+            **TEXTBOOK,
+            frequency=5,
+            history_depth=4,
+            residual="step",
+            safeguard="none",
+            layout=layout,
         ),
     )
     train(model, opt, data * 5, passes)

@@ -5,6 +5,7 @@ import pathlib
 import horovod.torch as hvd
 import pytest
 import torch
+from problems import TEXTBOOK
 from training import (
     NEVER,
     assert_replicas_equal,
@@ -172,7 +173,7 @@ def test_nan_on_one_rank(layout):
     opt = DistributedAndersonOptimizer(
         sgd(model),
         model.named_parameters(),
-        anderson=AndersonConfig(frequency=2, layout=layout, safeguard="none"),
+        anderson=AndersonConfig(**TEXTBOOK, frequency=2, layout=layout, safeguard="none"),
     )
     good = [p.detach().clone() for p in model.parameters()]
     data = full_batch(1)
@@ -228,7 +229,9 @@ def test_scripts_written_for_horovod(script, optimizer):
     assert_replicas_equal(scope["model"])
     if optimizer != name[:-1]:
         stats = scope["optimizer"].anderson.stats
-        assert stats.accelerated + stats.rejected["descent"] >= 3, stats
+        # Mini-batches, where points are mostly noise; each attempt is decided in some way.
+        decided = {cause: stats.rejected[cause] for cause in ("descent", "noise")}
+        assert stats.accelerated + sum(decided.values()) >= 3, stats
     assert isinstance(scope["optimizer"], torch.optim.SGD)
 
 

@@ -26,6 +26,8 @@ BAD = [
     *(("average_threshold", bad) for bad in (0, -0.1, math.nan, math.inf, "0.1", None)),
     *(("safeguard", bad) for bad in ("Descent", "", None, 1, True)),
     *(("residual", bad) for bad in ("gradients", None, 0)),
+    *(("averages", bad) for bad in (0.9, None, (1.0,), (0.0,), (-0.5,), (1,), (0.9, 0.9), ("5",))),
+    *(("averages", bad) for bad in ((math.nan,), (math.inf,), (True,), (0.9, None))),
     *(("momentum", bad) for bad in ("Keep", "zero", None, 0.9, True)),
     *(("layout", bad) for bad in ("row", None, 2)),
     *(("history_dtype", bad) for bad in ("float8", torch.int32, torch.complex64, 32, "", [])),
@@ -40,6 +42,7 @@ ALLOWED = {
     "safeguard": "'none', 'residual', 'loss', 'descent'",
     "residual": "'step', 'gradient', 'state'",
     "momentum": "'keep', 'reset'",
+    "averages": "floats > 0 and < 1, and window lengths, integers >= 2",
     "layout": "'rows', 'columns'",
     "history_dtype": "float64, float32, bfloat16, float16",
 }
@@ -66,7 +69,7 @@ def test_every_field_has_bad_values():
         {"relaxation": 1.0, "damping": 0.0, "regularization": 0.0, "average_threshold": 1e-9},
         {"relaxation": 1e-9, "damping": 10.0, "regularization": 3.5, "average_threshold": 7},
         {"average_window": None, "history_dtype": None, "noise_gate": None},
-        {"noise_gate": 0.0, "momentum": "reset"},
+        {"noise_gate": 0.0, "momentum": "reset", "averages": (1e-9, 2, 0.999)},
     ],
 )
 def test_ends_of_ranges_are_allowed(good):
@@ -107,7 +110,7 @@ def test_history_dtype_as_name_or_dtype(dtype):
     [
         AndersonConfig(),
         AndersonConfig(history_dtype=torch.bfloat16, average_window=3, layout="columns", refine=2),
-        AndersonConfig(noise_gate=None, damping=1.0, momentum="reset"),
+        AndersonConfig(noise_gate=None, damping=1.0, momentum="reset", averages=(0.5, 7)),
         AndersonConfig.paper("resnet50"),
     ],
 )
