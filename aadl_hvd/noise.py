@@ -79,6 +79,8 @@ class GradientSamples:
         """Notes this rank's gradient of a parameter, as accumulated so far, before the mean."""
         if id(p) not in self._places:
             return
+        if self._reduced:  # that step was never made: GradScaler leaves out some
+            self._taken, self._reduced = {}, False
         passes = self._taken.get(id(p), 0)
         if passes < self.samples:
             where, _ = self._places[id(p)]

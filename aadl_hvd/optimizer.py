@@ -462,13 +462,17 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """For copy, deepcopy and pickle: the class has no name to be found by, so it is made anew."""
-    return _rebuilt, (self._accelerated, self.anderson.config, self.anderson.stats.counters())
+    counters = self.anderson.stats.counters()
+    return _rebuilt, (self._accelerated, self.anderson.config, counters, self._anderson_passes)
 
 
 def _rebuilt(
-    optimizer: torch.optim.Optimizer, config: AndersonConfig, counters: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    config: AndersonConfig,
+    counters: dict[str, Any],
+    passes: int,
 ) -> Any:
-    accelerated = AndersonOptimizer(optimizer, anderson=config)
+    accelerated = AndersonOptimizer(optimizer, backward_passes_per_step=passes, anderson=config)
     accelerated.anderson.stats.load_counters(counters)
     return accelerated
 
@@ -512,7 +516,8 @@ def _synchronized(optimizer: Any, closure: Closure) -> Any:
 def _take_samples(optimizer: Any, parameters: Sequence[Tensor]) -> None:
     """Notes this rank's own gradients, which are about to be averaged in place."""
     samples = optimizer._anderson_problem.samples
-    if samples is not None and optimizer.anderson.measures_noise:
+    # Micro-batches of a rank alone are taken by hooks, whether Horovod reduces or not.
+    if samples is not None and samples.samples == 1 and optimizer.anderson.measures_noise:
         with torch.no_grad():
             for p in parameters:
                 samples.take(p)
@@ -557,6 +562,7 @@ def _attach(
 
     accelerated._accelerated = optimizer
     accelerated._averaged = False
+    accelerated._anderson_passes = passes
     accelerated._anderson_problem = OptimizerFixedPoint(
         accelerated, config.residual, before if starting is not None else None
     )

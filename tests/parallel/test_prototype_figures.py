@@ -2,8 +2,8 @@
 
 A 64-64-64-10 tanh network on scikit-learn's digits (pixels / 16, 1,497 training images),
 cross-entropy, weight decay 1e-4, full batch. Steps that the accelerated optimizer takes to the
-training loss which the base optimizer has after 400, mean of three seeds: 47 for SGD, 54 for Nesterov and
-63 for Adam (the prototype: 59 for SGD and 79 for Nesterov). The limits leave room for rounding.
+training loss which the base optimizer has after 400, mean of three seeds: 47 for SGD, 54 for
+Nesterov and 63 for Adam (the prototype: 59 and 79). The limits leave room for rounding.
 """
 
 import horovod.torch as hvd
