@@ -36,7 +36,7 @@ from aadl_hvd.diagnostics import Stats
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
-from aadl_hvd.safeguard import LossWatch, Rejection, Restart, Trial
+from aadl_hvd.safeguard import Backoff, LossWatch, Rejection, Restart, Trial
 from aadl_hvd.sharding import Sharding
 from aadl_hvd.solve import Factorization, Matrix, Vector, promised_reduction
 
@@ -124,6 +124,7 @@ class Accelerator:
         self._trial: Trial | None = None
         self._noise = NoiseMeter()
         self._losses = LossWatch()
+        self._backoff = Backoff()
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
     @property
@@ -259,7 +260,8 @@ class Accelerator:
             system, sums = self._gram.assemble(r, riders)
             stats.bytes["gram"] += self._gram.message_bytes(len(riders))
         noise, losses, gains = np.split(sums, np.cumsum([NoiseMeter.RIDERS, LossWatch.RIDERS]))
-        may_accelerate = self._losses.event(losses, self._comm.size)
+        self._losses.event(losses, self._comm.size)
+        ready = self._backoff.ready()
         if system is None:
             self.restart(Restart.DESYNCHRONIZED)
             self._history.generation = 0  # from here on the same on all ranks
@@ -275,7 +277,7 @@ class Accelerator:
         columns = self._clear_of_noise(noise, gram, rr)
         if not columns:
             return self._reject(Rejection.NOISE)
-        if not may_accelerate:
+        if not ready:
             return self._reject(Rejection.BACKOFF)
         gram, b = gram[np.ix_(columns, columns)], b[columns]
         slots = [self._history.live[i] for i in columns]
@@ -287,7 +289,9 @@ class Accelerator:
             partial_slope = float(chunked_dot(update, r))
             slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
             stats.bytes["update"] += 8
-        if (cause := safeguard.judge_update(slope, config.safeguard)) is not None:
+        cause = safeguard.judge_update(slope, config.safeguard)
+        self._backoff.judged_by_descent(cause is Rejection.DESCENT)
+        if cause is not None:
             if cause is Rejection.DESCENT:
                 self._history.keep(self._history.columns // 2)  # the newest know the way down
             return self._reject(cause)
@@ -384,7 +388,7 @@ class Accelerator:
             numbers = np.append(self._losses.riders(), self._losses.on_trial)
             sums = self._comm.allreduce(numbers)
             self.stats.bytes["safeguard"] += sums.nbytes
-            base_rows = self._losses.verdict(sums, self._comm.size)
+            base_rows = self._losses.verdict(sums, self._comm.size, self._backoff)
             if base_rows is None:
                 return True
             problem.write(self._gather(base_rows))

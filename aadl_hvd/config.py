@@ -91,7 +91,7 @@ class AndersonConfig:
         ConfigError: a value is not allowed; the message names parameter, value and range.
     """
 
-    history_depth: int = 10
+    history_depth: int = 15
     frequency: int = 2
     store_every: int = 1
     relaxation: float = 1.0

@@ -20,7 +20,7 @@ class Rejection(enum.Enum):
     NONFINITE = "nonfinite"  # NaN or Inf in weights, residual or history: look at the base's lr
     DEGENERATE = "degenerate"  # zero residual, or no independent column: converged, or q too small
     NOISE = "noise"  # the residual does not stand out of its noise: stats.batch_factor
-    BACKOFF = "backoff"  # not tried, because a step before was rejected by its loss
+    BACKOFF = "backoff"  # not tried, because of bad experience shortly before
     DESCENT = "descent"  # <w+ - w, r> <= 0: near a saddle, or the history is too old: lower m
     RESIDUAL = "residual"  # the norm of the next residual did not fall: lower beta
     LOSS = "loss"  # the loss was higher, at once (closure) or in the next step (observe)
@@ -51,21 +51,59 @@ class Trial:
     norm: float
 
 
+class Backoff:
+    """When to try at all: after bad experience, attempts are left out for a while.
+
+    A rejection by loss leaves out the next `FIRST` attempts, twice as many with every further one
+    in a row, up to `LONGEST`. Where descent rejects more than `STUCK` of some 30 attempts, the
+    iteration is near a saddle that acceleration would keep it at: `LONGEST` are left out.
+
+    Everything it hears of has come out of reductions: it is the same on every rank.
+    """
+
+    FIRST = 4
+    LONGEST = 64
+    STUCK = 0.5
+    MEMORY = 0.97  # of the share of attempts that descent rejects, per attempt
+
+    def __init__(self) -> None:
+        self._left_out, self._next = 0, self.FIRST
+        self._rejected = 0.0
+
+    def ready(self) -> bool:
+        """Whether this attempt is to be made; counts it if not."""
+        if self._left_out == 0:
+            return True
+        self._left_out -= 1
+        return False
+
+    def judged_by_loss(self, rejected: bool) -> None:
+        """Hears the verdict on an accepted point."""
+        if not rejected:
+            self._next = self.FIRST
+            return
+        self._left_out = max(self._left_out, self._next)
+        self._next = min(2 * self._next, self.LONGEST)
+
+    def judged_by_descent(self, rejected: bool) -> None:
+        """Hears what became of an attempt."""
+        self._rejected = self.MEMORY * self._rejected + (1.0 - self.MEMORY) * rejected
+        if self._rejected > self.STUCK:
+            self._left_out, self._rejected = self.LONGEST, 0.0
+
+
 class LossWatch:
     """Judges an accelerated step by the loss of the next ordinary forward pass.
 
     A step in which every rank has said its loss and a point was accepted is on trial; the next
-    step's losses decide. Where they are higher than before by more than their own spread, the
-    point is rejected, and the next `FIRST_PAUSE` attempts are left out, twice as many with every
-    further rejection in a row, up to `MAX_PAUSE`.
+    step's losses decide: where they are higher than before by more than their own spread, the
+    point is rejected.
 
     What decides has come out of reductions, so that it is the same on every rank; only the trial
     itself may be missing on a rank that has loaded a checkpoint since.
     """
 
     RIDERS = 3
-    FIRST_PAUSE = 4
-    MAX_PAUSE = 64
     # In standard deviations of the difference of two losses.
     TOLERANCE = 2.0
 
@@ -80,7 +118,6 @@ class LossWatch:
         self._loss = math.nan
         self._tolerance = 0.0
         self._trial: tuple[Tensor, Callable[[], None] | None] | None = None
-        self._pause, self._next_pause = 0, self.FIRST_PAUSE
 
     @property
     def on_trial(self) -> bool:
@@ -116,17 +153,13 @@ class LossWatch:
         if last is not None and math.isfinite(difference - last):
             self._variances.append((difference - last) ** 2 / 4.0)
 
-    def event(self, sums: Vector, size: int) -> bool:
-        """Takes the sums of `riders` in an accelerated step; whether to accelerate at all."""
+    def event(self, sums: Vector, size: int) -> None:
+        """Takes the sums of `riders` in an accelerated step."""
         loss, count, spread = (float(x) for x in sums)
         self.observed = count == size and math.isfinite(loss)
         self._loss = loss / size
         # Of the mean over ranks, and of the difference of two.
         self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
-        if self._pause > 0:
-            self._pause -= 1
-            return False
-        return True
 
     def try_out(self, base_rows: Tensor, restore: Callable[[], None] | None) -> None:
         """Puts an accepted point on trial.
@@ -141,7 +174,7 @@ class LossWatch:
         """Forgets the way back; the next verdict will be that nothing is known."""
         self._trial = None
 
-    def verdict(self, sums: Vector, size: int) -> Tensor | None:
+    def verdict(self, sums: Vector, size: int, backoff: Backoff) -> Tensor | None:
         """Takes the sums of `riders` and `on_trial` in the step after.
 
         Returns:
@@ -152,10 +185,10 @@ class LossWatch:
         self.verdict_due = False
         if trial is None or trials < size or count < size:
             return None
-        if loss / size <= self._loss + self._tolerance:
-            self._next_pause = self.FIRST_PAUSE
+        rejected = not loss / size <= self._loss + self._tolerance
+        backoff.judged_by_loss(rejected)
+        if not rejected:
             return None
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, self.MAX_PAUSE)
         base_rows, restore = trial
         if restore is not None:
             restore()
