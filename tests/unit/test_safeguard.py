@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aadl_hvd.safeguard import (
+    Backoff,
     Rejection,
     judge_loss,
     judge_residual,
@@ -53,3 +54,41 @@ def test_loss_must_not_rise():
     for bad in (1.001, math.inf, math.nan):
         assert judge_loss(1.0, bad) is Rejection.LOSS
     assert judge_loss(math.nan, 1.0) is Rejection.LOSS
+
+
+def attempts_left_out(backoff):
+    count = 0
+    while not backoff.ready():
+        count += 1
+    return count
+
+
+def test_pauses_double_with_every_rejection_in_a_row_up_to_a_limit():
+    backoff = Backoff()
+    assert attempts_left_out(backoff) == 0
+    for expected in (4, 8, 16, 32, 64, 64):
+        backoff.judged_by_loss(True)
+        assert attempts_left_out(backoff) == expected
+        assert attempts_left_out(backoff) == 0
+    backoff.judged_by_loss(False)
+    backoff.judged_by_loss(True)
+    assert attempts_left_out(backoff) == 4
+
+
+def test_a_long_pause_where_descent_rejects_most_attempts():
+    often = Backoff()
+    for _ in range(22):  # 1 - 0.97^22 < 0.5 < 1 - 0.97^23
+        often.judged_by_descent(True)
+    assert often.ready()
+    often.judged_by_descent(True)
+    assert attempts_left_out(often) == 64
+    seldom = Backoff()
+    for k in range(1000):
+        seldom.judged_by_descent(k % 5 < 2)
+        assert seldom.ready()
+    most = Backoff()
+    paused = 0
+    for k in range(1000):
+        most.judged_by_descent(k % 5 < 3)
+        paused += attempts_left_out(most) > 0
+    assert paused > 3
