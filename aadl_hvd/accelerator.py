@@ -296,6 +296,9 @@ class Accelerator:
                 self._history.keep(self._history.columns // 2)  # the newest know the way down
             return self._reject(cause)
         observed = self._losses.observed
+        restore: Callable[[], None] | None = None
+        if observed and config.residual == "state":
+            restore = problem.snapshot()  # (lr v) / lr is not v to the last bit
         if config.safeguard in ("residual", "loss") or observed:
             base_rows = problem.read(*self._rows, self._vector())
         if config.safeguard == "residual":
@@ -311,7 +314,6 @@ class Accelerator:
             if cause is not None:
                 problem.write(self._gather(base_rows))
                 return self._reject(cause)
-        restore: Callable[[], None] | None = None
         if config.momentum == "reset":
             restore = problem.reset_momentum()
         if observed:
@@ -388,10 +390,14 @@ class Accelerator:
             numbers = np.append(self._losses.riders(), self._losses.on_trial)
             sums = self._comm.allreduce(numbers)
             self.stats.bytes["safeguard"] += sums.nbytes
-            base_rows = self._losses.verdict(sums, self._comm.size, self._backoff)
-            if base_rows is None:
+            trial = self._losses.verdict(sums, self._comm.size, self._backoff)
+            if trial is None:
                 return True
+            base_rows, restore = trial
             problem.write(self._gather(base_rows))
+            if restore is not None:
+                restore()
+            self._trial = None  # of the same step
             if self._average is not None:
                 self._average.replace_last(base_rows)  # the rejected point was never there
             self._reject(Rejection.LOSS)

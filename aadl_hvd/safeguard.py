@@ -92,6 +92,9 @@ class Backoff:
             self._left_out, self._rejected = self.LONGEST, 0.0
 
 
+_MEDIAN = 0.4549  # of the square of a normal variable of variance 1
+
+
 class LossWatch:
     """Judges an accelerated step by the loss of the next ordinary forward pass.
 
@@ -144,7 +147,7 @@ class LossWatch:
         loss = float(now)
         if before is not None and self._after_base_step:
             self._note_spread(loss - float(before))
-        spread = float(np.median(self._variances)) if self._variances else 0.0
+        spread = float(np.median(self._variances)) / _MEDIAN if self._variances else 0.0
         return np.array([loss, 1.0, spread])
 
     def _note_spread(self, difference: float) -> None:
@@ -166,7 +169,7 @@ class LossWatch:
 
         Args:
             base_rows: this rank's block of the weights the base optimizer had reached, [rows].
-            restore: puts the base optimizer's momentum back, if it was changed.
+            restore: puts the base optimizer's momentum back, after the weights, if it was changed.
         """
         self.verdict_due, self._trial = True, (base_rows, restore)
 
@@ -174,11 +177,13 @@ class LossWatch:
         """Forgets the way back; the next verdict will be that nothing is known."""
         self._trial = None
 
-    def verdict(self, sums: Vector, size: int, backoff: Backoff) -> Tensor | None:
+    def verdict(
+        self, sums: Vector, size: int, backoff: Backoff
+    ) -> tuple[Tensor, Callable[[], None] | None] | None:
         """Takes the sums of `riders` and `on_trial` in the step after.
 
         Returns:
-            The rows to go back to, or None if the point stays.
+            What `try_out` was given, to go back to, or None if the point stays.
         """
         loss, count, _, trials = (float(x) for x in sums)
         trial, self._trial = self._trial, None
@@ -189,10 +194,8 @@ class LossWatch:
         backoff.judged_by_loss(rejected)
         if not rejected:
             return None
-        base_rows, restore = trial
-        if restore is not None:
-            restore()
-        return base_rows
+        self._losses[-1] = None  # of a point that never was: the way from there is no spread
+        return trial
 
 
 def judge_system(gram: Matrix, b: Vector, rr: float) -> Rejection | None:
