@@ -102,7 +102,8 @@ class Accelerator:
     """The algorithm and its state on one rank.
 
     Memory on this rank, in numbers of `history_dtype`: rows 2 m n/P, columns 2 n ceil(m/P); and
-    in float32 (float64 where the parameters are) 2 n/P, or 2 n, for the last pair.
+    in float32 (float64 where the parameters are) 2 n/P, or 2 n, for the last pair, and as much for
+    each of `averages`.
 
     Args:
         config: settings.

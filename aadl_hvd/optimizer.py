@@ -53,7 +53,7 @@ def AndersonOptimizer(
     working. Its attribute `anderson` is the `Accelerator`: `.stats`, `.history_bytes`,
     `.config`, `.restart()`.
 
-    Memory: 2 m n numbers of history and 2 n for the last pair.
+    Memory: 2 m n numbers of history, 2 n for the last pair, 2 n for each of `averages`.
 
     Args:
         optimizer: any `torch.optim.Optimizer`. Use the result in its place from now on.
