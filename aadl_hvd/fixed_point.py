@@ -344,7 +344,8 @@ class OptimizerFixedPoint:
         state = self._optimizer.state.get(p, {})
         if isinstance(v := state.get("exp_avg_sq"), Tensor) and "betas" in group:
             v = state.get("max_exp_avg_sq", v) if group.get("amsgrad", False) else v
-            v = v / (1.0 - group["betas"][1] ** state["step"]) if "step" in state else v
+            if "step" in state:  # a float32 tensor, in which 1 - beta^k would lose digits
+                v = v / (1.0 - group["betas"][1] ** torch.as_tensor(state["step"]).double())
         elif isinstance(v := state.get("square_avg"), Tensor):
             v = v - state["grad_avg"].square() if group.get("centered", False) else v
         else:

@@ -1,0 +1,300 @@
+"""M, that makes steps of gradients: momentum, Adam and its kin, schedules; against the oracle."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from problems import TEXTBOOK, Group, Problem, counts, flat, parameters_of
+from reference import anderson
+from sklearn.datasets import load_digits
+
+from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.comm.simulated import run_ranks
+
+M, P, STEPS = 4, 3, 18
+SETTINGS = TEXTBOOK | {"history_depth": M, "frequency": P, "safeguard": "none"}
+SHAPES = ((3, 4), (4,), (2, 3))
+
+
+@dataclasses.dataclass
+class Adam:
+    """Textbook Adam, dense, on groups with settings of their own; state: (m, v, largest v, k)."""
+
+    problem: Problem
+    rates: np.ndarray
+    decays: np.ndarray
+    betas: tuple = (0.9, 0.99)
+    eps: float = 1e-3
+    decoupled: bool = False
+    amsgrad: bool = False
+
+    def start(self):
+        return (np.zeros(self.problem.n),) * 3
+
+    def step(self, k, w, state, factor=lambda k: 1.0):
+        m, v, largest = state
+        b1, b2 = self.betas
+        rates = factor(k) * self.rates
+        g = self.problem.gradient(k, w)
+        if self.decoupled:
+            w = w - rates * self.decays * w
+        else:
+            g = g + self.decays * w
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        largest = np.maximum(largest, v)
+        self.state = m, v, largest
+        return w - rates * m / (1 - b1 ** (k + 1)) / self.denominator(k), self.state
+
+    def denominator(self, k):
+        """After step k."""
+        _, v, largest = self.state
+        return np.sqrt((largest if self.amsgrad else v) / (1 - self.betas[1] ** (k + 1))) + self.eps
+
+    def residual(self, k, w):
+        scale = self.denominator(k) if self.decoupled else 1.0
+        return -(self.problem.gradient(k, w) + self.decays * scale * w)
+
+    def mixing(self, k, factor=lambda k: 1.0):
+        return factor(k) * self.rates / self.denominator(k)
+
+
+ADAMS = {
+    "Adam": (torch.optim.Adam, {}),
+    "Adam fused": (torch.optim.Adam, {"fused": True}),
+    "AMSGrad": (torch.optim.Adam, {"amsgrad": True}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "AdamW foreach": (torch.optim.AdamW, {"foreach": True, "amsgrad": True}),
+}
+RATES, DECAYS = (0.05, 0.02, 0.1), (0.0, 0.1, 0.3)
+
+
+def adam(problem, name, comm=None, **more):
+    cls, settings = ADAMS[name]
+    groups = [
+        {"params": [p], "lr": rate, "weight_decay": decay}
+        for (p,), rate, decay in zip(problem.parameters(), RATES, DECAYS, strict=True)
+    ]
+    base = cls(groups, betas=(0.9, 0.99), eps=1e-3, **settings)
+    opt = AndersonOptimizer(base, anderson=AndersonConfig(**SETTINGS | more))
+    if comm is not None:
+        opt.anderson = Accelerator(opt.anderson.config, comm)
+    sizes = [int(np.prod(shape)) for shape in SHAPES]
+    return opt, Adam(
+        problem,
+        np.repeat(RATES, sizes),
+        np.repeat(DECAYS, sizes),
+        decoupled=cls is torch.optim.AdamW,
+        amsgrad=settings.get("amsgrad", False),
+    )
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("name", ADAMS)
+def test_adam_is_the_textbook_s(name, schedule, layout):
+    problem = Problem(tuple(Group((shape,), lr=1.0) for shape in SHAPES), noise=1.0)
+    factor = (lambda k: 0.9**k + 0.1 * (k % 2)) if schedule else (lambda k: 1.0)
+    _, formulas = adam(problem, name)
+    expected = anderson(
+        lambda k, w, state: formulas.step(k, w, state, factor),
+        problem.start,
+        STEPS,
+        m=M,
+        p=P,
+        damping=0.5,
+        residual=formulas.residual,
+        mixing=lambda k: formulas.mixing(k, factor),
+        state=formulas.start(),
+    )
+    assert expected.counts["accelerated"] == STEPS // P
+    for ranks in (1, 3):
+
+        def program(comm, ranks=ranks):
+            opt, _ = adam(problem, name, None if ranks == 1 else comm, layout=layout, damping=0.5)
+            path = [flat(opt)]
+            for k in range(STEPS):
+                for group, rate in zip(opt.param_groups, RATES, strict=True):
+                    group["lr"] = rate * factor(k)
+                problem.set_gradient(opt, problem.gradient(k, path[-1]))
+                opt.step()
+                path.append(flat(opt))
+            return np.array(path), counts(opt), sum(opt.anderson.stats.restarts.values())
+
+        for path, count, restarts in run_ranks(ranks, program):
+            np.testing.assert_allclose(path, expected.path, rtol=1e-7, atol=1e-8)
+            assert count == expected.counts
+            assert restarts == 0
+
+
+MOMENTA = (
+    Group(((4, 3), (5,)), lr=0.05, momentum=0.8, weight_decay=0.01, nesterov=True),
+    Group(((3,),), lr=0.1, momentum=0.5),
+    Group(((2, 2),), lr=0.2),
+)
+
+
+@pytest.mark.parametrize("damping", [1.0, 3.0])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_groups_with_momenta_of_their_own(layout, damping):
+    """lr / (1 - momentum), group by group, on any rows."""
+    problem = Problem(MOMENTA, noise=0.3)
+    expected = anderson(
+        problem.sgd,
+        problem.start,
+        STEPS,
+        m=M,
+        p=P,
+        damping=damping,
+        residual=problem.residual,
+        mixing=problem.mixing,
+        state=np.zeros(problem.n),
+    )
+    config = AndersonConfig(**SETTINGS | {"damping": damping}, layout=layout)
+    for ranks in (1, 2, 3):
+        for path, opt in run_ranks(ranks, lambda comm: problem.run(config, STEPS, comm)):
+            np.testing.assert_allclose(path, expected.path, rtol=1e-8, atol=1e-9)
+            assert counts(opt) == expected.counts
+
+
+@pytest.mark.parametrize("safeguard", ["none", "descent"])
+def test_momentum_is_reset_after_accepted_steps_only(safeguard):
+    """The oracle with its state set to zero at every accepted point."""
+    problem = Problem(MOMENTA, noise=0.1 if safeguard == "none" else 1.0, seed=3)
+    config = AndersonConfig(**SETTINGS | {"safeguard": safeguard}, momentum="reset")
+    opt = problem.optimizer(config)
+    w, v, kept, reset = problem.start, np.zeros(problem.n), 0, 0
+    for k in range(3 * STEPS):
+        accepted = opt.anderson.stats.accelerated
+        base, v = problem.sgd(k, w, v)
+        path, _ = problem.run(config, 1, opt=opt, first=k)
+        if opt.anderson.stats.accelerated > accepted:
+            v, reset = np.zeros(problem.n), reset + 1
+        else:
+            np.testing.assert_allclose(path[-1], base, rtol=1e-10, atol=1e-11)
+            kept += (k + 1) % P == 0
+        w = path[-1]
+        momenta = [
+            opt.state[p]["momentum_buffer"].reshape(-1).numpy()
+            if opt.state[p].get("momentum_buffer") is not None
+            else np.zeros(p.numel())
+            for p in parameters_of(opt)
+        ]
+        with_momentum = problem._per_number("momentum") > 0
+        found = np.concatenate(momenta)[with_momentum]
+        np.testing.assert_allclose(found, v[with_momentum], rtol=1e-10, atol=1e-11)
+    assert reset > 5
+    assert kept > (2 if safeguard == "descent" else -1)
+
+
+def test_decoupled_decay_rests_where_adamw_rests():
+    """There r is exactly zero: w = w - lr wd w - lr m / (sqrt(v) + eps) with m = g."""
+    decay, eps = 0.25, 0.0
+    w = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    # With one step of Adam sqrt(v) = |g|: g = -wd w (|g| + eps) needs |wd w| = 1.
+    w = torch.sign(w) / decay
+    p = torch.nn.Parameter(w.clone())
+    base = torch.optim.AdamW([p], lr=0.125, weight_decay=decay, eps=eps, betas=(0.5, 0.5))
+    opt = AndersonOptimizer(base, anderson=AndersonConfig(**SETTINGS | {"frequency": 10}))
+    problem, rows = opt._anderson_problem, torch.empty(3, dtype=torch.float64)
+    residuals = []
+    read = problem.read_residual
+    problem.read_residual = lambda *a: residuals.append(read(*a).clone()) or residuals[-1]
+    for size in (1.0, 2.0):
+        for _ in range(3):
+            p.grad = -torch.sign(w) * 2.0
+            opt.step()
+        if size == 1.0:
+            assert torch.equal(p.detach(), w), "not the rest point"
+            assert all(torch.equal(r, torch.zeros_like(rows)) for r in residuals)
+            with torch.no_grad():
+                p.mul_(1.5)
+    assert (residuals[-1] != 0).all()
+
+
+def test_descent_rejection_drops_the_older_half():
+    """Column by column against the oracle, and through many rejections in a row."""
+    found = set()
+    for seed in range(4):
+        problem = Problem((*MOMENTA[2:], Group(((9,),), lr=0.3)), seed=seed)
+        config = AndersonConfig(**TEXTBOOK, history_depth=7, frequency=4, safeguard="descent")
+        expected = anderson(
+            problem.sgd,
+            problem.start,
+            48,
+            m=7,
+            p=4,
+            residual=problem.residual,
+            mixing=problem.mixing,
+            state=np.zeros(problem.n),
+            safeguard="descent",
+        )
+        for layout in ("rows", "columns"):
+            for ranks in (1, 3):
+                config = dataclasses.replace(config, layout=layout)
+                run = functools.partial(problem.run, config, 48)
+                for path, opt in run_ranks(ranks, run):
+                    np.testing.assert_allclose(path, expected.path, rtol=1e-7, atol=1e-8)
+                    assert counts(opt) == expected.counts
+        found |= set(expected.counts)
+    assert {"descent", "accelerated"} <= found
+
+
+# Schedules
+
+SCHEDULES = {
+    "warm-up from 0": lambda opt: torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda k: min(1.0, k / 20)
+    ),
+    "StepLR": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 40, 0.1),
+    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 120),
+}
+BASES = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.5),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=1e-2),
+}
+
+
+def digits_losses(name, schedule, accelerated, steps=120):
+    """Training loss on 400 digits, full batch, in two groups of parameters."""
+    data = load_digits()
+    x, y = torch.tensor(data.data[:400] / 16.0).float(), torch.tensor(data.target[:400])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 24), torch.nn.Tanh(), torch.nn.Linear(24, 10))
+    groups = [{"params": list(layer.parameters())} for layer in (model[0], model[2])]
+    opt = BASES[name](groups)
+    if accelerated:
+        opt = AndersonOptimizer(opt, anderson=AndersonConfig())
+    scheduler = SCHEDULES[schedule](opt)
+    losses = []
+    for _ in range(steps):
+        opt.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        # A loss that ends well above zero, with curvature at the end.
+        loss = loss + 2e-3 * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        losses.append(loss.item())
+        opt.step()
+        scheduler.step()
+    return np.array(losses), opt
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", BASES)
+def test_schedules_restart_nothing_and_make_no_spike(name, schedule):
+    plain, _ = digits_losses(name, schedule, False)
+    losses, opt = digits_losses(name, schedule, True)
+    stats = opt.anderson.stats
+    assert sum(stats.restarts.values()) == 0
+    assert stats.accelerated > 15
+    assert losses.mean() < plain.mean()
+    assert losses[-1] < 1.001 * plain[-1]
+    # Where the plain run does not rise neither does this one; StepLR decays at 40 and 80.
+    rises = np.diff(losses) / losses[:-1]
+    plain_rises = np.diff(plain) / plain[:-1]
+    assert rises.max() < max(0.05, 2 * plain_rises.max())
+    for decay in (40, 80):
+        assert rises[decay - 1 : decay + 6].max() < 0.01
