@@ -48,6 +48,19 @@ def test_suite_fails_when_one_rank_fails():
     assert "only on the last rank" in output
 
 
+@pytest.mark.timeout(180)
+def test_one_rank_under_the_launcher():
+    """What differs for a rank alone: its noise is measured from micro-batches, if there are any."""
+    files = ("tests/parallel/test_noise.py", "tests/parallel/test_observe.py")
+    code, output = launch(
+        ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
+        ranks=1,
+        controller="gloo",
+        time_limit=120,
+    )
+    assert code == 0, output[-8000:]
+
+
 @pytest.mark.timeout(TIME_LIMIT + 60)
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 @pytest.mark.parametrize("ranks", [2, 3])
