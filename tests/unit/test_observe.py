@@ -301,7 +301,7 @@ def test_decisions_do_not_depend_on_the_units_of_the_loss(scale, shift, seed):
     random = np.random.default_rng(seed)
     losses = random.integers(0, 64, 30) / 8 * (1 + 3 * (np.arange(30) % 3 == 0))
     found = []
-    for unit, zero in ((1.0, 0.0), (scale, shift)):
+    for unit, zero in ((1.0, 0.0), (scale, shift * scale)):
         opt = built("SGD", frequency=2)
         for k, loss in enumerate(losses):
             step(opt, k, zero + unit * loss)
