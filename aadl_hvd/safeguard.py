@@ -109,6 +109,7 @@ class LossWatch:
     RIDERS = 3
     # In standard deviations of the difference of two losses.
     TOLERANCE = 2.0
+    ROUNDING = 1e-6  # relative; losses are float32, and at rest they only round differently
 
     def __init__(self) -> None:
         self.observed = False
@@ -163,6 +164,7 @@ class LossWatch:
         self._loss = loss / size
         # Of the mean over ranks, and of the difference of two.
         self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
+        self._tolerance += self.ROUNDING * abs(self._loss)
 
     def try_out(self, base_rows: Tensor, restore: Callable[[], None] | None) -> None:
         """Puts an accepted point on trial.
