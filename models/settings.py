@@ -289,6 +289,12 @@ class Settings:
         "when an accelerated point is taken",
         ("none", "descent", "residual"),
     )
+    anderson_averages: tuple[float, ...] | None = _option(
+        "Anderson acceleration",
+        None,
+        "running averages of the weights, for validation: decay factors and window lengths; none "
+        "after the option for none",
+    )
     anderson_noise_gate: float | None = _option(
         "Anderson acceleration",
         None,
@@ -455,6 +461,10 @@ def parse(arguments: Sequence[str]) -> Settings:
     known.pop("config")
     if "milestones" in known:
         known["milestones"] = tuple(known["milestones"])
+    if known.get("anderson_averages") is not None:
+        # Window lengths are whole numbers of steps; a command line has no such distinction.
+        values = known["anderson_averages"]
+        known["anderson_averages"] = tuple(int(x) if x.is_integer() else x for x in values)
     return Settings(**known)
 
 
@@ -505,7 +515,7 @@ def _build_parser() -> _Parser:
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            keywords |= {"nargs": "*", "type": float, "metavar": "EPOCH"}
+            keywords |= {"nargs": "*", "type": float, "metavar": "X"}
         else:
             keywords |= {"type": kind, "choices": meta["choices"]}
             if not meta["choices"]:
