@@ -12,9 +12,10 @@ The paper's Eq. 8 prints (1 - beta) I - beta (W + R) ..., which contradicts its 
 Algorithm 1 stores where "k (mod q) != 0": both are taken as misprints.
 
 Weights are replicated, bit for bit; the history is not. A step that neither stores nor
-accelerates costs nothing. Which collectives a step enters depends on its number alone, until one
-of them has told all ranks the same: a rank whose state differs (a checkpoint loaded there only)
-makes the history restart everywhere and hangs nobody.
+accelerates costs nothing, but for samples of the gradient where the next one accelerates. Which
+collectives a step enters depends on its number alone, until one of them has told all ranks the
+same: a rank whose state differs (a checkpoint loaded there only) makes the history restart
+everywhere and hangs nobody.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from aadl_hvd.averaging import MovingAverage, WeightAverages
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
+from aadl_hvd.errors import ConfigError, UnsupportedError
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
@@ -85,8 +87,8 @@ class FixedPoint(Protocol):
     def skip(self) -> Any:
         """Ends a step without moving; its return value is handed to the user."""
 
-    def reset_momentum(self) -> Callable[[], None]:
-        """Sets the base optimizer's momentum to zero; the result puts it back."""
+    def reset_momentum(self, undoable: bool) -> Callable[[], None]:
+        """Sets the base optimizer's momentum to zero; the result puts it back if `undoable`."""
 
     def write(self, flat: Tensor) -> None:
         """Sets the weights from a flat vector [>= n]."""
@@ -102,8 +104,8 @@ class Accelerator:
     """The algorithm and its state on one rank.
 
     Memory on this rank, in numbers of `history_dtype`: rows 2 m n/P, columns 2 n ceil(m/P); and
-    in float32 (float64 where the parameters are) 2 n/P, or 2 n, for the last pair, and as much for
-    each of `averages`.
+    in float32 (float64 where the parameters are) 2 n/P, or 2 n, for the last pair, as much for each
+    exponential one of `averages`, and twice as much for each window.
 
     Args:
         config: settings.
@@ -119,6 +121,7 @@ class Accelerator:
         self.stats = Stats()
         self._comm = comm
         self._calls = 0
+        self._stepping = False
         self._signature: Hashable = None
         self._average: MovingAverage | None = None
         self._averages: WeightAverages
@@ -141,16 +144,34 @@ class Accelerator:
 
     @property
     def measures_noise(self) -> bool:
-        """Whether the next step needs the gradients one by one, before they are averaged.
+        """Whether this step needs the gradients one by one, before they are averaged.
 
-        Only in accelerated steps and in those before them.
+        Only accelerated steps and those before them do. Before `step` is called it is the step to
+        come that is meant, and while it runs, in which a closure may be evaluated, that one.
         """
-        k, p = self._calls + 1 - self.config.warmup_steps, self.config.frequency
+        k = self._calls + (not self._stepping) - self.config.warmup_steps
+        p = self.config.frequency
         return self.config.noise_gate is not None and k >= 0 and (k % p == 0 or (k + 1) % p == 0)
 
     def observe(self, loss: float | Tensor) -> None:
-        """Takes note of this rank's loss at the weights that the next step starts from."""
-        self._losses.observe(loss)
+        """Takes note of this rank's loss at the weights that the next step starts from.
+
+        Raises:
+            ConfigError: not one number.
+            UnsupportedError: called while a step runs.
+        """
+        if self._stepping:
+            raise UnsupportedError(
+                "Invalid observe() while step() runs, as in a closure: it is about the step to "
+                "come. Call it before step(), or use safeguard='loss', which asks the closure."
+            )
+        count = loss.numel() if isinstance(loss, Tensor) else 1
+        if count != 1 or not isinstance(loss, Tensor | float | int | np.number):
+            raise ConfigError(
+                f"Invalid loss={type(loss).__name__} of {count} elements. Must be a number or a "
+                "tensor with one element."
+            )
+        self._losses.observe(loss.reshape(()) if isinstance(loss, Tensor) else float(loss))
 
     @property
     def average_gains(self) -> dict[float, float]:
@@ -161,6 +182,21 @@ class Accelerator:
         """
         gains = self._averages.gains
         return gains if self.config.residual == "gradient" else dict.fromkeys(gains, math.nan)
+
+    def best_average(self) -> float | None:
+        """The average with the largest measured gain; None if none promises any. Collective.
+
+        Gains are the same on every rank, but for one that has loaded a checkpoint since: then
+        nothing is known anywhere.
+        """
+        gains = np.array(list(self.average_gains.values()))
+        known = np.isfinite(gains)
+        sums = self.mean_over_ranks(np.concatenate([np.where(known, gains, 0.0), known]))
+        gains, known = sums[: len(gains)], sums[len(gains) :] == 1.0
+        promising = np.where(known, gains, 0.0)
+        if not (promising > 0.0).any():
+            return None
+        return self.config.averages[int(promising.argmax())]
 
     def put_average(self, problem: FixedPoint, kind: float) -> bool:
         """Puts one of the running averages into the weights. Collective.
@@ -204,6 +240,13 @@ class Accelerator:
         Returns:
             What `problem.advance()` returned.
         """
+        self._stepping = True
+        try:
+            return self._step(problem)
+        finally:
+            self._stepping = False
+
+    def _step(self, problem: FixedPoint) -> Any:
         config = self.config
         self.stats.steps += 1
         self._calls += 1  # not `steps`: that may come from a checkpoint, on one rank alone
@@ -316,7 +359,8 @@ class Accelerator:
                 problem.write(self._gather(base_rows))
                 return self._reject(cause)
         if config.momentum == "reset":
-            restore = problem.reset_momentum()
+            undo = problem.reset_momentum(undoable=observed)
+            restore = undo if observed else restore
         if observed:
             self._losses.try_out(base_rows, restore)
         stats.accelerated += 1
@@ -330,8 +374,8 @@ class Accelerator:
         measured = NoiseMeter.variance(sums, self._comm.size)
         by_gradients = measured is not None
         if measured is None:
-            guess = variance_from_history(gram) if self.config.store_every == 1 else 0.0
-            if guess is None:
+            guess = variance_from_history(gram)
+            if guess is None:  # too early to say: unknown noise is too much
                 return []
             measured = guess, rr
         variance, squared = measured

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.history import chunked_dot
+from aadl_hvd.history import CHUNK
 from aadl_hvd.solve import Vector
 
 
@@ -122,10 +122,7 @@ class WeightAverages:
         """This rank's part of the gains over an iterate and its residual, [rows] each: [kinds]."""
         if not self.count:
             return np.zeros(len(self.kinds))
-        parts = []
-        for average in self._averages:
-            away = average.w - w
-            parts.append(0.5 * (chunked_dot(r, away) + chunked_dot(average.r, away)))
+        parts = [_gain(average.w, average.r, w, r) for average in self._averages]
         return np.array(torch.stack(parts).tolist()) if parts else np.zeros(0)
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
@@ -156,6 +153,15 @@ class WeightAverages:
         self._gains, self._measured, self.count = np.zeros(len(self.kinds)), 0, 0
         for average in self._averages:
             average.count = 0
+
+
+def _gain(mean_w: Tensor, mean_r: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    """1/2 <r + avg r, avg w - w>, float64 [], by chunks."""
+    total = torch.zeros((), dtype=torch.float64, device=w.device)
+    for lo in range(0, w.numel(), CHUNK):
+        rows = slice(lo, lo + CHUNK)
+        total += torch.dot(mean_r[rows] + r[rows], mean_w[rows] - w[rows]).double()
+    return total.mul_(0.5)
 
 
 class _Average:

@@ -122,30 +122,30 @@ class OptimizerFixedPoint:
             return 1.0
         if self._residual == "step":
             return max((abs(rate) for rate in self._rates), default=0.0)
-        rates = [_long_run_rate(group) for group in self._group_of]
-        denominators = [self._denominator(i) for i in range(len(rates))]
-        if len(set(rates)) == 1 and all(d is None for d in denominators):
-            return rates[0]
+        rates = {id(group): _long_run_rate(group) for group in self._groups}
+        if len(set(rates.values())) == 1 and not isinstance(self._optimizer, _DIVIDING):
+            return next(iter(rates.values()))
         mixing = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
         for index, first, last in self._layout.segments(lo, hi):
-            rows = mixing[first - lo : last - lo].fill_(rates[index])
-            if (denominator := denominators[index]) is not None:
-                rows.div_(self._piece(denominator, index, first, last))
+            rows = mixing[first - lo : last - lo]
+            rows.fill_(rates[id(self._group_of[index])])
+            if (scaling := self._scaling(index, first, last)) is not None:
+                rows.mul_(scaling)
         return mixing
 
     def deviations(self) -> Deviations | None:
         found, self._deviations = self._deviations, None
         return found
 
-    def reset_momentum(self) -> Callable[[], None]:
+    def reset_momentum(self, undoable: bool) -> Callable[[], None]:
         entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
         found = [e[key] for e in entries for key in _MOMENTA if isinstance(e.get(key), Tensor)]
-        saved = [buffer.clone() for buffer in found]
+        saved = [buffer.clone() for buffer in found] if undoable else []
         for buffer in found:
             buffer.zero_()
 
         def restore() -> None:
-            for buffer, values in zip(found, saved, strict=True):
+            for buffer, values in zip(found, saved, strict=undoable):
                 buffer.copy_(values)
 
         return restore
@@ -328,9 +328,8 @@ class OptimizerFixedPoint:
                 continue
             if not self._decoupled(group):
                 gradient[rows].sub_(w[rows], alpha=weight_decay)
-            elif (denominator := self._denominator(index)) is not None:
-                piece = self._piece(denominator, index, first, last)
-                gradient[rows].sub_(piece * w[rows], alpha=weight_decay)
+            elif (scaling := self._scaling(index, first, last)) is not None:
+                gradient[rows].sub_(w[rows] / scaling, alpha=weight_decay)
         return gradient
 
     def _decoupled(self, group: dict[str, Any]) -> bool:
@@ -338,34 +337,80 @@ class OptimizerFixedPoint:
             group.get("decoupled_weight_decay", False)
         )
 
-    def _denominator(self, index: int) -> Tensor | None:
-        """What the optimizer divides a parameter's gradient by, of its shape; None: by nothing."""
-        p, group = self._parameters[index], self._group_of[index]
-        state = self._optimizer.state.get(p, {})
-        if isinstance(v := state.get("exp_avg_sq"), Tensor) and "betas" in group:
-            v = state.get("max_exp_avg_sq", v) if group.get("amsgrad", False) else v
-            if "step" in state:  # a float32 tensor, in which 1 - beta^k would lose digits
-                v = v / (1.0 - group["betas"][1] ** torch.as_tensor(state["step"]).double())
-        elif isinstance(v := state.get("square_avg"), Tensor):
-            v = v - state["grad_avg"].square() if group.get("centered", False) else v
-        else:
-            v = state.get("sum")
-        if not isinstance(v, Tensor) or v.shape != p.shape or "eps" not in group:
-            return None
-        return v.clamp_min(0.0).sqrt().add_(group["eps"])
+    def _scaling(self, index: int, first: int, last: int) -> Tensor | None:
+        """What the optimizer multiplies rows of a gradient by, beside its rate; None: by nothing.
 
-    def _piece(self, tensor: Tensor, index: int, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a tensor of a parameter's shape."""
+        `rows` are the optimizer's own memory: nothing here may be done in place on them.
+        """
+        optimizer, group = self._optimizer, self._group_of[index]
+        state = optimizer.state.get(self._parameters[index], {})
         start = self._layout.offsets[index]
-        return tensor.reshape(-1)[first - start : last - start].to(self._work_dtype)
+
+        def rows(name: str) -> Tensor:
+            piece: Tensor = state[name].reshape(-1)[first - start : last - start]
+            return piece.to(self._work_dtype)
+
+        scaling: Tensor
+        if not state or not isinstance(optimizer, _DIVIDING):
+            return None
+        if isinstance(optimizer, torch.optim.Adagrad):
+            decay = 1.0 + (_steps(state) - 1.0) * float(group["lr_decay"])
+            scaling = 1.0 / (decay * (rows("sum").sqrt() + group["eps"]))
+        elif isinstance(optimizer, torch.optim.RMSprop):
+            v = rows("square_avg")
+            v = v - rows("grad_avg").square() if group["centered"] else v
+            scaling = 1.0 / (v.clamp_min(0.0).sqrt_() + group["eps"])
+        elif isinstance(optimizer, torch.optim.Adadelta):
+            moved, seen = rows("acc_delta") + group["eps"], rows("square_avg") + group["eps"]
+            scaling = (moved / seen).sqrt_()
+        elif isinstance(optimizer, torch.optim.Adamax):
+            scaling = 1.0 / rows("exp_inf")  # eps is in it
+        else:
+            beta, steps = group["betas"][1], _steps(state)
+            factor = 1.0
+            if isinstance(optimizer, torch.optim.RAdam):
+                factor = _rectification(beta, steps)
+                if not factor:
+                    return None  # nothing is divided in its first steps
+            v = rows("max_exp_avg_sq" if group.get("amsgrad", False) else "exp_avg_sq")
+            v = v / (1.0 - beta**steps)
+            scaling = factor / (v.sqrt_() + group["eps"])
+        return scaling
 
     @property
     def _work_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
+# They divide a gradient, coordinate by coordinate, by what it used to be. AdamW is an Adam.
+_DIVIDING = (
+    torch.optim.Adam,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+)
 # Where torch's optimizers keep what they have gathered of past gradients.
 _MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+def _steps(state: dict[str, Any]) -> Any:
+    """Steps taken, as a number or, where the optimizer keeps it on the device, a tensor there."""
+    step = state["step"]
+    return step.double() if isinstance(step, Tensor) else float(step)
+
+
+def _rectification(beta: float, steps: Any) -> float:
+    """r_t of RAdam (Liu et al. 2020, Algorithm 2); 0 where it does not divide yet."""
+    steps = float(steps)
+    longest = 2.0 / (1.0 - beta) - 1.0
+    length = longest - 2.0 * steps * beta**steps / (1.0 - beta**steps)
+    if length <= 5.0:
+        return 0.0
+    ratio = (length - 4.0) * (length - 2.0) * longest
+    return float((ratio / ((longest - 4.0) * (longest - 2.0) * length)) ** 0.5)
 
 
 def _long_run_rate(group: dict[str, Any]) -> float:

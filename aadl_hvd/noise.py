@@ -56,8 +56,9 @@ class GradientSamples:
         self.samples, self.factor = samples, factor
         n = sum(p.numel() for p in parameters)
         generator = torch.Generator().manual_seed(_SEED)
-        chosen = torch.arange(n)
-        if n > COORDINATES:
+        if n <= COORDINATES:
+            chosen = torch.arange(n)
+        else:
             # With replacement, for a permutation of n would cost n; what is drawn twice goes.
             chosen = torch.unique(torch.randint(n, (COORDINATES,), generator=generator))
         self._scale = n / max(len(chosen), 1)

@@ -272,8 +272,27 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"Invalid which={which!r}. Must be 'auto', None, or one of averages={names!r}."
             )
-        if model is not None and not (batches := list(batches)):
-            raise ConfigError("Invalid batches=[]. Must hold at least one batch with model=...")
+        if self._averaged:
+            raise UnsupportedError(
+                "Invalid averaged_weights() inside averaged_weights(). Leave the outer block first."
+            )
+        batches = list(batches)
+        # What one rank refuses is an error on all of them.
+        position = -1.0 if which is None else -2.0 if which == "auto" else names.index(which)
+        own = np.array(
+            [position, position**2, model is None or len(batches) > 0, loss is None], np.float64
+        )
+        sums = accelerator.mean_over_ranks(own)
+        if sums[1] != sums[0] ** 2 or sums[3] not in (0.0, 1.0):
+            raise ReplicaMismatchError(
+                f"Ranks differ in which (here {which!r}) or in whether loss is given. All must "
+                "ask for the same."
+            )
+        if sums[2] < 1.0:
+            raise ConfigError(
+                f"Invalid batches: {len(batches)} here, none on some rank. Must hold at least one "
+                "batch on every rank with model=..."
+            )
         hash(problem.signature)  # up to date with the parameter groups
         restore = problem.hold()
 
@@ -303,8 +322,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                 losses = {kind: mean_loss() for kind in (None, *names) if put_in(kind)}
                 chosen = min(losses, key=lambda kind: (not losses[kind] < math.inf, losses[kind]))
             else:
-                gains = {kind: g for kind, g in accelerator.average_gains.items() if g > 0.0}
-                chosen = max(gains, key=gains.__getitem__, default=None)
+                chosen = accelerator.best_average()
             if not put_in(chosen):
                 chosen = None
                 put_in(None)
@@ -419,6 +437,15 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         self._synchronized = False
         return loss
 
+    def observe(self: Any, loss: float | Tensor) -> None:
+        """As in `AndersonOptimizer`, but not with op=Adasum."""
+        if adasum:
+            raise UnsupportedError(
+                "Invalid observe() with op=Adasum, which has moved the weights in the backward "
+                "pass already: there is no step to leave out. Must be op=Average or Sum."
+            )
+        self.anderson.observe(loss)
+
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
         """As in torch; not between backward() and step() or synchronize()."""
         if self._handles:
@@ -453,7 +480,7 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         _take_samples(self, ps)
         return horovods["_grouped_allreduce_grad_async"](self, ps)
 
-    methods = [_base_step, _skip_step, _evaluate, zero_grad, synchronize, __reduce_ex__]
+    methods = [_base_step, observe, _skip_step, _evaluate, zero_grad, synchronize, __reduce_ex__]
     methods.append(_allreduce_grad_async)
     if not adasum:
         methods.append(_grouped_allreduce_grad_async)

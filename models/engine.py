@@ -86,6 +86,7 @@ class Trainer:
         clip_norm: Largest norm of the averaged gradient; None for no clipping.
         accumulate: Batches in a step.
         keep_batches: Batches remembered for `recalibrate` and `averaged`.
+        observe: Tell the optimizer each batch's loss.
         step: Optimizer steps done in the whole training.
     """
 
@@ -99,6 +100,7 @@ class Trainer:
     clip_norm: float | None = None
     accumulate: int = 1
     keep_batches: int = 0
+    observe: bool = False
     step: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -171,7 +173,7 @@ class Trainer:
             with self._autocast():
                 logits = self.model(self._laid_out(images))
                 loss = self._loss(logits.float(), labels)
-            if hasattr(self.optimizer, "observe"):
+            if self.observe:
                 self.optimizer.observe(loss)
             self.scaler.scale(loss / len(group)).backward()
             right = (logits.detach().argmax(1) == labels).sum()

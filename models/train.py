@@ -99,6 +99,7 @@ def run(settings: Settings) -> None:
         channels_last=settings.channels_last,
         clip_norm=settings.clip_norm,
         accumulate=settings.accumulate,
+        observe=settings.anderson == "default",  # the paper's method knows no such check
         keep_batches=0 if settings.recalibrate == "never" else settings.recalibrate_batches,
     )
     _seed(settings.seed + 1 + hvd.rank())
