@@ -1,13 +1,20 @@
 """Averaged weights on real ranks: the same on all of them, chosen together, gone afterwards."""
 
 import copy
+import math
 
 import horovod.torch as hvd
 import pytest
 import torch
 from training import assert_replicas_equal, batches, flat, loss_of, network, train
 
-from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
+from aadl_hvd import (
+    AndersonConfig,
+    ConfigError,
+    DistributedAndersonOptimizer,
+    ReplicaMismatchError,
+    UnsupportedError,
+)
 
 
 def trained(model, steps=13, **settings):
@@ -53,10 +60,14 @@ def test_a_rank_that_has_loaded_a_checkpoint_leaves_all_with_the_last_iterate():
     """The usual Horovod resume loads on rank 0 alone; nobody may wait for it."""
     model = network()
     opt = trained(model)
+    # Gains that would have all ranks but one choose an average.
+    opt.anderson._averages._gains[:] = 1.0
+    assert all(gain > 0 for gain in opt.anderson.average_gains.values())
     if hvd.rank() == 0:
         opt.load_state_dict(opt.state_dict())
+        assert all(math.isnan(gain) for gain in opt.anderson.average_gains.values())
     before = flat(model).clone()
-    for arguments in ({"which": 0.5}, {"loss": lambda: 1.0}):
+    for arguments in ({}, {"which": 0.5}, {"loss": lambda: 1.0}):
         with opt.averaged_weights(**arguments) as name:
             assert name is None
             assert torch.equal(flat(model), before)
@@ -96,3 +107,35 @@ def test_batch_norm_is_that_of_all_ranks_together():
         assert not torch.allclose(model[1].running_var, variances.mean(0)), "ranks do not differ"
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_what_one_rank_refuses_is_an_error_on_all():
+    model = network()
+    opt = trained(model)
+    first = hvd.rank() == 0
+    before = flat(model).clone()
+    with (
+        pytest.raises(ConfigError, match="batches"),
+        opt.averaged_weights(model=model, batches=[] if first else [torch.ones(2, 3)]),
+    ):
+        pass
+    for which in ((0.5 if first else 8), (None if first else "auto")):
+        with (
+            pytest.raises(ReplicaMismatchError, match="which"),
+            opt.averaged_weights(which=which),
+        ):
+            pass
+    loss = (lambda: 1.0) if first else None
+    with pytest.raises(ReplicaMismatchError, match="loss"), opt.averaged_weights(loss):
+        pass
+    assert torch.equal(flat(model), before)
+
+
+def test_no_block_inside_a_block():
+    model = network()
+    opt = trained(model)
+    with opt.averaged_weights():
+        with pytest.raises(UnsupportedError, match="inside"), opt.averaged_weights():
+            pass
+        with pytest.raises(UnsupportedError, match="step"):
+            opt.step()

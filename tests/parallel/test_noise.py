@@ -280,3 +280,43 @@ def test_no_gate_and_adasum_take_no_samples():
         with contextlib.suppress(UserWarning):
             opt = wrapped(Regression(), config=config, op=hvd.Adasum)
         assert opt._anderson_problem.samples is None
+
+
+LOOPS = ["step", "synchronize first", "closure", "observed"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("p", [1, 2, 3, 5])
+def test_every_attempt_has_samples(measured, p, loop):
+    """Wherever in the step the gradients are reduced, and however far apart attempts are."""
+    problem = Regression()
+    config = AndersonConfig(frequency=p, history_depth=3, noise_gate=1e30, averages=())
+    opt = wrapped(problem, config=config, backward_passes_per_step=PASSES)
+    steps = 4 * p
+
+    def evaluate():
+        opt.zero_grad()
+        for _ in range(PASSES):
+            loss = problem.loss(problem.batch())
+            loss.backward()
+        return loss
+
+    for _ in range(steps):
+        if loop == "closure":
+            opt.step(evaluate)
+            continue
+        loss = evaluate()
+        if loop == "observed":
+            opt.observe(loss)
+        if loop == "synchronize first":
+            opt.synchronize()
+            with opt.skip_synchronize():
+                opt.step()
+        else:
+            opt.step()
+    attempts = 4 - (p == 1)  # with p = 1 the first has no two pairs yet, nor a step before it
+    assert len(measured) >= attempts - 1
+    known = [both for both in measured if both is not None]
+    assert len(known) >= attempts - 1, measured
+    assert all(variance > 0 for variance, _ in known)
+    assert opt.anderson.stats.accelerated == 0

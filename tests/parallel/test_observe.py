@@ -18,7 +18,7 @@ from training import (
     unless_brief,
 )
 
-from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
+from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer, UnsupportedError
 
 P = 3
 SETTINGS = TEXTBOOK | {"history_depth": 4, "frequency": P, "safeguard": "none"}
@@ -210,3 +210,19 @@ def test_one_rank_loads_a_checkpoint_in_between(when):
     )
     assert model_stats.rejected["loss"] == 0
     assert model_stats.accelerated >= 3
+
+
+def test_adasum_refuses():
+    """It has moved the weights in the backward pass: there is no step to leave out."""
+    model = network()
+    opt = DistributedAndersonOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        op=hvd.Adasum,
+        anderson=AndersonConfig(residual="step"),
+    )
+    if hvd.size() == 1:
+        opt.observe(1.0)
+        return
+    with pytest.raises(UnsupportedError, match="Adasum"):
+        opt.observe(1.0)

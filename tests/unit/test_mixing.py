@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.fixed_point import OptimizerFixedPoint
 
 M, P, STEPS = 4, 3, 18
 SETTINGS = TEXTBOOK | {"history_depth": M, "frequency": P, "safeguard": "none"}
@@ -298,3 +299,58 @@ def test_schedules_restart_nothing_and_make_no_spike(name, schedule):
     assert rises.max() < max(0.05, 2 * plain_rises.max())
     for decay in (40, 80):
         assert rises[decay - 1 : decay + 6].max() < 0.01
+
+
+SCALED = {
+    "NAdam": (torch.optim.NAdam, {"lr": 0.01}),
+    "RAdam": (torch.optim.RAdam, {"lr": 0.01}),
+    "RAdam later": (torch.optim.RAdam, {"lr": 0.01, "betas": (0.9, 0.6)}),
+    "Adamax": (torch.optim.Adamax, {"lr": 0.01}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 0.01}),
+    "centered": (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1}),
+    "Adadelta": (torch.optim.Adadelta, {"lr": 0.7}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0, "amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_scaling_of_torch_s_optimizers(name):
+    """A small change of the gradient, as a step of the optimizer shows it, is M times it.
+
+    Momentum: what one gradient does in this step is a known part of what it does in the end.
+    Terms that the gradient changes through the denominator are kept small by many equal steps
+    before.
+    """
+    cls, settings = SCALED[name]
+    p = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    g = torch.linspace(0.1, 3.0, 6, dtype=torch.float64)
+    opt = cls([p], **settings)
+    view = OptimizerFixedPoint(opt, "gradient")
+    before = None
+    for _ in range(300):
+        p.grad = g.clone()
+        before = p.detach().clone()
+        opt.step()
+    hash(view.signature)
+    state = {k: v.clone() for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)}
+    mixing = view.mixing(0, 6)
+    assert mixing.shape == (6,)
+    torch.testing.assert_close(mixing[2:5], view.mixing(2, 5))
+    for key, value in state.items():
+        assert torch.equal(value, opt.state[p][key]), f"{key} was changed by looking at it"
+    # After so many equal gradients a step is what it leads to in the end; RMSprop's momentum
+    # has reached its limit, too.
+    torch.testing.assert_close(before - p.detach(), mixing * g, rtol=2e-2, atol=0.0)
+
+
+def test_unknown_noise_shuts_the_gate():
+    """Three columns at least, before one rank without micro-batches can say anything."""
+    p = torch.nn.Parameter(torch.ones(5))
+    opt = AndersonOptimizer(
+        torch.optim.SGD([p], lr=0.01), anderson=AndersonConfig(frequency=1, averages=())
+    )
+    for k in range(4):
+        p.grad = p.detach() * torch.arange(1.0, 6.0)
+        opt.step()
+        assert opt.anderson.stats.accelerated == (k == 3)

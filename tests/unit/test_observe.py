@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import SEVERAL, TEXTBOOK, Problem, counts, flat, parameters_of
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import SimulatedCommunicator, run_ranks
 
@@ -464,3 +464,28 @@ def test_grad_scaler_and_schedulers_see_an_ordinary_step():
             schedule.step()
     same(contents(opt), expected)
     assert opt.param_groups[0]["lr"] == pytest.approx(0.1 * 0.9 ** (P + 1))
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), None, "1.0"], ids=repr)
+def test_a_loss_is_one_number(bad):
+    opt = built("SGD")
+    with pytest.raises(ConfigError, match="Invalid loss="):
+        opt.observe(bad)
+    opt.observe(torch.ones(1, 1))
+    opt.observe(np.float32(2.0))
+    step(opt, 0)
+
+
+def test_not_while_a_step_runs():
+    """In a closure it would be taken for the loss of the step to come."""
+    opt = built("SGD")
+
+    def closure():
+        gradients(0, parameters_of(opt))
+        opt.observe(1.0)
+        return 1.0
+
+    with pytest.raises(UnsupportedError, match="step"):
+        opt.step(closure)
+    opt.observe(1.0)
+    step(opt, 1)
