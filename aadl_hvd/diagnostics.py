@@ -40,8 +40,8 @@ class Stats:
         accelerated: steps whose weights were replaced by the accelerated point, rejections that
             came later included.
         rejected: attempts that left the base optimizer's step in place, by cause (`Rejection`).
-            Every attempt is counted as accelerated or under exactly one cause; with
-            `safeguard="residual"`, whose verdict comes a step later, as both.
+            Every attempt is counted as accelerated or under exactly one cause; those rejected by
+            `safeguard="residual"` or an observed loss, a step later, as both.
         restarts: times the history was forgotten, by cause (`Restart`).
         averaged: steps whose weights were replaced by the moving average.
         promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.

@@ -30,7 +30,10 @@ class Restart(enum.Enum):
     """Why the history was forgotten."""
 
     NONFINITE = "nonfinite"
-    CHANGED = "changed"  # parameters, dtypes, devices, or the ratio of the groups' learning rates
+    CHANGED = (
+        "changed"  # parameters, dtypes, devices, which learning rates are 0 (their ratios, too,
+    )
+    # with residual="step"; any of them with "state")
     DESYNCHRONIZED = "desynchronized"  # ranks had not stored the same: one loaded a checkpoint
     LOADED = "loaded"  # load_state_dict
     REQUESTED = "requested"  # restart() was called
