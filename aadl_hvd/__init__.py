@@ -5,6 +5,7 @@
 Neither Horovod nor MPI is needed to import this package or to use `AndersonOptimizer`.
 """
 
+from aadl_hvd.batch_norm import average_batch_norm, recalibrate_batch_norm
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.errors import (
     AndersonError,
@@ -26,5 +27,7 @@ __all__ = [
     "NeumannOptimizer",
     "ReplicaMismatchError",
     "UnsupportedError",
+    "average_batch_norm",
+    "recalibrate_batch_norm",
 ]
 __version__ = "0.1.0"

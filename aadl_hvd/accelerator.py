@@ -382,6 +382,8 @@ class Accelerator:
         if self.config.residual == "gradient":
             squared = rr
         self.stats.note_noise(variance, squared, gate)
+        if by_gradients:  # the other is a median already
+            variance = self._noise.steadied(variance, squared)
         if not stands_out(squared, variance, gate):
             return []
         if by_gradients and self.config.residual != "gradient":

@@ -1,4 +1,8 @@
-"""Batch-norm statistics that belong to the weights in place, whatever weights those are."""
+"""Batch-norm statistics that belong to the weights in place and to the images of all ranks.
+
+`mean_over_ranks` is what brings ranks together here: a collective that returns the mean of a
+float64 vector over ranks, such as `hvd.allreduce`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aadl_hvd.comm.base import Communicator
+Mean = Callable[[Tensor], Tensor]
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -22,38 +26,23 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-@contextlib.contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards running statistics and training mode are what they were, bit for bit."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [b for norm in batch_norms(model) for b in norm.buffers(recurse=False)]
-    saved = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in zip(buffers, saved, strict=True):
-                buffer.copy_(values)
-        for module, training in modes:
-            module.training = training
-
-
-def recalibrate(
+def recalibrate_batch_norm(
     model: nn.Module,
     batches: Iterable[Any],
-    comm: Communicator,
+    mean_over_ranks: Mean,
     forward: Callable[[Any], Any] | None = None,
 ) -> None:
     """Measures running statistics anew: the plain mean over batches and ranks. Collective.
 
-    Second moments are averaged over ranks, not variances, so that differences between the ranks'
-    means count as variance.
+    Running statistics follow weights that move a little at a time; after an accelerated or an
+    averaged step they belong to weights that no longer exist. Other layers, and training modes,
+    stay as they are. With SyncBatchNorm all ranks need equally many batches.
 
     Args:
-        model: in which layers without running statistics, and training modes, stay as they are.
+        model: nothing happens where no layer has running statistics.
         batches: of this rank, at least one.
-        comm: the ranks.
-        forward: what to call with a batch; None: the model, as ordinary forward passes do.
+        mean_over_ranks: see above.
+        forward: what to call with a batch; None: the model.
     """
     norms = batch_norms(model)
     if not norms:
@@ -70,23 +59,50 @@ def recalibrate(
     finally:
         for norm, training, momentum in modes:
             norm.training, norm.momentum = training, momentum
-    if comm.size > 1:
-        _average(norms, comm)
+    average_batch_norm(model, mean_over_ranks)
 
 
-def _average(norms: list[_BatchNorm], comm: Communicator) -> None:
-    kept: list[tuple[Tensor, Tensor]] = [
+@torch.no_grad()
+def average_batch_norm(model: nn.Module, mean_over_ranks: Mean) -> None:
+    """Gives all ranks the running statistics of their images together. Collective.
+
+    Every rank sees other images: without this they would evaluate different models, and a
+    checkpoint would hold those of one rank alone. Second moments are averaged, not variances, so
+    that differences between the ranks' means count as variance.
+
+    Args:
+        model: nothing happens where no layer has running statistics.
+        mean_over_ranks: see above.
+    """
+    statistics: list[tuple[Tensor, Tensor]] = [
         (norm.running_mean, norm.running_var)
-        for norm in norms
+        for norm in batch_norms(model)
         if norm.running_mean is not None and norm.running_var is not None
     ]
-    means = torch.cat([mean.double() for mean, _ in kept])
-    squares = torch.cat([var.double() for _, var in kept]) + means**2
-    total = comm.sum_tensor(torch.cat([means, squares])) / comm.size
-    means, squares = total.chunk(2)
-    sizes = [len(mean) for mean, _ in kept]
+    if not statistics:
+        return
+    means = torch.cat([mean.double() for mean, _ in statistics])
+    squares = torch.cat([var.double() for _, var in statistics]) + means**2
+    means, squares = mean_over_ranks(torch.cat([means, squares])).chunk(2)
+    sizes = [len(mean) for mean, _ in statistics]
     for (mean, var), new_mean, new_square in zip(
-        kept, torch.split(means, sizes), torch.split(squares, sizes), strict=True
+        statistics, torch.split(means, sizes), torch.split(squares, sizes), strict=True
     ):
         mean.copy_(new_mean)
         var.copy_((new_square - new_mean**2).clamp_min_(0.0))
+
+
+@contextlib.contextmanager
+def kept_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Afterwards running statistics and training modes are what they were, bit for bit."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [b for norm in batch_norms(model) for b in norm.buffers(recurse=False)]
+    saved = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in zip(buffers, saved, strict=True):
+                buffer.copy_(values)
+        for module, training in modes:
+            module.training = training

@@ -14,6 +14,7 @@ every attempt; that change is much the same as at the one before. What repeats i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -147,8 +148,10 @@ class NoiseMeter:
     # Squared cosine from which two changes are taken to be alike. Independent noise has 1 over its
     # effective dimension on average, measured 0.05 to 0.1; full batches have 0.4 to 0.8.
     ALIKE = 0.6
+    MEMORY = 0.9  # of the share of noise, per attempt
 
     def __init__(self) -> None:
+        self._share: float | None = None
         self._now: Deviations | None = None
         self._last: Deviations | None = None
         self._changes: deque[tuple[int, Tensor]] = deque(maxlen=2)
@@ -195,6 +198,18 @@ class NoiseMeter:
         if samples < 2 or squares * size != samples**2:
             return None
         return changed / samples**2 / (2.0 * (1.0 - 1.0 / samples)), squared / size
+
+    def steadied(self, variance: float, squared: float) -> float:
+        """sigma^2, at least what its share of ||r||^2 has been of late.
+
+        One measurement of few samples can miss by a factor, and in thousands of attempts some do.
+        The share is the same on every rank, and no restart on one of them touches it.
+        """
+        share = min(variance / squared, 1.0) if squared > 0.0 else 1.0
+        if math.isfinite(share):
+            last = share if self._share is None else self._share
+            self._share = self.MEMORY * last + (1.0 - self.MEMORY) * share
+        return max(variance, (self._share or 0.0) * squared)
 
     def clear(self) -> None:
         """Forgets all steps."""

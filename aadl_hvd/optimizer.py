@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import batch_norm
 from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.config import AndersonConfig
@@ -268,30 +268,30 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         accelerator: Accelerator = self.anderson
         problem = self._anderson_problem
         names = accelerator.config.averages
+        batches = list(batches)
+        refusal: AndersonError | None = None
         if not (which is None or which == "auto" or which in names):
-            raise ConfigError(
+            refusal = ConfigError(
                 f"Invalid which={which!r}. Must be 'auto', None, or one of averages={names!r}."
             )
-        if self._averaged:
-            raise UnsupportedError(
+        elif model is not None and not batches:
+            refusal = ConfigError("Invalid batches=[]. Must hold at least one with model=...")
+        elif self._averaged:
+            refusal = UnsupportedError(
                 "Invalid averaged_weights() inside averaged_weights(). Leave the outer block first."
             )
-        batches = list(batches)
-        # What one rank refuses is an error on all of them.
-        position = -1.0 if which is None else -2.0 if which == "auto" else names.index(which)
-        own = np.array(
-            [position, position**2, model is None or len(batches) > 0, loss is None], np.float64
-        )
-        sums = accelerator.mean_over_ranks(own)
-        if sums[1] != sums[0] ** 2 or sums[3] not in (0.0, 1.0):
+        # What one rank refuses is an error on all of them, and all must ask for the same.
+        asked = [None, "auto", *names].index(which) if refusal is None else -1
+        asked = 4 * asked + 2 * (loss is None) + (model is None)
+        own = np.array([refusal is not None, asked, asked**2], np.float64)
+        refused, mean, square = accelerator.mean_over_ranks(own)
+        if refusal is not None:
+            raise refusal
+        if refused or square != mean**2:
             raise ReplicaMismatchError(
-                f"Ranks differ in which (here {which!r}) or in whether loss is given. All must "
-                "ask for the same."
-            )
-        if sums[2] < 1.0:
-            raise ConfigError(
-                f"Invalid batches: {len(batches)} here, none on some rank. Must hold at least one "
-                "batch on every rank with model=..."
+                f"Another rank refused averaged_weights(), or asked for something else than "
+                f"which={which!r}, loss {'not ' * (loss is None)}given, model "
+                f"{'not ' * (model is None)}given. All must ask for the same."
             )
         hash(problem.signature)  # up to date with the parameter groups
         restore = problem.hold()
@@ -302,8 +302,11 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             elif not accelerator.put_average(problem, kind):
                 return False
             if model is not None:
-                batch_norm.recalibrate(model, batches, accelerator.comm, forward)
+                recalibrate_batch_norm(model, batches, mean_over_ranks, forward)
             return True
+
+        def mean_over_ranks(values: Tensor) -> Tensor:
+            return accelerator.comm.sum_tensor(values) / accelerator.comm.size
 
         def mean_loss() -> float:
             assert loss is not None
@@ -311,7 +314,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
 
         with contextlib.ExitStack() as undo:
             if model is not None:
-                undo.enter_context(batch_norm.kept(model))
+                undo.enter_context(kept_batch_norm(model))
             undo.callback(restore)
             self._averaged = True
             undo.callback(setattr, self, "_averaged", False)

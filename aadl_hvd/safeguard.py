@@ -30,10 +30,9 @@ class Restart(enum.Enum):
     """Why the history was forgotten."""
 
     NONFINITE = "nonfinite"
-    CHANGED = (
-        "changed"  # parameters, dtypes, devices, which learning rates are 0 (their ratios, too,
-    )
-    # with residual="step"; any of them with "state")
+    # Parameters, dtypes, devices, which learning rates are 0; with residual="step" the ratio of the
+    # groups' rates, with "state" any of them.
+    CHANGED = "changed"
     DESYNCHRONIZED = "desynchronized"  # ranks had not stored the same: one loaded a checkpoint
     LOADED = "loaded"  # load_state_dict
     REQUESTED = "requested"  # restart() was called
@@ -118,7 +117,7 @@ class LossWatch:
         self.observed = False
         self.verdict_due = False
         self._given: list[float | Tensor] = []
-        self._losses: list[float | Tensor | None] = []
+        self._losses: list[list[float | Tensor]] = []  # of the last step and of this one
         self._variances: deque[float] = deque(maxlen=20)
         self._last_difference: float | None = None
         self._after_base_step = True
@@ -139,18 +138,16 @@ class LossWatch:
         """Begins a step: what was observed belongs to it."""
         self._after_base_step = not self.verdict_due
         given, self._given = self._given, []
-        self._losses.append(sum(given[1:], given[0]) / len(given) if given else None)
-        if len(self._losses) > 2:
-            del self._losses[0]
+        self._losses = [*self._losses[-1:], given]
 
     def riders(self) -> Vector:
         """[3] numbers to be summed over ranks: this rank's loss, whether it has one, its spread."""
-        before, now = [None, *self._losses][-2:]
-        if now is None:
+        before, now = [[], *self._losses][-2:]
+        if not now:
             return np.zeros(self.RIDERS)
-        loss = float(now)
-        if before is not None and self._after_base_step:
-            self._note_spread(loss - float(before))
+        loss = _mean(now)
+        if before and self._after_base_step:
+            self._note_spread(loss - _mean(before))
         spread = float(np.median(self._variances)) / _MEDIAN if self._variances else 0.0
         return np.array([loss, 1.0, spread])
 
@@ -199,8 +196,12 @@ class LossWatch:
         backoff.judged_by_loss(rejected)
         if not rejected:
             return None
-        self._losses[-1] = None  # of a point that never was: the way from there is no spread
+        self._losses[-1] = []  # of a point that never was: the way from there is no spread
         return trial
+
+
+def _mean(losses: list[float | Tensor]) -> float:
+    return sum(float(loss) for loss in losses) / len(losses)
 
 
 def judge_system(gram: Matrix, b: Vector, rr: float) -> Rejection | None:

@@ -17,8 +17,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from aadl_hvd import recalibrate_batch_norm
 from models.data import Loader
 from models.dist import sum_over_ranks
 from models.errors import UserError
@@ -197,25 +197,12 @@ class Trainer:
     def recalibrate(self) -> None:
         """Measures the batch-norm statistics of the present weights. Collective.
 
-        The running statistics follow weights that move a little at a time; after an accelerated
-        or averaged step they belong to weights that no longer exist. They are measured on the last
-        `keep_batches` training batches of this epoch, which costs no reading and leaves the
-        order of the data as it is.
+        On the last `keep_batches` training batches of this epoch, which costs no reading and leaves
+        the order of the data as it is.
         """
-        norms = batch_norms(self.model)
-        if not norms or not self._recent:
-            return
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over batches
-        self.model.train()
-        with torch.no_grad(), self._autocast():
-            for images, _ in self._recent:
-                self.model(self._laid_out(images))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        average_batch_norm(self.model)
+        if self._recent:
+            inputs = [images for images, _ in self._recent]
+            recalibrate_batch_norm(self.model, inputs, mean_over_ranks, self._forward)
 
     def validate_averaged(self, batches: Iterable[Batch]) -> tuple[str, Validation] | None:
         """Evaluates at averaged weights, chosen by the loss on the remembered batches. Collective.
@@ -305,35 +292,6 @@ def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch-norm layers that keep running statistics, in the model's order."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    ]
-
-
-def average_batch_norm(model: nn.Module) -> None:
-    """Gives all ranks the batch-norm statistics of their images together. Collective.
-
-    Every rank sees other images. Without this the ranks would validate different models and a
-    checkpoint would hold those of rank 0 alone. Second moments are averaged, not variances, so
-    that differences between the ranks' means count as variance.
-    """
-    kept = [
-        (norm.running_mean, norm.running_var)
-        for norm in batch_norms(model)
-        if norm.running_mean is not None and norm.running_var is not None
-    ]
-    if not kept or hvd.size() == 1:
-        return
-    means = torch.cat([mean for mean, _ in kept])
-    squares = torch.cat([var for _, var in kept]) + means**2
-    both = hvd.allreduce(torch.stack([means, squares]), name="batch_norm", op=hvd.Average)
-    sizes = [len(mean) for mean, _ in kept]
-    for (mean, var), new_mean, new_square in zip(
-        kept, both[0].split(sizes), both[1].split(sizes), strict=True
-    ):
-        mean.copy_(new_mean)
-        var.copy_((new_square - new_mean**2).clamp_min_(0))
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a vector over all ranks. Collective."""
+    return hvd.allreduce(values, name="batch_norm", op=hvd.Average)

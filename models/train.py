@@ -19,10 +19,11 @@ import horovod.torch as hvd
 import torch
 from torch import nn
 
+from aadl_hvd import average_batch_norm
 from models import checkpoint, networks
 from models.data import ImageList, Loader, LoaderOptions, find_corrupt, list_images, open_loader
 from models.dist import fail_together, gather, on_rank0, start
-from models.engine import Interval, Trainer, Validation, average_batch_norm
+from models.engine import Interval, Trainer, Validation, mean_over_ranks
 from models.errors import UserError
 from models.metrics import MetricsLog
 from models.progress import Progress
@@ -309,7 +310,7 @@ def _settle_batch_norm(settings: Settings, trainer: Trainer, moved_before: int) 
     if how == "always" or (how == "auto" and moved > moved_before):
         trainer.recalibrate()
     else:
-        average_batch_norm(trainer.model)
+        average_batch_norm(trainer.model, mean_over_ranks)
     return moved
 
 

@@ -7,8 +7,9 @@ import horovod.torch as hvd
 import torch
 from torch import nn
 
+from aadl_hvd.batch_norm import average_batch_norm, batch_norms
 from models.dist import fail_together, on_rank0, start
-from models.engine import Trainer, average_batch_norm, batch_norms, count_correct
+from models.engine import Trainer, count_correct, mean_over_ranks
 from models.errors import UserError
 from models.networks import build
 from models.schedule import Schedule
@@ -91,7 +92,7 @@ def batch_norm_statistics_are_of_all_images():
     pooled = torch.cat([batches([500], seed)[0][0] * (1 + seed) + seed for seed in (0, 1)])
     model = nn.Sequential(nn.BatchNorm2d(1, momentum=1.0))
     model(batches([500], hvd.rank())[0][0] * (1 + hvd.rank()) + hvd.rank())
-    average_batch_norm(model)
+    average_batch_norm(model, mean_over_ranks)
     norm = batch_norms(model)[0]
     assert torch.allclose(norm.running_mean, pooled.mean(), atol=1e-5)
     assert torch.allclose(norm.running_var, pooled.var(), rtol=1e-3)
@@ -199,7 +200,7 @@ def mixed_precision_keeps_ranks_together():
         last = list(run.train_epoch(batches([16] * 4, seed=hvd.rank()), log_every=4))[-1]
         assert last.loss < 10, settings
         assert not torch.equal(before, run.model.head.weight), settings
-        average_batch_norm(run.model)
+        average_batch_norm(run.model, mean_over_ranks)
         assert_same_on_ranks(run.model)
 
 

@@ -114,9 +114,21 @@ def test_what_one_rank_refuses_is_an_error_on_all():
     opt = trained(model)
     first = hvd.rank() == 0
     before = flat(model).clone()
+    batches = [] if first else [torch.ones(2, 3)]
+    error = ConfigError if first else ReplicaMismatchError
     with (
-        pytest.raises(ConfigError, match="batches"),
-        opt.averaged_weights(model=model, batches=[] if first else [torch.ones(2, 3)]),
+        pytest.raises(error, match=r"batches|refused"),
+        opt.averaged_weights(model=model, batches=batches),
+    ):
+        pass
+    with (
+        pytest.raises(ReplicaMismatchError, match="model"),
+        opt.averaged_weights(model=model if first else None, batches=[torch.ones(2, 3)]),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError if first else ReplicaMismatchError, match=r"which|refused"),
+        opt.averaged_weights(which=99 if first else 8),
     ):
         pass
     for which in ((0.5 if first else 8), (None if first else "auto")):

@@ -206,6 +206,30 @@ def test_gate_does_not_depend_on_the_units_of_the_loss(scale, samples, seed):
         assert stands_out(squared, variance, gate) == stands_out(other_squared, other, gate)
 
 
+def test_one_lucky_measurement_opens_no_gate():
+    """sigma^2 is at least its share of late; a share that stays low opens the gate in the end."""
+    meter = NoiseMeter()
+    for _ in range(20):
+        assert meter.steadied(0.5, 1.0) == 0.5
+    meter.clear()  # of one rank alone, perhaps: must change nothing
+    assert meter.steadied(1e-3, 1.0) == pytest.approx(0.9 * 0.5 + 0.1 * 1e-3)
+    assert meter.steadied(0.7, 1.0) == 0.7  # never less than measured
+    opened = [stands_out(1.0, meter.steadied(1e-3, 1.0), 10.0) for _ in range(60)]
+    assert not opened[5] and opened[-1]
+    assert opened == sorted(opened)
+
+
+def test_steadied_noise_survives_bad_numbers():
+    meter = NoiseMeter()
+    for variance, squared in ((math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0), (1.0, math.inf)):
+        meter.steadied(variance, squared)
+    assert meter.steadied(0.25, 1.0) <= 1.0
+    for _ in range(100):
+        steadied = meter.steadied(1e-4, 1.0)
+    assert steadied == pytest.approx(1e-4, rel=0.5)
+    assert NoiseMeter().steadied(1e-4, 1.0) == 1e-4  # full batches need not wait
+
+
 def test_random_coordinates_are_unbiased(monkeypatch):
     """Mean over draws of the coordinates: that of all; and drawn alike on every rank."""
     torch.manual_seed(0)
