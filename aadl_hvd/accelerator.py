@@ -81,6 +81,10 @@ class FixedPoint(Protocol):
     def mixing(self, lo: int, hi: int) -> float | Tensor:
         """The diagonal of M: one number, or rows [lo, hi) of it."""
 
+    @property
+    def uniform_mixing(self) -> float | None:
+        """M where it is one number and costs nothing to know, else None."""
+
     def deviations(self) -> Deviations | None:
         """What is known of the noise in the residual of this step, after `advance`."""
 
@@ -274,7 +278,7 @@ class Accelerator:
                 return result
             self._note_noise(problem)
             if store and problem.moves:  # at learning rate 0 r says nothing
-                self._store(w, r)
+                self._store(w, r, problem.uniform_mixing)
             if accelerate:
                 with self.stats.timed("average"):
                     gains = self._averages.partial_gains(w, r)
@@ -291,9 +295,9 @@ class Accelerator:
             with self.stats.timed("noise"):
                 self._noise.note(problem.deviations(), self._calls)
 
-    def _store(self, w: Tensor, r: Tensor) -> None:
+    def _store(self, w: Tensor, r: Tensor, mixing: float | None) -> None:
         with self.stats.timed("store"):
-            new = self._history.push(w, r)
+            new = self._history.push(w, r, self.config.damping * (mixing or 0.0))
             if new is not None:
                 self._gram.stored(*new)
             self.stats.stored += 1

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.history import CHUNK
+from aadl_hvd.history import chunks
 from aadl_hvd.solve import Vector
 
 
@@ -122,8 +122,13 @@ class WeightAverages:
         """This rank's part of the gains over an iterate and its residual, [rows] each: [kinds]."""
         if not self.count:
             return np.zeros(len(self.kinds))
-        parts = [_gain(average.w, average.r, w, r) for average in self._averages]
-        return np.array(torch.stack(parts).tolist()) if parts else np.zeros(0)
+        if not self._averages:
+            return np.zeros(0)
+        # 1/2 <r + avg r, avg w - w>; chunks outside, so that w and r are read once.
+        zero = w.new_zeros(len(self._averages), dtype=torch.float64)
+        parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w))]
+        gains: Vector = torch.stack(parts).sum(dim=0).mul_(0.5).cpu().numpy()
+        return gains
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
         """Takes in an iterate and its residual, [rows] each.
@@ -136,7 +141,10 @@ class WeightAverages:
         if not np.isfinite(gains).all():
             return
         for average in self._averages:
-            average.push(w, r)
+            average.begin()
+        for rows in chunks(w):
+            for average in self._averages:
+                average.take(w[rows], r[rows], rows)
         self.count += 1
         if self.count > 1:
             kept = self.SMOOTHING**self._every
@@ -146,7 +154,7 @@ class WeightAverages:
     def mean(self, kind: float) -> Tensor | None:
         """This rank's rows of an average, [rows]; None if nothing has been taken in yet."""
         average = self._averages[self.kinds.index(kind)]
-        return average.w if self.count else None
+        return average.mean()[0] if self.count else None
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -154,14 +162,9 @@ class WeightAverages:
         for average in self._averages:
             average.count = 0
 
-
-def _gain(mean_w: Tensor, mean_r: Tensor, w: Tensor, r: Tensor) -> Tensor:
-    """1/2 <r + avg r, avg w - w>, float64 [], by chunks."""
-    total = torch.zeros((), dtype=torch.float64, device=w.device)
-    for lo in range(0, w.numel(), CHUNK):
-        rows = slice(lo, lo + CHUNK)
-        total += torch.dot(mean_r[rows] + r[rows], mean_w[rows] - w[rows]).double()
-    return total.mul_(0.5)
+    def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
+        means = [average.mean(rows) for average in self._averages]
+        return torch.stack([torch.dot(mean[1] + r, mean[0] - w) for mean in means]).double()
 
 
 class _Average:
@@ -175,39 +178,37 @@ class _Average:
         self._half = max(1, round(kind / (2 * every)))
         halves = 1 if self._decay is not None else 2
         self._sums = torch.zeros((halves, 2, rows), dtype=dtype, device=device)
+        self._now = self._sums[0]
         self.count = 0
 
     @property
     def nbytes(self) -> int:
         return self._sums.numel() * self._sums.element_size()
 
-    @property
-    def w(self) -> Tensor:
-        return self._mean(0)
-
-    @property
-    def r(self) -> Tensor:
-        return self._mean(1)
-
-    def push(self, w: Tensor, r: Tensor) -> None:
+    def begin(self) -> None:
+        """Makes room for an iterate, which `take` is then given chunk by chunk."""
         if self.count == 0:
             self._sums.zero_()
-        now = self._sums[self.count // self._half % 2 if self._decay is None else 0]
+        self._now = self._sums[self.count // self._half % 2 if self._decay is None else 0]
         if self._decay is None and self.count % self._half == 0:
-            now.zero_()
+            self._now.zero_()
         self.count += 1
+
+    def take(self, w: Tensor, r: Tensor, rows: slice) -> None:
+        """Takes in rows of an iterate and of its residual."""
         if self._decay is None:
-            now[0].add_(w)
-            now[1].add_(r)
+            self._now[0, rows].add_(w)
+            self._now[1, rows].add_(r)
         else:
             # The plain mean as long as there are too few to fill the horizon.
             weight = max(1.0 - self._decay, 1.0 / self.count)
-            now[0].lerp_(w, weight)
-            now[1].lerp_(r, weight)
+            self._now[0, rows].lerp_(w, weight)
+            self._now[1, rows].lerp_(r, weight)
 
-    def _mean(self, which: int) -> Tensor:
+    def mean(self, rows: slice = slice(None)) -> Tensor:
+        """The averages of w and r, [2, rows]."""
         if self._decay is not None:
-            return self._sums[0, which]
+            return self._sums[0, :, rows]
         complete = self._half if self.count > self._half else 0
         inside = (self.count - 1) % self._half + 1
-        return self._sums[:, which].sum(dim=0).div_(complete + inside)
+        return self._sums[:, :, rows].sum(dim=0).div_(complete + inside)

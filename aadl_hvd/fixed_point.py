@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -117,14 +118,21 @@ class OptimizerFixedPoint:
     def moves(self) -> bool:
         return any(_learning_rate(group) for group in self._groups)
 
-    def mixing(self, lo: int, hi: int) -> float | Tensor:
+    @property
+    def uniform_mixing(self) -> float | None:
         if self._residual == "state":
             return 1.0
         if self._residual == "step":
             return max((abs(rate) for rate in self._rates), default=0.0)
+        rates = {_long_run_rate(group) for group in self._groups}
+        if len(rates) == 1 and not isinstance(self._optimizer, _DIVIDING):
+            return rates.pop()
+        return None
+
+    def mixing(self, lo: int, hi: int) -> float | Tensor:
+        if (uniform := self.uniform_mixing) is not None:
+            return uniform
         rates = {id(group): _long_run_rate(group) for group in self._groups}
-        if len(set(rates.values())) == 1 and not isinstance(self._optimizer, _DIVIDING):
-            return next(iter(rates.values()))
         mixing = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
         for index, first, last in self._layout.segments(lo, hi):
             rows = mixing[first - lo : last - lo]
@@ -314,23 +322,36 @@ class OptimizerFixedPoint:
     def _with_decay(self, found: _Gradient, lo: int, hi: int, w: Tensor) -> Tensor:
         """The residual, in place of the gradient."""
         gradient, absent = found
-        for index, first, last in self._layout.segments(lo, hi):
-            if index in absent:
-                continue  # no optimizer touches it, weight decay or not
-            group, rows = self._group_of[index], slice(first - lo, last - lo)
-            if not self._rates[index]:
-                gradient[rows].zero_()  # nobody is going to follow it
+
+        def kind_of(segment: tuple[int, int, int]) -> tuple[float, float, bool] | None:
+            return None if segment[0] in absent else self._decay_of(segment[0])
+
+        for kind, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
+            if kind is None:  # no optimizer touches it, weight decay or not
                 continue
-            sign = -1.0 if group.get("maximize", False) else 1.0
-            gradient[rows].mul_(-sign)
-            weight_decay = float(group.get("weight_decay", 0.0))
-            if not weight_decay:
+            parts = list(run)
+            follow, weight_decay, decoupled = kind
+            rows = slice(parts[0][1] - lo, parts[-1][2] - lo)
+            if not follow:
+                gradient[rows].zero_()
                 continue
-            if not self._decoupled(group):
+            gradient[rows].mul_(-follow)
+            if weight_decay and not decoupled:
                 gradient[rows].sub_(w[rows], alpha=weight_decay)
-            elif (scaling := self._scaling(index, first, last)) is not None:
-                gradient[rows].sub_(w[rows] / scaling, alpha=weight_decay)
+            elif weight_decay:
+                for index, first, last in parts:
+                    if (scaling := self._scaling(index, first, last)) is not None:
+                        own = slice(first - lo, last - lo)
+                        gradient[own].sub_(w[own] / scaling, alpha=weight_decay)
         return gradient
+
+    def _decay_of(self, index: int) -> tuple[float, float, bool]:
+        """The sign of a parameter's gradient, 0 at rate 0; its weight decay; if it is decoupled."""
+        if not self._rates[index]:
+            return 0.0, 0.0, False  # nobody is going to follow it
+        group = self._group_of[index]
+        sign = -1.0 if group.get("maximize", False) else 1.0
+        return sign, float(group.get("weight_decay", 0.0)), self._decoupled(group)
 
     def _decoupled(self, group: dict[str, Any]) -> bool:
         return isinstance(self._optimizer, torch.optim.AdamW) or bool(

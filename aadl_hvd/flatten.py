@@ -43,27 +43,52 @@ class FlatLayout:
 
     def read(self, tensors: Sequence[Tensor | None], lo: int, hi: int, out: Tensor) -> Tensor:
         """Copies rows [lo, hi) into `out` [hi - lo], converting the dtype; None reads as zeros."""
+        whole: list[Tensor] = []
+        start = 0  # of the whole tensors in `out`, which are copied at once
         for index, first, last in self.segments(lo, hi):
-            tensor, piece = tensors[index], out[first - lo : last - lo]
+            tensor = tensors[index]
+            if tensor is not None and last - first == tensor.numel():
+                if not whole:
+                    start = first - lo
+                whole.append(tensor.to_dense() if tensor.is_sparse else tensor)
+                continue
+            _read_whole(whole, out[start:])
+            whole = []
+            piece = out[first - lo : last - lo]
             if tensor is None:
                 piece.zero_()
                 continue
-            if tensor.is_sparse:
-                tensor = tensor.to_dense()
-            if last - first == tensor.numel():
-                piece.view(self.shapes[index]).copy_(tensor)
-            else:
-                start = first - self.offsets[index]
-                piece.copy_(tensor.reshape(-1)[start : start + last - first])
+            dense = tensor.to_dense() if tensor.is_sparse else tensor
+            begin = first - self.offsets[index]
+            piece.copy_(dense.reshape(-1)[begin : begin + last - first])
+        _read_whole(whole, out[start:])
         return out
 
     def write(self, tensors: Sequence[Tensor | None], flat: Tensor) -> None:
         """Copies the flat vector [>= n] into the tensors; None takes nothing."""
-        targets, sources = [], []
-        for index, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel() > 0:
-                lo, hi = self.offsets[index], self.offsets[index + 1]
-                targets.append(tensor)
-                sources.append(flat[lo:hi].view(self.shapes[index]))
+        present = [tensor is not None and tensor.numel() > 0 for tensor in tensors]
+        if all(present):
+            targets = [tensor for tensor in tensors if tensor is not None]
+            sources = _pieces(flat, targets)
+        else:
+            targets, sources = [], []
+            for index, tensor in enumerate(tensors):
+                if tensor is not None and tensor.numel() > 0:
+                    lo, hi = self.offsets[index], self.offsets[index + 1]
+                    targets.append(tensor)
+                    sources.append(flat[lo:hi].view(self.shapes[index]))
         if targets:
             torch._foreach_copy_(targets, sources)
+
+
+def _read_whole(tensors: list[Tensor], out: Tensor) -> None:
+    if tensors:
+        torch._foreach_copy_(_pieces(out, tensors), tensors)
+
+
+def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of a flat vector, one after the other, in the shapes of non-empty tensors.
+
+    One call of torch, where slices and views would be two for every tensor.
+    """
+    return list(torch._C._nn.unflatten_dense_tensors(flat, like))

@@ -37,13 +37,10 @@ class Gram:
         """Length of what a rank hands to the allreduce of `assemble`."""
         return 8 * ((self._depth + 1) * self._depth + 5 + riders)
 
-    def stored(self, slot: int, column: Tensor) -> None:
-        """Takes note of a new column [rows] of R in `slot`; no communication."""
+    def stored(self, slot: int, column: Tensor | None) -> None:
+        """Takes note of a new column in `slot`, as `History.push` returned it; no communication."""
         self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
-        if self._history.sharding.layout == "columns":
-            self._fresh[slot] = self._history.inner([], column)[0]
-        else:
-            self._fresh[slot] = None
+        self._fresh[slot] = None if column is None else self._history.inner([], column)[0]
 
     def assemble(self, r: Tensor, riders: Vector) -> tuple[System | None, Vector]:
         """Brings R^T R up to date and multiplies R with r. Collective: one allreduce.

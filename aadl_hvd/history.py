@@ -1,14 +1,18 @@
-"""Ring buffer of the columns of W and R, this rank's part of them."""
+"""Ring buffer of the columns of R and Y, this rank's part of them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from aadl_hvd.sharding import Sharding
 
-# Rows per product: a chunk of all columns fits the cache, and float32 sums stay short.
-CHUNK = 2**18
+# Rows that are worked on at a time: on a processor what one pass over the columns has brought into
+# the cache serves the whole chunk, on a GPU few launches matter more. float32 sums stay short.
+CHUNK = 2**17
+CHUNK_GPU = 2**21
 
 
 class History:
@@ -16,8 +20,15 @@ class History:
 
     W[j] = w_j - w_(j-1) and R[j] = r_j - r_(j-1), where j counts stored pairs: the columns of the
     paper's Eq. 2 and 3, held as rows of a matrix so that each is contiguous. Both members of a
-    pair belong to the same step. Memory on this rank: 2 * len(slots) * rows numbers of `dtype`
-    and 2 * rows numbers of `work_dtype` for the last pair. Allocated at the first `push`.
+    pair belong to the same step. What is kept of W is Y[j] = W[j] + c_j R[j], with c_j the weight
+    of the residual when the pair was stored: as long as it stays what it is, an update
+
+        -W gamma + c (r - R gamma) = c r - Y gamma
+
+    reads one matrix. Memory on this rank: 2 * len(slots) * rows numbers of `dtype` and 2 * rows
+    numbers of `work_dtype` for the last pair. Allocated at the first `push`.
+
+    Columns in float16 are divided by a power of two that brings their largest number near 1.
 
     Args:
         sharding: which rows and slots are this rank's.
@@ -42,7 +53,13 @@ class History:
         self.generation = 0
         self.columns = 0
         self._place = {slot: i for i, slot in enumerate(sharding.slots)}
-        self._w: Tensor | None = None
+        self._mixings = [0.0] * len(self._place)  # c_j
+        self._y: Tensor | None = None
+        self._r: Tensor
+        self._last_w: Tensor
+        self._last_r: Tensor
+        # [2, slots] of R and Y; None where the dtype needs none.
+        self._scales: Tensor | None = None
 
     @property
     def live(self) -> list[int]:
@@ -57,10 +74,10 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes allocated on this rank."""
-        if self._w is None:
+        if self._y is None:
             return 0
         return sum(
-            t.numel() * t.element_size() for t in (self._w, self._r, self._last_w, self._last_r)
+            t.numel() * t.element_size() for t in (self._y, self._r, self._last_w, self._last_r)
         )
 
     @property
@@ -75,33 +92,57 @@ class History:
         """Index of a slot in this rank's columns; None where another rank holds it."""
         return self._place.get(slot)
 
-    def push(self, w: Tensor, r: Tensor) -> tuple[int, Tensor] | None:
+    def push(self, w: Tensor, r: Tensor, mixing: float = 0.0) -> tuple[int, Tensor | None] | None:
         """Stores a pair [rows], of `work_dtype`.
 
+        Args:
+            w: iterate.
+            r: its residual.
+            mixing: c, what updates will weigh residuals with; 0 where that is no number.
+
         Returns:
-            The slot that was filled, the same on every rank, and the new column of R as it was
-            rounded for storage; None for the very first pair, which has nothing to differ from.
+            The slot that was filled, the same on every rank, and with the column layout the new
+            column of R [rows], as it was rounded for storage. None for the very first pair, which
+            has nothing to differ from.
         """
-        if self._w is None:
+        if self._y is None:
             self._allocate()
-        slot = None
+        assert self._y is not None
+        slot = column = None
         if self.stored > 0:
             slot = (self.stored - 1) % self.sharding.depth
             self.columns = min(self.columns + 1, self.sharding.depth)
-            # The last pair is overwritten below: its buffers may hold the differences meanwhile.
-            torch.sub(w, self._last_w, out=self._last_w)
-            torch.sub(r, self._last_r, out=self._last_r)
-            delta_r = self._last_r.to(self.dtype)
-            if (place := self.place(slot)) is not None:
-                self._w[place].copy_(self._last_w)  # type: ignore[index]
-                self._r[place].copy_(delta_r)
-                delta_r = self._r[place]
-            elif delta_r is self._last_r:
-                delta_r = delta_r.clone()
-        self._last_w.copy_(w)
-        self._last_r.copy_(r)
+            if self.sharding.layout == "columns":
+                column = torch.empty_like(self._last_r)
+            place = self.place(slot)
+            if place is not None:
+                self._mixings[place] = mixing
+            if self._scales is not None:
+                scales = self._measure_scales(w, r, mixing)
+                if place is not None:
+                    self._scales[:, place] = scales
+        for rows in chunks(r):
+            last_w, last_r = self._last_w[rows], self._last_r[rows]
+            if slot is not None:
+                # The last pair is overwritten below: its memory may hold the differences meanwhile.
+                dw = torch.sub(w[rows], last_w, out=last_w)
+                dr = torch.sub(r[rows], last_r, out=last_r)
+                if mixing:
+                    dw.add_(dr, alpha=mixing)
+                if self._scales is not None:
+                    dr.div_(scales[0])
+                    dw.div_(scales[1])
+                if place is not None:
+                    self._y[place, rows].copy_(dw)
+                    self._r[place, rows].copy_(dr)
+                if column is not None:
+                    column[rows] = dr.to(self.dtype)
+            last_w.copy_(w[rows])
+            last_r.copy_(r[rows])
+        if column is not None and self._scales is not None:
+            column.mul_(scales[0])
         self.stored += 1
-        return None if slot is None else (slot, delta_r)
+        return None if slot is None else (slot, column)
 
     def inner(self, slots: list[int], vector: Tensor) -> Tensor:
         """[R_slots, v]^T R on this rank's rows, in one pass over R.
@@ -113,17 +154,26 @@ class History:
         Returns:
             [len(slots) + 1, len(self.sharding.slots)] float64, on the device.
         """
-        places = torch.tensor([self._place[slot] for slot in slots], dtype=torch.long).to(
-            self.device
-        )
-        total = torch.zeros(
-            (len(slots) + 1, self._r.shape[0]), dtype=torch.float64, device=self.device
-        )
-        for lo in range(0, vector.numel(), CHUNK):
-            rows = slice(lo, lo + CHUNK)
+        places = [self._place[slot] for slot in slots]
+        shape = len(places) + 1, self._r.shape[0]
+        parts = []
+        for rows in chunks(vector):
             columns = self._r[:, rows].to(self.work_dtype)
-            others = torch.cat([columns[places], vector[None, rows]])
-            total += (others @ columns.T).double()  # twice as fast as its transpose
+            if self.device.type == "cpu":  # BLAS packs narrow matrices, which takes longer
+                part = torch.empty(shape, dtype=self.work_dtype)
+                for i, place in enumerate(places):
+                    torch.mv(columns, columns[place], out=part[i])
+                torch.mv(columns, vector[rows], out=part[-1])
+            else:
+                others = [columns[place] for place in places]
+                part = torch.stack([*others, vector[rows]]) @ columns.T
+            parts.append(part)
+        if not parts:
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
+        total = torch.stack(parts).sum(dim=0, dtype=torch.float64)
+        if self._scales is not None:
+            total *= self._scales[0]
+            total[:-1] *= self._scales[0, places, None]
         return total
 
     def residual_left(self, r: Tensor, gamma: Tensor) -> Tensor:
@@ -131,7 +181,12 @@ class History:
 
         With the row layout parts are rows, with the column layout they are terms of a sum.
         """
-        return self._combine(r, gamma, residual_weight=1.0, step_weight=0.0)
+        out = torch.empty_like(r)
+        coefficients = self._scaled(self._own(gamma), 0)
+        share = float(self.sharding.counts_replicated)
+        for rows in chunks(r):
+            _less(r[rows], share, self._r[:, rows], coefficients, out[rows])
+        return out
 
     def update(self, r: Tensor, gamma: Tensor, mixing: float | Tensor) -> Tensor:
         """This rank's part of -W gamma + mixing * (r - R gamma), [rows].
@@ -141,45 +196,73 @@ class History:
             gamma: [depth] float64 on the host.
             mixing: a number, or one for every row, [rows].
         """
-        if isinstance(mixing, Tensor):
-            left = self._combine(r, gamma, residual_weight=1.0, step_weight=0.0).mul_(mixing)
-            return left.add_(self._combine(r, gamma, residual_weight=0.0, step_weight=1.0))
-        return self._combine(r, gamma, residual_weight=mixing, step_weight=1.0)
+        assert self._y is not None
+        own = self._own(gamma)
+        in_y, in_r = self._scaled(own, 1), self._scaled(own, 0)
+        # Y holds c_j R, which is what is wanted only where c_j is the mixing of now.
+        wanted = 0.0 if isinstance(mixing, Tensor) else mixing
+        missing = (wanted - torch.tensor(self._mixings, dtype=torch.float64)) * own
+        rest = self._scaled(missing, 0) if missing.any() else None
+        out = torch.empty_like(r)
+        share = float(self.sharding.counts_replicated)
+        for rows in chunks(r):
+            piece, left = out[rows], self._r[:, rows]
+            if isinstance(mixing, Tensor):
+                _less(r[rows], share, left, in_r, piece)
+                _less(piece.mul_(mixing[rows]), 1.0, self._y[:, rows], in_y, piece)
+            else:
+                _less(r[rows], share * mixing, self._y[:, rows], in_y, piece)
+            if rest is not None:
+                _less(piece, 1.0, left, rest, piece)
+        return out
 
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
         self.stored = self.columns = 0
         self.generation += 1
-        if self._w is not None:
-            self._w.zero_()
+        self._mixings = [0.0] * len(self._mixings)
+        if self._y is not None:
+            self._y.zero_()
             self._r.zero_()
+        if self._scales is not None:
+            self._scales.fill_(1.0)
 
-    def _combine(
-        self, r: Tensor, gamma: Tensor, residual_weight: float, step_weight: float
-    ) -> Tensor:
-        out = torch.empty_like(r)
-        own = gamma[list(self.sharding.slots)].to(self.device, self.work_dtype)
-        for lo in range(0, r.numel(), CHUNK):
-            rows = slice(lo, lo + CHUNK)
-            if residual_weight and self.sharding.counts_replicated:
-                torch.mul(r[rows], residual_weight, out=out[rows])
-            else:
-                out[rows].zero_()
-            if residual_weight:
-                out[rows].addmv_(
-                    self._r[:, rows].T.to(self.work_dtype), own, alpha=-residual_weight
-                )
-            if step_weight:
-                out[rows].addmv_(self._w[:, rows].T.to(self.work_dtype), own, alpha=-step_weight)  # type: ignore[index]
-        return out
+    def _own(self, gamma: Tensor) -> Tensor:
+        return gamma[list(self.sharding.slots)]
+
+    def _scaled(self, coefficients: Tensor, which: int) -> Tensor:
+        """Coefficients of this rank's columns, as stored, of R (0) or Y (1); on the device."""
+        coefficients = coefficients.to(self.device)
+        if self._scales is not None:
+            coefficients = coefficients * self._scales[which]
+        return coefficients.to(self.work_dtype)
+
+    def _measure_scales(self, w: Tensor, r: Tensor, mixing: float) -> Tensor:
+        """Powers of two just above the largest numbers of the new columns of R and Y, [2]."""
+        largest = torch.zeros(2, dtype=self.work_dtype, device=self.device)
+        for rows in chunks(r):
+            dr = r[rows] - self._last_r[rows]
+            y = (w[rows] - self._last_w[rows]).add_(dr, alpha=mixing)
+            largest = torch.maximum(largest, torch.stack([dr.abs().max(), y.abs().max()]))
+        scales = torch.exp2(largest.log2().ceil())
+        return torch.where(scales.isfinite() & (scales > 0.0), scales, 1.0)
 
     def _allocate(self) -> None:
         lo, hi = self.sharding.rows
         shape = (len(self.sharding.slots), hi - lo)
-        self._w = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._y = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._r = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._last_w = torch.zeros(hi - lo, dtype=self.work_dtype, device=self.device)
         self._last_r = torch.zeros(hi - lo, dtype=self.work_dtype, device=self.device)
+        if self.dtype == torch.float16:
+            self._scales = torch.ones((2, shape[0]), dtype=self.work_dtype, device=self.device)
+
+
+def chunks(vector: Tensor) -> Iterator[slice]:
+    """The rows of a vector, or of any of its length and device, a chunk at a time."""
+    size = CHUNK if vector.device.type == "cpu" else CHUNK_GPU
+    for lo in range(0, vector.numel(), size):
+        yield slice(lo, lo + size)
 
 
 def chunked_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -188,7 +271,12 @@ def chunked_dot(a: Tensor, b: Tensor) -> Tensor:
     Products of chunks in the dtype of the vectors, their sum in float64: close to float64's
     accuracy at float32's speed.
     """
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for lo in range(0, a.numel(), CHUNK):
-        total += torch.dot(a[lo : lo + CHUNK], b[lo : lo + CHUNK]).double()
-    return total
+    parts = [torch.dot(a[rows], b[rows]) for rows in chunks(a)]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=a.device)
+    return torch.stack(parts).sum(dtype=torch.float64)
+
+
+def _less(r: Tensor, factor: float, columns: Tensor, weights: Tensor, out: Tensor) -> None:
+    """factor * r - columns^T weights into `out`, which may be r: [rows], columns [k, rows]."""
+    torch.addmv(r, columns.to(r.dtype).T, weights, beta=factor, alpha=-1.0, out=out)

@@ -1,5 +1,7 @@
 """The ring buffer against a plain list of columns; its Gram matrix; its memory."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,7 @@ def stored_column(held, slot):
     return held.residual_left(torch.zeros(hi - lo, dtype=held.work_dtype), gamma).numpy()
 
 
+MIXINGS = 0.05, 0.05, 0.0, 1.0
 # One run: pushes, and now and then an assembly of the Gram matrix or a new start.
 EVENTS = st.lists(
     st.sampled_from(["push", "push", "push", "push", "solve", "clear", 0, 1, 3]), max_size=25
@@ -68,7 +71,8 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
         plain = ListOfColumns(depth)
         for event, (w, r) in zip(events, vectors, strict=True):
             if event == "push":
-                new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]))
+                mixing = MIXINGS[plain.pushed % len(MIXINGS)]  # of now, whatever comes later
+                new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]), mixing)
                 plain.push(w, r)
                 assert (new is None) == (plain.pushed == 0)
                 if new is not None:
@@ -165,6 +169,52 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
         assert np.array_equal(R.T, torch.stack(differences).bfloat16().double().numpy())
         np.testing.assert_allclose(G, R.T @ R, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(b, R.T @ r.double().numpy(), rtol=1e-4, atol=1e-5)
+
+    run_ranks(2, program)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@given(
+    magnitudes=st.lists(
+        st.tuples(st.sampled_from([0.0, 1e-7, 1.0, 1e6]), st.sampled_from([1e-7, 1.0, 1e6])),
+        min_size=4,
+        max_size=6,
+    ),
+    mixing=st.sampled_from([0.0, 0.3]),
+)
+def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing):
+    """Columns of any size, also of very different ones, to float16's own precision."""
+    n, depth = 40, 3
+    random = torch.Generator().manual_seed(0)
+    pairs = [
+        (a * torch.randn(n, generator=random), b * torch.randn(n, generator=random))
+        for a, b in magnitudes
+    ]
+
+    def program(comm):
+        sharding = Sharding(layout, n, depth, comm.size, comm.rank)
+        part = slice(*sharding.rows)
+        held = History(sharding, torch.float16, torch.float32, torch.device("cpu"))
+        gram = Gram(held, comm)
+        for w, r in pairs:
+            if (new := held.push(w[part], r[part], mixing)) is not None:
+                gram.stored(*new)
+        W, R = (
+            torch.stack([b[i] - a[i] for a, b in itertools.pairwise(pairs)][-depth:]).double()
+            for i in (0, 1)
+        )
+        (G, *_), _ = gram.assemble(pairs[-1][1][part], np.zeros(0))
+        norms = R.norm(dim=1)
+        sizes = torch.outer(norms, norms)
+        torch.testing.assert_close(torch.from_numpy(G) / sizes, R @ R.T / sizes, atol=2e-3, rtol=0)
+        for i, slot in enumerate(held.live):
+            gamma = torch.zeros(depth, dtype=torch.float64)
+            gamma[slot] = -1.0
+            whole = np.zeros(n)
+            whole[part] = held.update(torch.zeros(n)[part], gamma, mixing).numpy()
+            expected = (W[i] + mixing * R[i]).numpy()
+            size = np.abs(expected).max() or 1.0
+            np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-3 * size)
 
     run_ranks(2, program)
 
