@@ -66,8 +66,8 @@ class FixedPoint(Protocol):
     def moves(self) -> bool:
         """Whether the base optimizer goes anywhere (no learning rate of 0)."""
 
-    def read_before(self, lo: int, hi: int, out: Tensor) -> Tensor:
-        """Copies rows [lo, hi) of w, before `advance`."""
+    def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of w, before `advance`, which may use the memory of `residual`."""
 
     def advance(self) -> Any:
         """One step of the base optimizer; its return value is handed to the user."""
@@ -108,8 +108,9 @@ class Accelerator:
     """The algorithm and its state on one rank.
 
     Memory on this rank, in numbers of `history_dtype`: rows 2 m n/P, columns 2 n ceil(m/P); and
-    in float32 (float64 where the parameters are) 2 n/P, or 2 n, for the last pair, as much for each
-    exponential one of `averages`, and twice as much for each window.
+    in float32 (float64 where the parameters are) 4 n/P, or 4 n, for the last pair and the next,
+    half as much for each exponential one of `averages`, as much for each window, and a quarter
+    where a point may be taken back.
 
     Args:
         config: settings.
@@ -129,6 +130,7 @@ class Accelerator:
         self._signature: Hashable = None
         self._average: MovingAverage | None = None
         self._averages: WeightAverages
+        self._base_rows: Tensor | None  # where the base step of the last accelerated one is kept
         self._trial: Trial | None = None
         self._noise = NoiseMeter()
         self._losses = LossWatch()
@@ -269,11 +271,12 @@ class Accelerator:
 
         with _plain_numerics(problem.device), self.stats.timed("read"):
             self._prepare(problem)
-            w = problem.read_before(*self._rows, self._vector())
+            w, r = self._history.lend()
+            w = problem.read_before(*self._rows, w, r)
         result = problem.advance()
         with _plain_numerics(problem.device):
             with self.stats.timed("read"):
-                r = problem.read_residual(*self._rows, w, self._vector())
+                r = problem.read_residual(*self._rows, w, r)
             if confirm and not self._confirm(problem, r):
                 return result
             self._note_noise(problem)
@@ -333,7 +336,7 @@ class Accelerator:
             gamma = self._solve(gram, b, rr, r, slots)
         with stats.timed("update"):
             mixing = config.damping * problem.mixing(*self._rows)
-            update = self._history.update(r, gamma, mixing)
+            update = self._history.update(r, gamma, mixing, self._history.scratch(w, r))
             partial_slope = float(chunked_dot(update, r))
             slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
             stats.bytes["update"] += 8
@@ -348,7 +351,9 @@ class Accelerator:
         if observed and config.residual == "state":
             restore = problem.snapshot()  # (lr v) / lr is not v to the last bit
         if config.safeguard in ("residual", "loss") or observed:
-            base_rows = problem.read(*self._rows, self._vector())
+            if self._base_rows is None:
+                self._base_rows = self._vector()
+            base_rows = problem.read(*self._rows, self._base_rows)
         if config.safeguard == "residual":
             self._trial = Trial(base_rows, problem.snapshot(), math.sqrt(rr))
         if config.safeguard == "loss":
@@ -420,8 +425,8 @@ class Accelerator:
         if self._history.sharding.layout == "columns":
             self.stats.bytes["gather"] += update.numel() * update.element_size()
             update = self._comm.sum_tensor(update)
-            return torch.add(w, update, alpha=self.config.relaxation)
-        return self._gather(torch.add(w, update, alpha=self.config.relaxation))
+            return torch.add(w, update, alpha=self.config.relaxation, out=update)
+        return self._gather(torch.add(w, update, alpha=self.config.relaxation, out=update))
 
     def _gather(self, rows: Tensor) -> Tensor:
         """The flat vector [>= n] from every rank's rows of it."""
@@ -533,6 +538,7 @@ class Accelerator:
         self._history = History(sharding, config.history_dtype or work, work, device)
         self._gram = Gram(self._history, comm)
         lo, hi = sharding.rows
+        self._base_rows = None
         self._averages = WeightAverages(config.averages, config.frequency, hi - lo, work, device)
         if config.average_window is not None:
             self._average = MovingAverage(config.average_window, hi - lo, work, device)

@@ -158,9 +158,9 @@ class OptimizerFixedPoint:
 
         return restore
 
-    def read_before(self, lo: int, hi: int, out: Tensor) -> Tensor:
+    def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
         if self._residual == "gradient":
-            self._due = lo, hi, torch.empty_like(out)
+            self._due = lo, hi, residual
         self._gradient = None
         parameters = [self._weights_before(p) for p in self._parameters]
         return self._read(parameters, lo, hi, out)

@@ -25,8 +25,8 @@ class History:
 
         -W gamma + c (r - R gamma) = c r - Y gamma
 
-    reads one matrix. Memory on this rank: 2 * len(slots) * rows numbers of `dtype` and 2 * rows
-    numbers of `work_dtype` for the last pair. Allocated at the first `push`.
+    reads one matrix. Memory on this rank: 2 * len(slots) * rows numbers of `dtype`, and 4 * rows
+    numbers of `work_dtype` for the last pair and the next. Allocated at the first `lend` or `push`.
 
     Columns in float16 are divided by a power of two that brings their largest number near 1.
 
@@ -56,8 +56,8 @@ class History:
         self._mixings = [0.0] * len(self._place)  # c_j
         self._y: Tensor | None = None
         self._r: Tensor
-        self._last_w: Tensor
-        self._last_r: Tensor
+        self._pairs: Tensor  # [2, 2, rows], each (w, r)
+        self._last = 0  # which of them was stored last; the other is lent
         # [2, slots] of R and Y; None where the dtype needs none.
         self._scales: Tensor | None = None
 
@@ -76,9 +76,7 @@ class History:
         """Bytes allocated on this rank."""
         if self._y is None:
             return 0
-        return sum(
-            t.numel() * t.element_size() for t in (self._y, self._r, self._last_w, self._last_r)
-        )
+        return sum(t.numel() * t.element_size() for t in (self._y, self._r, self._pairs))
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -91,6 +89,19 @@ class History:
     def place(self, slot: int) -> int | None:
         """Index of a slot in this rank's columns; None where another rank holds it."""
         return self._place.get(slot)
+
+    def lend(self) -> tuple[Tensor, Tensor]:
+        """Memory [rows] of `work_dtype` for the next w and r: `push` takes these without a copy."""
+        if self._y is None:
+            self._allocate()
+        w, r = self._pairs[1 - self._last]
+        return w, r
+
+    def scratch(self, *in_use: Tensor) -> Tensor:
+        """A vector [rows] that overlaps none in use: lent memory, or new where they lie there."""
+        lent, _ = self.lend()
+        taken = any(tensor.data_ptr() == lent.data_ptr() for tensor in in_use)
+        return torch.empty_like(lent) if taken else lent
 
     def push(self, w: Tensor, r: Tensor, mixing: float = 0.0) -> tuple[int, Tensor | None] | None:
         """Stores a pair [rows], of `work_dtype`.
@@ -105,40 +116,41 @@ class History:
             column of R [rows], as it was rounded for storage. None for the very first pair, which
             has nothing to differ from.
         """
-        if self._y is None:
-            self._allocate()
+        next_w, next_r = self.lend()
         assert self._y is not None
+        if w.data_ptr() != next_w.data_ptr():
+            next_w.copy_(w)
+        if r.data_ptr() != next_r.data_ptr():
+            next_r.copy_(r)
+        last_w, last_r = self._pairs[self._last]
+        self._last = 1 - self._last
         slot = column = None
         if self.stored > 0:
             slot = (self.stored - 1) % self.sharding.depth
             self.columns = min(self.columns + 1, self.sharding.depth)
             if self.sharding.layout == "columns":
-                column = torch.empty_like(self._last_r)
+                column = torch.empty_like(last_r)
             place = self.place(slot)
             if place is not None:
                 self._mixings[place] = mixing
             if self._scales is not None:
-                scales = self._measure_scales(w, r, mixing)
+                scales = self._measure_scales(next_w, next_r, mixing)
                 if place is not None:
                     self._scales[:, place] = scales
-        for rows in chunks(r):
-            last_w, last_r = self._last_w[rows], self._last_r[rows]
-            if slot is not None:
-                # The last pair is overwritten below: its memory may hold the differences meanwhile.
-                dw = torch.sub(w[rows], last_w, out=last_w)
-                dr = torch.sub(r[rows], last_r, out=last_r)
-                if mixing:
-                    dw.add_(dr, alpha=mixing)
-                if self._scales is not None:
-                    dr.div_(scales[0])
-                    dw.div_(scales[1])
-                if place is not None:
-                    self._y[place, rows].copy_(dw)
-                    self._r[place, rows].copy_(dr)
-                if column is not None:
-                    column[rows] = dr.to(self.dtype)
-            last_w.copy_(w[rows])
-            last_r.copy_(r[rows])
+        for rows in chunks(r) if slot is not None else ():
+            # Nobody needs the pair before last again: its memory may hold the differences.
+            dw = torch.sub(next_w[rows], last_w[rows], out=last_w[rows])
+            dr = torch.sub(next_r[rows], last_r[rows], out=last_r[rows])
+            if mixing:
+                dw.add_(dr, alpha=mixing)
+            if self._scales is not None:
+                dr.div_(scales[0])
+                dw.div_(scales[1])
+            if place is not None:
+                self._y[place, rows].copy_(dw)
+                self._r[place, rows].copy_(dr)
+            if column is not None:
+                column[rows] = dr.to(self.dtype)
         if column is not None and self._scales is not None:
             column.mul_(scales[0])
         self.stored += 1
@@ -188,13 +200,16 @@ class History:
             _less(r[rows], share, self._r[:, rows], coefficients, out[rows])
         return out
 
-    def update(self, r: Tensor, gamma: Tensor, mixing: float | Tensor) -> Tensor:
+    def update(
+        self, r: Tensor, gamma: Tensor, mixing: float | Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """This rank's part of -W gamma + mixing * (r - R gamma), [rows].
 
         Args:
             r: residual, [rows].
             gamma: [depth] float64 on the host.
             mixing: a number, or one for every row, [rows].
+            out: where to, [rows]; None: new memory.
         """
         assert self._y is not None
         own = self._own(gamma)
@@ -203,7 +218,7 @@ class History:
         wanted = 0.0 if isinstance(mixing, Tensor) else mixing
         missing = (wanted - torch.tensor(self._mixings, dtype=torch.float64)) * own
         rest = self._scaled(missing, 0) if missing.any() else None
-        out = torch.empty_like(r)
+        out = torch.empty_like(r) if out is None else out
         share = float(self.sharding.counts_replicated)
         for rows in chunks(r):
             piece, left = out[rows], self._r[:, rows]
@@ -239,10 +254,13 @@ class History:
 
     def _measure_scales(self, w: Tensor, r: Tensor, mixing: float) -> Tensor:
         """Powers of two just above the largest numbers of the new columns of R and Y, [2]."""
-        largest = torch.zeros(2, dtype=self.work_dtype, device=self.device)
+        largest, last = (
+            torch.zeros(2, dtype=r.dtype, device=self.device),
+            self._pairs[1 - self._last],
+        )
         for rows in chunks(r):
-            dr = r[rows] - self._last_r[rows]
-            y = (w[rows] - self._last_w[rows]).add_(dr, alpha=mixing)
+            dr = r[rows] - last[1, rows]
+            y = (w[rows] - last[0, rows]).add_(dr, alpha=mixing)
             largest = torch.maximum(largest, torch.stack([dr.abs().max(), y.abs().max()]))
         scales = torch.exp2(largest.log2().ceil())
         return torch.where(scales.isfinite() & (scales > 0.0), scales, 1.0)
@@ -252,8 +270,8 @@ class History:
         shape = (len(self.sharding.slots), hi - lo)
         self._y = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._r = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self._last_w = torch.zeros(hi - lo, dtype=self.work_dtype, device=self.device)
-        self._last_r = torch.zeros(hi - lo, dtype=self.work_dtype, device=self.device)
+        pairs = 2, 2, hi - lo
+        self._pairs = torch.zeros(pairs, dtype=self.work_dtype, device=self.device)
         if self.dtype == torch.float16:
             self._scales = torch.ones((2, shape[0]), dtype=self.work_dtype, device=self.device)
 
