@@ -1,0 +1,45 @@
+"""What benchmarks have in common: a table on the screen, a JSON file, medians with their spread."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launch import describe_machine
+
+RESULTS = Path("benchmarks/results")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles; with a single value all three are that."""
+    first, median, third = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else [values[0]] * 3
+    )
+    return {"median": median, "first_quartile": first, "third_quartile": third}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that lines up on a screen; first column to the left, others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (head, rule, *rows):
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes results as JSON, with date, machine and versions, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything = {"date": str(datetime.date.today()), "machine": describe_machine(), **results}
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(everything, indent=2) + "\n")
+    os.replace(unfinished, path)
