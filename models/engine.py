@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Interval:
         top1: Share of images whose largest logit was right.
         seconds: Wall-clock time, waiting for data included.
         data_seconds: Of these, waiting for data.
+        stop: Some rank was asked to stop.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Interval:
     images: int
     seconds: float
     data_seconds: float
+    stop: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class Trainer:
         accumulate: Batches in a step.
         keep_batches: Batches remembered for `recalibrate` and `averaged`.
         observe: Tell the optimizer each batch's loss.
+        stop_requested: Whether this rank was asked to stop; called once in an interval.
         step: Optimizer steps done in the whole training.
     """
 
@@ -101,6 +104,7 @@ class Trainer:
     accumulate: int = 1
     keep_batches: int = 0
     observe: bool = False
+    stop_requested: Callable[[], bool] = lambda: False
     step: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -142,7 +146,10 @@ class Trainer:
             lr = self._take_step(group, sums)
             done += 1
             if done == log_every or index == steps - 1:
-                loss, right, images = sum_over_ranks(sums.tolist(), "interval")
+                # The request rides on a reduction that takes place anyway, so that all ranks
+                # learn of it after the same step, whoever was asked.
+                measured = [*sums.tolist(), float(self.stop_requested())]
+                loss, right, images, requests = sum_over_ranks(measured, "interval")
                 if not math.isfinite(loss):
                     raise UserError(
                         f"the training loss is {loss} after step {self.step}: training diverged. "
@@ -158,6 +165,7 @@ class Trainer:
                     images=round(images),
                     seconds=now - started,
                     data_seconds=waited,
+                    stop=requests > 0,
                 )
                 started, waited, done = time.perf_counter(), 0.0, 0
                 sums.zero_()

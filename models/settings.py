@@ -364,13 +364,15 @@ class Settings:
     checkpoint_every: int = _option(
         "output",
         1,
-        "epochs between two checkpoints; the last epoch always makes one; 0 for none at all",
+        "epochs between two checkpoints; the last epoch always makes one, and so does a signal to"
+        " stop (exit code 75); 0 for none at all",
         least=0,
     )
     log_every: int = _option(
         "output",
         10,
-        "steps between two rows of steps.csv and checks that the loss is finite",
+        "steps between two rows of steps.csv, checks that the loss is finite and looks for a signal"
+        " to stop",
         least=1,
     )
     tensorboard: bool = _option(

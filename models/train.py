@@ -1,6 +1,9 @@
 """Trains a residual network on a folder of images: ``python -m models.train --help``.
 
-On one rank as it stands; on several under horovodrun, mpirun or jsrun.
+On one rank as it stands; on several under horovodrun, mpirun, srun or jsrun.
+
+A signal (SIGTERM, SIGUSR1 or SIGUSR2) to any rank makes all of them write a checkpoint after the
+interval of `--log-every` steps and leave with exit code 75; `--resume auto` goes on from there.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from models.dist import fail_together, gather, on_rank0, start
 from models.engine import Interval, Trainer, Validation, mean_over_ranks
 from models.errors import UserError
 from models.metrics import MetricsLog
+from models.preemption import EXIT_CODE, StopRequest
 from models.progress import Progress
 from models.report import plot_training, write_summary
 from models.schedule import Schedule
@@ -41,33 +45,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None takes this process's.
 
     Returns:
-        Exit code: 0, or 2 for wrong input, the same on all ranks.
+        Exit code, the same on all ranks: 0; 2 for wrong input; 75 when it was asked to stop and
+        left a checkpoint to go on from.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):
         parse(arguments)
     start()
     try:
-        run(on_rank0(lambda: parse(arguments)))
+        if run(on_rank0(lambda: parse(arguments))):
+            return 0
+        hvd.barrier()  # launchers end all ranks as soon as the first one fails
+        return EXIT_CODE
     except UserError as error:
         # Every rank comes here with the same message; one prints it, and none leaves before it
-        # has, since launchers end all ranks as soon as the first one fails.
+        # has, for the same reason.
         if hvd.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         hvd.barrier()
         return 2
     finally:
         hvd.shutdown()
-    return 0
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings) -> bool:
     """Trains as the settings say. Collective; Horovod has to be initialised (`models.dist.start`).
+
+    Returns:
+        Whether the training came to its end; if not, a signal stopped it and there is a checkpoint.
 
     Raises:
         UserError: On all ranks, for wrong input and for a training that diverged.
     """
     started = time.perf_counter()
+    stop_request = StopRequest()
+    if settings.checkpoint_every:
+        stop_request.listen()
     device = _device(settings)
     folder = Path(settings.out)
     on_rank0(lambda: _make_folder(folder))
@@ -102,6 +115,7 @@ def run(settings: Settings) -> None:
         accumulate=settings.accumulate,
         observe=settings.anderson == "default",  # the paper's method knows no such check
         keep_batches=0 if settings.recalibrate == "never" else settings.recalibrate_batches,
+        stop_requested=stop_request,
     )
     _seed(settings.seed + 1 + hvd.rank())
     identity = _identity(settings, train_images)
@@ -110,7 +124,7 @@ def run(settings: Settings) -> None:
     chief = hvd.rank() == 0
     log = None
     if chief:
-        resumed_at = trainer.step if epoch else None
+        resumed_at = trainer.step or None
         log = MetricsLog(folder, tensorboard=settings.tensorboard, resume_step=resumed_at)
     progress = Progress(
         settings.progress if chief else "off",
@@ -119,26 +133,38 @@ def run(settings: Settings) -> None:
         accelerated=settings.anderson != "off",
     )
     progress.say(_opening(settings, trainer, train_images, val_images, steps_per_epoch))
+    if trainer.step:
+        progress.say(f"going on after step {trainer.step}")
 
     totals = {"seconds": 0.0, "data_seconds": 0.0, "steps": 0, "images": 0}
     moved = 0
     interval: Interval | None = None
     validation: Validation | None = None
     averaged: tuple[str, Validation] | None = None
+    stopped = False
     try:
-        while epoch < settings.epochs:
+        while epoch < settings.epochs and not stopped:
             for interval in trainer.train_epoch(train_loader, settings.log_every):
                 for name in totals:
                     totals[name] += getattr(interval, name)
                 progress.update(interval, epoch + 1, _stats(trainer))
                 if log is not None:
                     log.write("steps", _step_row(interval, epoch, _stats(trainer)))
+                stopped = interval.stop
+                if stopped and train_loader.batch:
+                    break
             assert interval is not None
+            if train_loader.batch:  # amid an epoch: no validation, the scheduler may not wait
+                average_batch_norm(trainer.model, mean_over_ranks)
+                state = _state(identity, epoch, best, trainer, train_loader)
+                if chief:
+                    checkpoint.save(folder / LAST, state)
+                break
             epoch += 1
             final = epoch == settings.epochs
             validating = final or epoch % settings.validate_every == 0
             every = settings.checkpoint_every
-            saving = every > 0 and (final or epoch % every == 0)
+            saving = every > 0 and (final or stopped or epoch % every == 0)
             if validating or saving:
                 moved = _settle_batch_norm(settings, trainer, moved)
             improved = False
@@ -172,15 +198,23 @@ def run(settings: Settings) -> None:
         train_loader.close()
         val_loader.close()
 
+    finished = epoch >= settings.epochs
     if not chief:
-        return
-    if interval is None or validation is None:
+        return finished
+    if not finished:
+        print(
+            f"stopped by a signal after step {trainer.step}; --resume auto goes on from "
+            f"{folder / LAST}",
+            flush=True,
+        )
+    elif interval is None or validation is None:
         print(f"nothing left to train: {epoch} of {settings.epochs} epochs are done")
     else:
         summary = _summary(settings, trainer, totals, interval, validation, averaged, best)
         summary["total_seconds"] = time.perf_counter() - started
         print("\n" + write_summary(folder, summary))
         print(f"plot  {plot_training(folder)}", flush=True)
+    return finished
 
 
 def _device(settings: Settings) -> torch.device:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import start
+from conftest import ROOT, start
 
 from models import networks
 from models.data import LoaderOptions, list_images, open_loader
@@ -50,6 +53,20 @@ def assert_same_state(one, other):
             assert_same_state(a, b)
     else:
         assert one == other
+
+
+@pytest.fixture(scope="module")
+def signalled(digits):
+    """Trains on MPI, which hands the ranks' exit code on."""
+
+    def signalled(out, rank, step, name, *options, ranks=2):
+        program = str(Path(__file__).with_name("signalled.py"))
+        return start(
+            program, rank, step, name, *SMALL, f"--data={digits}", f"--out={out}", *options,
+            ranks=ranks, controller="mpi",
+        )  # fmt: skip
+
+    return signalled
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +117,71 @@ def test_resume_is_bitwise_an_uninterrupted_run(train, straight, tmp_path):
     rows = [[{k: row[k] for k in keys} for row in read_csv(d / "steps.csv")]
             for d in (tmp_path, straight[0])]  # fmt: skip
     assert rows[0] == rows[1]
+
+
+def test_signal_to_one_rank_stops_all_amid_an_epoch_and_resume_loses_nothing(
+    signalled, train, straight, tmp_path
+):
+    options = ("--anderson=off", "--epochs=2", "--resume=auto")
+    code, output = signalled(tmp_path, 1, 8, "SIGUSR1", *options)
+    assert code == 75, output[-4000:]
+    assert "stopped by a signal after step 9" in output, "the interval of step 8 ends with step 9"
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (state["step"], state["epoch"]) == (9, 1)
+    assert [own["data"]["batch"] for own in state["ranks"]] == [2, 2]
+
+    resumed = trained(train, tmp_path, *options)
+    for part in ("optimizer", "ranks", "step", "epoch"):
+        assert_same_state(resumed[part], straight[1][part])
+    # Running statistics are averaged over ranks at each checkpoint, once more than without.
+    for name, tensor in straight[1]["model"].items():
+        exact = "running" not in name
+        torch.testing.assert_close(
+            resumed["model"][name], tensor, rtol=0 if exact else 1e-3, atol=0 if exact else 1e-3
+        )
+    rows = [[(row["step"], row["loss"]) for row in read_csv(folder / "steps.csv")]
+            for folder in (tmp_path, straight[0])]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_signal_in_an_epochs_last_step_finishes_the_epoch(signalled, tmp_path):
+    options = ("--anderson=off", "--epochs=3", "--checkpoint-every=3")
+    code, output = signalled(tmp_path, 0, 15, "SIGTERM", *options, ranks=1)
+    assert code == 75 and "stopped by a signal after step 15" in output, output[-4000:]
+    assert len(read_csv(tmp_path / "epochs.csv")) == 1, "the epoch was validated"
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["epoch"] == 1 and state["ranks"][0]["data"]["batch"] == 0
+
+
+def test_worker_processes_outlive_a_signal_to_the_whole_job(signalled, tmp_path):
+    options = ("--anderson=default", "--loader=torch", "--epochs=1", "--resume=auto")
+    code, output = signalled(tmp_path, 0, 3, "SIGUSR2+", *options)
+    assert code == 75 and "stopped by a signal after step 4" in output, output[-4000:]
+    code, output = signalled(tmp_path, 0, 3, "SIGUSR2+", *options)
+    assert code == 0 and "going on after step 4" in output, output[-4000:]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_each_signal_is_a_request(name):
+    program = (
+        "import os, signal\n"
+        "from models.preemption import StopRequest\n"
+        "request = StopRequest()\n"
+        "request.listen()\n"
+        "assert not request()\n"
+        f"os.kill(os.getpid(), signal.{name})\n"
+        "assert request()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60)
+    assert run.returncode == 0
+
+
+def test_without_checkpoints_a_signal_kills_as_ever(signalled, tmp_path):
+    """Exit code 75 would have the scheduler begin anew for ever."""
+    code, output = signalled(
+        tmp_path, 0, 3, "SIGTERM", "--anderson=off", "--epochs=1", "--checkpoint-every=0", ranks=1
+    )
+    assert code not in (0, 75) and not (tmp_path / "last.pt").exists(), output[-4000:]
 
 
 def test_anderson_trains_and_resumes(train, tmp_path, digits):

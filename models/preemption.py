@@ -1,0 +1,40 @@
+"""Being asked to stop: schedulers send a signal some time before they kill."""
+
+from __future__ import annotations
+
+import signal
+from multiprocessing import forkserver
+from types import FrameType
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: not finished, call again. The checkpoint is written."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether this process was sent one of `SIGNALS`; what other ranks know is not asked."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self._received
+
+    def listen(self) -> None:
+        """Takes the signals from now on. Main thread only."""
+        # A scheduler may signal every process of a job. Ignoring is inherited, a handler is not:
+        # so the loader's workers, which this server forks, survive what is meant for their rank.
+        # Not SIGTERM, by which torch ends them.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        forkserver.ensure_running()
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+            # MPI and DALI may not expect their system calls to be interrupted.
+            signal.siginterrupt(number, False)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        # Nothing else: it runs between any two instructions, and no rank may act on it alone.
+        self._received = True
