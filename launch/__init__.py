@@ -1,0 +1,1 @@
+"""Set-up and cluster launch; run from the checkout: ``python -m launch --help``."""

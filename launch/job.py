@@ -1,0 +1,363 @@
+"""A job: what the command line asks of a machine, checked and worked out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from launch.machines import VARIABLE_NAME, LaunchError, Machine, Variable, parse_walltime
+
+PLACEHOLDER = "{data}"
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
+# What schedulers take in a script's head without quotes.
+PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
+HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d+))?", re.ASCII)
+HOSTFILE_LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?\s*", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line as it was given; None is not given. See `python -m launch --help`."""
+
+    command: Sequence[str]
+    nodes: int | None = None
+    ranks_per_node: int | None = None
+    gpus_per_node: int | None = None
+    cores_per_node: int | None = None
+    hosts: str | None = None
+    hostfile: str | None = None
+    controller: str | None = None
+    walltime: str | None = None
+    account: str | None = None
+    queue: str | None = None
+    name: str = "aadl_hvd"
+    stage: str | None = None
+    requeue: bool | None = None
+    env: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a script is rendered from.
+
+    Attributes:
+        machine: Where it runs.
+        command: The training program with its arguments; `{data}` stands for the staged data.
+        nodes: How many.
+        ranks: In total.
+        ranks_per_node: On each node; None where hosts differ.
+        gpus_per_node: That the job has; ranks take one each.
+        cores_per_rank: None where the number of cores is not known.
+        hosts: Names and ranks, where no scheduler knows them.
+        controller: Of horovodrun, "mpi" or "gloo".
+        walltime: In seconds.
+        account: To charge.
+        queue: Or partition, or QOS.
+        name: Of the job.
+        stage: Folder or archive to copy to every node's own disk.
+        requeue: Queue again when the program leaves with exit code 75.
+        environment: Of the ranks.
+    """
+
+    machine: Machine
+    command: tuple[str, ...]
+    nodes: int
+    ranks: int
+    ranks_per_node: int | None
+    gpus_per_node: int
+    cores_per_rank: int | None
+    hosts: tuple[tuple[str, int], ...]
+    controller: str | None
+    walltime: int | None
+    account: str | None
+    queue: str | None
+    name: str
+    stage: str | None
+    requeue: bool
+    environment: Mapping[str, Variable]
+
+
+def plan(machine: Machine, options: Options) -> Job:
+    """Checks the options against the machine.
+
+    Raises:
+        LaunchError: An option is missing, impossible or means nothing on this machine.
+    """
+    if not options.command:
+        raise LaunchError(
+            "the training command is missing: put it last, after --, as in "
+            "-- python -m models.train --data DIR"
+        )
+    if not options.command[0] or options.command[0].startswith("-"):
+        _refuse("the training command", repr(options.command[0]), "a program, as python")
+    if any("\0" in word for word in options.command):
+        raise LaunchError("the training command holds a null character, which no program can get")
+    scheduled = machine.scheduler.kind != "none"
+    for option, value in {
+        "--name": options.name,
+        "--account": options.account,
+        "--queue": options.queue,
+    }.items():
+        if value is not None and not PLAIN.fullmatch(value):
+            _refuse(option, repr(value), "letters, digits and . _ - + @ : / alone")
+    if scheduled:
+        _forbid(machine, "has a scheduler", hosts=options.hosts, hostfile=options.hostfile)
+        hosts: tuple[tuple[str, int], ...] = ()
+    else:
+        _forbid(
+            machine,
+            "has no scheduler",
+            walltime=options.walltime,
+            account=options.account,
+            queue=options.queue,
+            requeue=options.requeue,
+        )
+        hosts = _hosts(machine, options)
+    nodes = _nodes(machine, options, hosts)
+    gpus = _known(machine, "gpus", options.gpus_per_node, required=scheduled)
+    cores = _known(machine, "cores", options.cores_per_node, required=scheduled)
+    ranks_per_node = _ranks_per_node(machine, options, gpus, hosts)
+    return Job(
+        machine=machine,
+        command=tuple(options.command),
+        nodes=nodes,
+        ranks=sum(slots for _, slots in hosts) if hosts else nodes * (ranks_per_node or 0),
+        ranks_per_node=ranks_per_node,
+        gpus_per_node=gpus or 0,
+        cores_per_rank=_cores_per_rank(cores, ranks_per_node),
+        hosts=hosts,
+        controller=_controller(machine, options),
+        walltime=_walltime(machine, options, nodes) if scheduled else None,
+        account=_account(machine, options),
+        queue=options.queue or machine.scheduler.queue,
+        name=options.name,
+        stage=_stage(machine, options),
+        requeue=scheduled and options.requeue is not False,
+        environment=_environment(machine, options, _cores_per_rank(cores, ranks_per_node)),
+    )
+
+
+def _refuse(option: str, value: object, allowed: str) -> NoReturn:
+    raise LaunchError(f"{option} is {value}, must be {allowed}")
+
+
+def _forbid(machine: Machine, why: str, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name}" if value is not False else f"--no-{name}"
+            raise LaunchError(
+                f"{option} means nothing with --machine {machine.name}, which {why}: leave it out"
+            )
+
+
+def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
+    if (options.hosts is None) == (options.hostfile is None):
+        raise LaunchError(
+            f"--machine {machine.name} has no scheduler that knows the nodes: give one of "
+            "--hosts HOST:RANKS,... and --hostfile FILE"
+        )
+    if options.hosts is not None:
+        pairs = []
+        for entry in options.hosts.split(","):
+            match = HOST.fullmatch(entry)
+            if match is None:
+                _refuse("--hosts", repr(options.hosts), "HOST:RANKS,HOST:RANKS,...")
+            pairs.append(match.groups())
+    else:
+        pairs = _read_hostfile(str(options.hostfile))
+    slots = options.ranks_per_node
+    hosts = []
+    for host, own in pairs:
+        if own is None and slots is None:
+            raise LaunchError(
+                f"how many ranks on {host}? Say {host}:RANKS, or --ranks-per-node for all hosts"
+            )
+        if own is not None and slots is not None and int(own) != slots:
+            raise LaunchError(
+                f"--ranks-per-node is {slots}, but {host} is given {own}: leave one of them out"
+            )
+        ranks = slots if own is None else int(own)
+        if not ranks:
+            _refuse(f"the number of ranks on {host}", 0, "at least 1")
+        hosts.append((host, int(ranks or 0)))
+    names = [name for name, _ in hosts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise LaunchError(f"{twice[0]} is named twice among the hosts: name it once")
+    return tuple(hosts)
+
+
+def _read_hostfile(path: str) -> list[tuple[str, ...]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"--hostfile: cannot read {path}: {error}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        match = HOSTFILE_LINE.fullmatch(line)
+        if match is None or not HOST.fullmatch(match.group(1)):
+            raise LaunchError(
+                f"--hostfile: {path}, line {number} is {line!r}, must be HOST slots=RANKS"
+            )
+        found.append(match.groups())
+    if not found:
+        raise LaunchError(f"--hostfile: {path} names no host")
+    return found
+
+
+def _nodes(machine: Machine, options: Options, hosts: Sequence[object]) -> int:
+    nodes = options.nodes
+    if hosts:
+        if nodes is not None and nodes != len(hosts):
+            _refuse("--nodes", nodes, f"the number of hosts, {len(hosts)}, or left out")
+        return len(hosts)
+    if nodes is None:
+        raise LaunchError("--nodes is missing: how many nodes the job takes")
+    limits = machine.scheduler.limits
+    most = limits[-1].nodes if limits else None
+    if nodes < 1 or (most is not None and nodes > most):
+        _refuse("--nodes", nodes, "at least 1" + (f" and at most {most}" if most else ""))
+    return nodes
+
+
+def _known(machine: Machine, what: str, given: int | None, *, required: bool) -> int | None:
+    """A number of the node that the machine file states or leaves to the command line."""
+    own: int | None = getattr(machine.node, what)
+    option = f"--{what}-per-node"
+    least = 0 if what == "gpus" else 1
+    if given is not None and given < least:
+        _refuse(option, given, f"at least {least}")
+    if own is not None and given is not None and given != own:
+        raise LaunchError(
+            f"{option} is {given}, but a node of {machine.name} has {own}: leave the option out, "
+            "or copy the machine file and pass the copy's path to --machine"
+        )
+    if own is None and given is None and required:
+        raise LaunchError(
+            f"{option} is missing: {machine.name} does not say how many {what} a node has"
+        )
+    return given if own is None else own
+
+
+def _ranks_per_node(
+    machine: Machine, options: Options, gpus: int | None, hosts: Sequence[tuple[str, int]]
+) -> int | None:
+    if hosts:
+        for host, slots in hosts:
+            if gpus and slots > gpus:
+                _refuse(
+                    f"the number of ranks on {host}", slots, f"at most {gpus}, one for each GPU"
+                )
+        different = {slots for _, slots in hosts}
+        return different.pop() if len(different) == 1 else None
+    ranks = options.ranks_per_node
+    if ranks is None:
+        if not gpus:
+            raise LaunchError(
+                "--ranks-per-node is missing: without GPUs there is no default of one rank for each"
+            )
+        return gpus
+    if ranks < 1 or (gpus and ranks > gpus):
+        most = f" and at most {gpus}, one for each GPU of a node" if gpus else ""
+        _refuse("--ranks-per-node", ranks, "at least 1" + most)
+    return ranks
+
+
+def _cores_per_rank(cores: int | None, ranks_per_node: int | None) -> int | None:
+    if cores is None:
+        return None
+    if ranks_per_node is None:
+        raise LaunchError(
+            "--cores-per-node needs equally many ranks on all hosts: leave it out, or even them out"
+        )
+    if cores % ranks_per_node:
+        possible = ", ".join(str(n) for n in range(1, cores + 1) if cores % n == 0)
+        _refuse(
+            "--ranks-per-node",
+            ranks_per_node,
+            f"a divisor of the {cores} cores of a node: {possible}",
+        )
+    return cores // ranks_per_node
+
+
+def _controller(machine: Machine, options: Options) -> str | None:
+    if machine.scheduler.launcher != "horovodrun":
+        _forbid(machine, "does not use horovodrun", controller=options.controller)
+        return None
+    return options.controller or "mpi"
+
+
+def _walltime(machine: Machine, options: Options, nodes: int) -> int:
+    if options.walltime is None:
+        raise LaunchError("--walltime is missing: the job's time limit, H:MM or H:MM:SS")
+    seconds = parse_walltime(options.walltime)
+    warning = machine.scheduler.warning_seconds
+    if seconds is None:
+        _refuse("--walltime", repr(options.walltime), "H:MM or H:MM:SS, as 2:00 for two hours")
+    if seconds <= warning:
+        _refuse(
+            "--walltime",
+            options.walltime,
+            f"longer than the {warning} s before its end at which the job is asked to stop",
+        )
+    if options.queue is None:  # other queues have limits of their own
+        for limit in machine.scheduler.limits:
+            if nodes <= limit.nodes:
+                if seconds > (parse_walltime(limit.walltime) or 0):
+                    _refuse(
+                        "--walltime",
+                        options.walltime,
+                        f"at most {limit.walltime} on up to {limit.nodes} nodes of {machine.name}; "
+                        "ask for less, or name another queue with --queue",
+                    )
+                break
+    return seconds
+
+
+def _account(machine: Machine, options: Options) -> str | None:
+    if machine.scheduler.account_required and options.account is None:
+        raise LaunchError(
+            f"--account is missing: {machine.name} charges every job to a project, name yours"
+        )
+    return options.account
+
+
+def _stage(machine: Machine, options: Options) -> str | None:
+    if options.stage is None:
+        return None
+    if machine.node.local_storage is None:
+        raise LaunchError(
+            f"--stage is {options.stage!r}, but {machine.name} names no disk of a node's own "
+            "(node.local_storage in a machine file): leave it out, or copy the machine file, add "
+            "the folder and pass the copy's path to --machine"
+        )
+    if not any(PLACEHOLDER in word for word in options.command):
+        raise LaunchError(
+            f"--stage is {options.stage!r}, but the training command has no {PLACEHOLDER} for the "
+            f"staged data: write for instance --data {PLACEHOLDER}"
+        )
+    if "\0" in options.stage or Path(options.stage).name in ("", ".."):
+        _refuse("--stage", repr(options.stage), f"a folder or an archive {ARCHIVES} with a name")
+    return options.stage
+
+
+def _environment(
+    machine: Machine, options: Options, cores_per_rank: int | None
+) -> Mapping[str, Variable]:
+    environment = {}
+    if cores_per_rank is not None:
+        reason = f"one thread for each of a rank's {cores_per_rank} cores"
+        environment["OMP_NUM_THREADS"] = Variable(value=str(cores_per_rank), reason=reason)
+    environment |= machine.environment
+    for setting in options.env:
+        name, equals, value = setting.partition("=")
+        if not equals or not VARIABLE_NAME.fullmatch(name) or "\0" in value:
+            _refuse("--env", repr(setting), "NAME=VALUE")
+        environment[name] = Variable(value=value, reason="set by --env")
+    return environment

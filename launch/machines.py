@@ -1,0 +1,269 @@
+"""Machine files: what a job script has to know about a cluster, as checked data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "machines"
+
+KINDS = ("slurm", "lsf", "none")
+LAUNCHERS = {"slurm": ("srun",), "lsf": ("jsrun",), "none": ("mpirun", "horovodrun")}
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Put between double quotes in the script, where only variables may be expanded.
+SHELL_PATH = re.compile(r"/([\w./-]|\$\w+|\$\{\w+\})*")
+
+
+class LaunchError(Exception):
+    """Wrong input; the message names the parameter, its value, what is allowed and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One node's share of the machine.
+
+    Attributes:
+        gpus: GPUs that the scheduler counts; None leaves it to `--gpus-per-node`.
+        cores: Physical cores a job may use; None leaves it to `--cores-per-node`.
+        cpus_per_core: What the scheduler counts for one core: 2 where hardware threads are CPUs.
+        local_storage: Folder on the node's own disk; may hold shell variables.
+    """
+
+    gpus: int | None = None
+    cores: int | None = None
+    cpus_per_core: int = 1
+    local_storage: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """The longest job of at most so many nodes in the default queue."""
+
+    nodes: int
+    walltime: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """How jobs are queued and ranks started.
+
+    Attributes:
+        kind: "slurm", "lsf" or "none".
+        launcher: "srun", "jsrun", "mpirun" or "horovodrun".
+        queue: Used unless `--queue` names another.
+        queue_option: SLURM's word for a queue: "partition", or "qos".
+        account_required: Jobs without an account are refused.
+        limits: By size, smallest first; the last one is the machine's size.
+        directives: Further lines of the script's head, without `#SBATCH` or `#BSUB`.
+        storage_directives: The same, for jobs that use the node's own disk.
+        launcher_options: Further options of the launcher.
+        warning_seconds: How long before its end a job is asked to stop.
+        broadcast: SLURM's `sbcast` reaches the node's own disk.
+    """
+
+    kind: str
+    launcher: str
+    queue: str | None = None
+    queue_option: str = "partition"
+    account_required: bool = False
+    limits: tuple[Limit, ...] = ()
+    directives: tuple[str, ...] = ()
+    storage_directives: tuple[str, ...] = ()
+    launcher_options: tuple[str, ...] = ()
+    warning_seconds: int = 300
+    broadcast: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variable:
+    """An environment variable of the ranks, and why it is set."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """Peak figures, for models of time and memory; bytes, seconds, bytes per second.
+
+    Attributes:
+        gpu: Name.
+        gpu_memory_bytes: Of one GPU.
+        memory_bandwidth: Of one GPU's memory.
+        intranode_bandwidth: From one GPU to another of its node, per direction.
+        intranode_latency: Of a message within a node.
+        injection_bandwidth: From one node to the network, per direction.
+        network_latency: Of a message between nodes.
+    """
+
+    gpu: str
+    gpu_memory_bytes: float
+    memory_bandwidth: float
+    intranode_bandwidth: float
+    intranode_latency: float
+    injection_bandwidth: float
+    network_latency: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine file."""
+
+    description: str
+    node: Node
+    scheduler: Scheduler
+    environment: Mapping[str, Variable] = field(default_factory=dict)
+    performance: Performance | None = None
+    name: str = ""
+
+
+def machine_names() -> list[str]:
+    """The machines that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_machine(name: str) -> Machine:
+    """Reads and checks a machine file.
+
+    Args:
+        name: One of `machine_names`, or the path of a TOML file.
+
+    Raises:
+        LaunchError: There is no such machine, or its file is wrong; names the key.
+    """
+    is_path = name.endswith(".toml") or "/" in name
+    if not is_path and name not in machine_names():
+        raise LaunchError(
+            f"--machine is {name!r}, must be one of {', '.join(machine_names())}, or the path of a "
+            f"machine file (.toml){_suggestion(name, machine_names())}"
+        )
+    path = Path(name) if is_path else FOLDER / f"{name}.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"--machine: cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LaunchError(f"--machine: {path} is no TOML: {error}") from None
+    if "name" in content:
+        raise LaunchError(f"{path}: name is not a key, the file's name is the machine's")
+    machine: Machine = _read(Machine, content | {"name": path.stem}, str(path), "")
+    _check(machine, str(path))
+    return machine
+
+
+def parse_walltime(text: str) -> int | None:
+    """Seconds of H:MM or H:MM:SS; None when it is neither."""
+    match = re.fullmatch(r"(\d{1,4}):([0-5]\d)(?::([0-5]\d))?", text, re.ASCII)
+    if match is None:
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _read(kind: Any, value: Any, file: str, key: str) -> Any:
+    """Makes a value of a dataclass, or of one of the types its fields have."""
+    if isinstance(kind, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    where = f"{file}: {key or 'the file'}"
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise LaunchError(f"{where} is {value!r}, must be a list")
+        return tuple(_read(arguments[0], one, file, f"{key}[{i}]") for i, one in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise LaunchError(f"{where} is {value!r}, must be a table")
+        return {
+            name: _read(arguments[1], one, file, f"{key}.{name}") for name, one in value.items()
+        }
+    if dataclasses.is_dataclass(kind):
+        return _read_table(kind, value, file, key)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:  # not isinstance: True is an int
+        raise LaunchError(f"{where} is {value!r}, must be of type {kind.__name__}")
+    if kind in (int, float) and not (value >= 0 and value < float("inf")):
+        raise LaunchError(f"{where} is {value!r}, must not be negative, and finite")
+    return value
+
+
+def _read_table(kind: Any, value: Any, file: str, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise LaunchError(f"{file}: {key} is {value!r}, must be a table")
+    fields = {one.name: one for one in dataclasses.fields(kind)}
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in fields:
+            raise LaunchError(
+                f"{file}: unknown key {prefix}{name}, known are {', '.join(fields)}"
+                + _suggestion(name, fields)
+            )
+    hints = typing.get_type_hints(kind)
+    for name, one in fields.items():
+        no_default = one.default is one.default_factory is dataclasses.MISSING
+        if name not in value and no_default:
+            raise LaunchError(f"{file}: the key {prefix}{name} is missing")
+    return kind(
+        **{name: _read(hints[name], one, file, prefix + name) for name, one in value.items()}
+    )
+
+
+def _check(machine: Machine, file: str) -> None:
+    """What types do not say."""
+
+    def require(holds: bool, key: str, value: Any, allowed: str) -> None:
+        if not holds:
+            raise LaunchError(f"{file}: {key} is {value!r}, must be {allowed}")
+
+    node, scheduler = machine.node, machine.scheduler
+    require(scheduler.kind in KINDS, "scheduler.kind", scheduler.kind, f"one of {KINDS}")
+    launchers = LAUNCHERS[scheduler.kind]
+    require(
+        scheduler.launcher in launchers,
+        "scheduler.launcher",
+        scheduler.launcher,
+        f"one of {launchers} with kind {scheduler.kind!r}",
+    )
+    require(
+        scheduler.queue_option in ("partition", "qos"),
+        "scheduler.queue_option",
+        scheduler.queue_option,
+        "'partition' or 'qos'",
+    )
+    require(node.cores != 0, "node.cores", node.cores, "at least 1")
+    require(node.cpus_per_core >= 1, "node.cpus_per_core", node.cpus_per_core, "at least 1")
+    require(
+        node.local_storage is None or SHELL_PATH.fullmatch(node.local_storage) is not None,
+        "node.local_storage",
+        node.local_storage,
+        "an absolute path of letters, digits, . _ - / and $VARIABLES",
+    )
+    sizes = [limit.nodes for limit in scheduler.limits]
+    require(sizes == sorted(set(sizes)), "scheduler.limits", sizes, "ordered by nodes")
+    for limit in scheduler.limits:
+        valid = parse_walltime(limit.walltime) is not None
+        require(valid, "scheduler.limits: walltime", limit.walltime, "H:MM")
+    for line in (*scheduler.directives, *scheduler.storage_directives):
+        require("\n" not in line, "scheduler.directives", line, "one line")
+    for name, variable in machine.environment.items():
+        require(VARIABLE_NAME.fullmatch(name) is not None, "environment", name, "a variable's name")
+        reason = variable.reason
+        require(
+            bool(reason.strip()) and reason.isprintable(),
+            f"environment.{name}.reason",
+            reason,
+            "one line that says why it is set",
+        )
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""

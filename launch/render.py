@@ -1,0 +1,233 @@
+"""A job as a bash script: nothing is read, run or looked up here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+
+from launch.job import ARCHIVES, PLACEHOLDER, Job
+
+PREEMPTED = 75
+"""Exit code of a training that was asked to stop and left a checkpoint; see models.preemption."""
+
+
+def render(job: Job) -> str:
+    """The script, which runs under bash: as a batch job, or by hand where there is no scheduler."""
+    parts = [
+        ["#!/bin/bash", *_head(job)],
+        [f"# {line}" for line in _summary(job)],
+        list(_environment(job)),
+        list(_stopping(job)),
+        list(_staging(job)),
+        list(_training(job)),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _head(job: Job) -> Iterator[str]:
+    scheduler = job.machine.scheduler
+    extra = [*scheduler.directives, *(scheduler.storage_directives if job.stage else ())]
+    if scheduler.kind == "slurm":
+        lines = [
+            f"--job-name={job.name}",
+            f"--nodes={job.nodes}",
+            f"--ntasks-per-node={job.ranks_per_node}",
+            f"--cpus-per-task={_cpus(job)}",
+            f"--time={_clock(job.walltime)}",
+            "--output=%x-%j.out",
+            "--open-mode=append",  # a requeued job writes to the same file
+            f"--signal=B:USR1@{scheduler.warning_seconds}",
+            "--requeue" if job.requeue else "--no-requeue",
+        ]
+        if job.gpus_per_node:
+            lines.append(f"--gpus-per-node={job.gpus_per_node}")
+        if job.account:
+            lines.append(f"--account={job.account}")
+        if job.queue:
+            lines.append(f"--{scheduler.queue_option}={job.queue}")
+        yield from (f"#SBATCH {line}" for line in [*lines, *extra])
+    elif scheduler.kind == "lsf":
+        minutes = -(-(job.walltime or 0) // 60)
+        lines = [
+            f"-J {job.name}",
+            f"-nnodes {job.nodes}",
+            f"-W {minutes // 60}:{minutes % 60:02}",
+            f"-o {job.name}-%J.out",
+            f"-wa USR2 -wt {-(-scheduler.warning_seconds // 60)}",
+        ]
+        if job.requeue:
+            lines.append(f"-Q {PREEMPTED}")
+        if job.account:
+            lines.append(f"-P {job.account}")
+        if job.queue:
+            lines.append(f"-q {job.queue}")
+        yield from (f"#BSUB {line}" for line in [*lines, *extra])
+
+
+def _summary(job: Job) -> Iterator[str]:
+    each = f", {job.ranks_per_node} on each" if job.ranks_per_node else ""
+    cores = f", {job.cores_per_rank} cores for each rank" if job.cores_per_rank else ""
+    yield f"{job.machine.name}: {job.ranks} ranks on {job.nodes} nodes{each}{cores}"
+
+
+def _environment(job: Job) -> Iterator[str]:
+    for name, variable in job.environment.items():
+        yield f"export {name}={shlex.quote(variable.value)}  # {variable.reason}"
+    if job.machine.scheduler.launcher == "mpirun":
+        # Open MPI hands on to other hosts what it is told to, and warns of names that are not set.
+        names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", *job.environment]
+        yield "launch_pass=()"
+        yield f"for launch_name in {' '.join(dict.fromkeys(names))}; do"
+        yield '    [[ -z ${!launch_name+set} ]] || launch_pass+=(-x "$launch_name")'
+        yield "done"
+
+
+def _stopping(job: Job) -> Iterator[str]:
+    if job.machine.scheduler.launcher == "horovodrun":
+        return
+    yield f"""\
+# When asked to stop, by the scheduler before the end or by hand, the ranks are told so: they write
+# a checkpoint and leave with exit code {PREEMPTED}.
+launch_ranks= launch_asked= launch_interrupted=
+launch_stop() {{
+    launch_asked=1 launch_interrupted=1
+    [[ -z $launch_ranks ]] || kill -USR1 "$launch_ranks" 2>/dev/null
+}}
+trap launch_stop TERM USR1 USR2"""
+
+
+def _staging(job: Job) -> Iterator[str]:
+    if job.stage is None:
+        return
+    storage = job.machine.node.local_storage
+    source = PurePosixPath(job.stage)
+    suffix = next((end for end in ARCHIVES if source.name.endswith(end)), "")
+    name = source.name.removesuffix(suffix) or "data"
+    path = _path(job.stage)
+    # LSF signals every process of a job: the copy dies of what asks the job to stop.
+    failed = f" || exit $((launch_asked ? {PREEMPTED} : 1))"
+    yield f'launch_data="{storage}"/{shlex.quote(name)}  # on every node\'s own disk'
+    if not suffix:
+        copy = 'mkdir -p -- "$2" && cp -R -- "$1"/. "$2"'
+        command = f'bash -c {shlex.quote(copy)} stage {path} "$launch_data"'
+        yield f"{_on_each_node(job)} {command}{failed}"
+        return
+    archive, remove = path, ""
+    if job.machine.scheduler.broadcast:
+        # From one node to all the others over the network: the file system is read once.
+        archive, remove = f'"$launch_data"{suffix}', ' && rm -- "$1"'
+        yield f"sbcast --force {path} {archive}{failed}"
+    unpack = 'mkdir -p -- "$2" && tar -xf "$1" -C "$2"' + remove
+    command = f'bash -c {shlex.quote(unpack)} stage {archive} "$launch_data"'
+    yield f"{_on_each_node(job)} {command}{failed}"
+
+
+def _training(job: Job) -> Iterator[str]:
+    command = " ".join(_word(word, staged=job.stage is not None) for word in job.command)
+    start = f"{_launcher(job)} {command}"
+    if job.machine.scheduler.launcher == "horovodrun":
+        yield "# horovodrun hands no signals on to the ranks."
+        yield f"exec {start}"
+        return
+    yield f"""\
+launch_status={PREEMPTED}
+if [[ -z $launch_asked ]]; then
+    {start} &
+    launch_ranks=$!
+    while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
+        : # wait was cut short by a signal: the ranks still run
+    done
+fi"""
+    if job.requeue and job.machine.scheduler.kind == "slurm":
+        yield f"""\
+if ((launch_status == {PREEMPTED})); then
+    echo "stopped before its end; requeued" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+fi"""
+    elif job.requeue:
+        yield f"# LSF queues the job again after exit code {PREEMPTED} (-Q)."
+    yield 'exit "$launch_status"'
+
+
+def _launcher(job: Job) -> str:
+    """The words that start the ranks, up to the program."""
+    scheduler = job.machine.scheduler
+    if scheduler.launcher == "srun":
+        words = [
+            "srun",
+            f"--nodes={job.nodes}",
+            f"--ntasks={job.ranks}",
+            f"--ntasks-per-node={job.ranks_per_node}",
+            f"--cpus-per-task={_cpus(job)}",
+            "--cpu-bind=cores",
+            # Ranks that leave together must not kill each other, and a crash not leave any behind.
+            "--kill-on-bad-exit=0",
+            "--wait=60",
+        ]
+        if job.gpus_per_node:
+            words.append(f"--gpus-per-node={job.gpus_per_node}")
+    elif scheduler.launcher == "jsrun":
+        gpus = 1 if job.gpus_per_node else 0
+        words = _jsrun(job.ranks, job.ranks_per_node or 0, job.cores_per_rank or 1, gpus)
+    elif scheduler.launcher == "mpirun":
+        words = ["mpirun", "-np", str(job.ranks), "-H", _hosts(job)]
+        if job.cores_per_rank and job.ranks_per_node:
+            layout = f"ppr:{job.ranks_per_node}:node:PE={job.cores_per_rank}"
+            words += ["--map-by", layout, "--bind-to", "core"]
+        else:
+            words += ["--map-by", "slot", "--bind-to", "none"]
+    else:
+        words = ["horovodrun", "-np", str(job.ranks), "-H", _hosts(job), f"--{job.controller}"]
+    return _join([*words, *scheduler.launcher_options], job)
+
+
+def _on_each_node(job: Job) -> str:
+    """The words that start one process on each node."""
+    launcher = job.machine.scheduler.launcher
+    if launcher == "srun":
+        return _join(["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}",
+                      "--ntasks-per-node=1"], job)  # fmt: skip
+    if launcher == "jsrun":
+        return _join(_jsrun(job.nodes, 1, 1, 0), job)
+    words = [launcher, "-np", str(job.nodes), "-H", ",".join(f"{host}:1" for host, _ in job.hosts)]
+    return _join(words, job)
+
+
+def _jsrun(sets: int, sets_per_node: int, cores: int, gpus: int) -> list[str]:
+    """One rank in each resource set, bound to its cores."""
+    return ["jsrun", "-n", str(sets), "-r", str(sets_per_node), "-a", "1", "-c", str(cores),
+            "-g", str(gpus), "-b", f"packed:{cores}"]  # fmt: skip
+
+
+def _join(words: Iterable[str], job: Job) -> str:
+    passed = ' "${launch_pass[@]}"' if job.machine.scheduler.launcher == "mpirun" else ""
+    return shlex.join(words) + passed
+
+
+def _hosts(job: Job) -> str:
+    return ",".join(f"{host}:{slots}" for host, slots in job.hosts)
+
+
+def _cpus(job: Job) -> int:
+    """Of one rank, as SLURM counts them."""
+    return (job.cores_per_rank or 1) * job.machine.node.cpus_per_core
+
+
+def _clock(seconds: int | None) -> str:
+    minutes, rest = divmod(seconds or 0, 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _path(path: str) -> str:
+    """Quoted; a relative one must not be taken for an option."""
+    return shlex.quote(path if path.startswith("/") else f"./{path}")
+
+
+def _word(word: str, *, staged: bool) -> str:
+    """One word of the training command, as bash must read it to pass it on unchanged."""
+    if not staged or PLACEHOLDER not in word:
+        return shlex.quote(word)
+    return '"$launch_data"'.join(
+        shlex.quote(part) if part else "" for part in word.split(PLACEHOLDER)
+    )

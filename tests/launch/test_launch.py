@@ -1,0 +1,442 @@
+"""The launch tool without a cluster: machine files, what scripts say, errors, quoting."""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from launch.__main__ import main  # noqa: E402
+from launch.job import Options, plan  # noqa: E402
+from launch.machines import (  # noqa: E402
+    FOLDER,
+    LaunchError,
+    Performance,
+    load_machine,
+    machine_names,
+    parse_walltime,
+)
+from launch.render import PREEMPTED, render  # noqa: E402
+from models.preemption import EXIT_CODE  # noqa: E402
+
+SUMMIT = {"nodes": 2, "walltime": "2:00", "account": "ABC123"}
+
+
+def script(machine, *, command=("python", "train.py"), **options):
+    return render(plan(load_machine(machine), Options(command=command, **options)))
+
+
+def launched(text, launcher):
+    """The words of the training's launch, as bash reads them: the last of its kind."""
+    *_, line = (line for line in text.splitlines() if re.match(rf" *(exec )?{launcher} ", line))
+    return shlex.split(line.removesuffix(" &").strip().removeprefix("exec "))
+
+
+def head(text, word):
+    return [line.removeprefix(f"#{word} ") for line in text.splitlines()
+            if line.startswith(f"#{word} ")]  # fmt: skip
+
+
+# -- machine files --------------------------------------------------------------------------------
+
+
+def test_machines_are_those_promised():
+    assert machine_names() == [
+        "frontier", "h100_pod", "horovodrun", "mpirun", "perlmutter", "slurm", "summit"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["summit", "frontier", "perlmutter", "h100_pod"])
+def test_performance_has_the_keys_that_others_read(name):
+    table = tomllib.loads((FOLDER / f"{name}.toml").read_text())["performance"]
+    assert list(table) == [
+        "gpu", "gpu_memory_bytes", "memory_bandwidth", "intranode_bandwidth", "intranode_latency",
+        "injection_bandwidth", "network_latency",
+    ]  # fmt: skip
+    assert isinstance(table.pop("gpu"), str)
+    assert all(type(value) is float and value > 0 for value in table.values())
+    assert dataclasses.asdict(load_machine(name).performance).items() >= table.items()
+    assert set(table) < {field.name for field in dataclasses.fields(Performance)}
+
+
+@pytest.mark.parametrize("name", ["summit", "frontier", "perlmutter", "h100_pod"])
+def test_cores_divide_among_the_default_ranks(name):
+    node = load_machine(name).node
+    assert node.cores % node.gpus == 0
+
+
+BROKEN = {
+    "unknown key node.gpu, known are gpus": ("gpus = 6", "gpu = 6"),
+    "did you mean 'gpus'": ("gpus = 6", "gpu = 6"),
+    "node.gpus is '6', must be of type int": ("gpus = 6", 'gpus = "6"'),
+    "node.gpus is True, must be of type int": ("gpus = 6", "gpus = true"),
+    "node.gpus is -6, must not be negative": ("gpus = 6", "gpus = -6"),
+    "node.cores is 0, must be at least 1": ("cores = 42", "cores = 0"),
+    "the key scheduler.kind is missing": ('kind = "lsf"', ""),
+    "scheduler.kind is 'pbs', must be one of": ('kind = "lsf"', 'kind = "pbs"'),
+    "scheduler.launcher is 'srun', must be one of ('jsrun',)": ('"jsrun"', '"srun"'),
+    "scheduler.storage_directives is '-x', must be a list": (
+        'storage_directives = ["-alloc_flags nvme"]',
+        'storage_directives = "-x"',
+    ),
+    "walltime is '2h', must be H:MM": ('"2:00"', '"2h"'),
+    "scheduler.limits is [9000, 91, 921, 4608], must be ordered": ("nodes = 45", "nodes = 9000"),
+    "scheduler.limits[0].nodes is '45', must be of type int": ("nodes = 45", 'nodes = "45"'),
+    "node.local_storage is '/mnt/$(id)', must be an absolute path": (
+        "/mnt/bb/$USER",
+        "/mnt/$(id)",
+    ),
+    "the key environment.HOROVOD_CYCLE_TIME.reason is missing": (
+        '{ value = "1", reason = "ms; small reductions wait for a cycle, so not longer" }',
+        '{ value = "1" }',
+    ),
+    "environment.HOROVOD_CYCLE_TIME.value is 1, must be of type str": (
+        'value = "1", reason = "ms;',
+        'value = 1, reason = "ms;',
+    ),
+    "environment is 'A-B', must be a variable's name": ("HOROVOD_CYCLE_TIME", '"A-B"'),
+    "must be one line that says why": ("ms; small", "ms;\\nsmall"),
+    "performance.memory_bandwidth is '900e9', must be of type float": ("900e9", '"900e9"'),
+    "performance.memory_bandwidth is inf": ("900e9", "inf"),
+    "is no TOML": ("[node]", "[node"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_machine_file_is_refused_by_key(tmp_path, message, capsys):
+    old, new = BROKEN[message]
+    text = (FOLDER / "summit.toml").read_text()
+    assert old in text
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace(old, new, 1))
+    assert main(["--machine", str(path), "--nodes", "1", "--", "true"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(path) in error
+
+
+# -- what scripts say -----------------------------------------------------------------------------
+
+
+def test_summit():
+    text = script("summit", **SUMMIT, name="run1", queue="debug")
+    assert launched(text, "jsrun")[:13] == shlex.split(
+        "jsrun -n 12 -r 6 -a 1 -c 7 -g 1 -b packed:7"
+    )
+    assert {"-nnodes 2", "-W 2:00", "-P ABC123", "-J run1", "-q debug"} <= set(head(text, "BSUB"))
+    assert {"-wa USR2 -wt 5", "-Q 75"} <= set(head(text, "BSUB"))
+    assert "nvme" not in text, "the disk is not asked for unless it is used"
+    assert "export OMP_NUM_THREADS=7  # one thread for each" in text
+
+
+def test_summit_with_fewer_ranks_gives_each_more_cores():
+    text = script("summit", **SUMMIT, ranks_per_node=3)
+    assert launched(text, "jsrun")[:13] == shlex.split(
+        "jsrun -n 6 -r 3 -a 1 -c 14 -g 1 -b packed:14"
+    )
+    assert "export OMP_NUM_THREADS=14 " in text
+
+
+def test_lsf_rounds_seconds_up():
+    assert "-W 1:01" in head(script("summit", **dict(SUMMIT, walltime="1:00:01")), "BSUB")
+
+
+def test_frontier():
+    text = script("frontier", **SUMMIT, stage="/data set", command=("python", "{data}"))
+    words = launched(text, "srun")
+    assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=7",
+            "--gpus-per-node=8", "--gpu-bind=closest"} <= set(words)  # fmt: skip
+    directives = head(text, "SBATCH")
+    assert {"--time=2:00:00", "--account=ABC123", "--signal=B:USR1@300", "--requeue", "-C nvme",
+            "--open-mode=append"} <= set(directives)  # fmt: skip
+    assert "-C nvme" not in head(script("frontier", **SUMMIT), "SBATCH")
+
+
+def test_perlmutter_counts_hardware_threads():
+    text = script("perlmutter", **SUMMIT)
+    assert "--cpus-per-task=32" in launched(text, "srun")
+    assert "export OMP_NUM_THREADS=16 " in text
+    assert {"-C gpu", "--qos=regular"} <= set(head(text, "SBATCH"))
+
+
+def test_generic_slurm_takes_its_geometry_from_the_options():
+    options = {"nodes": 3, "walltime": "1:00", "gpus_per_node": 0, "cores_per_node": 8}
+    text = script("slurm", **options, ranks_per_node=2)
+    words = launched(text, "srun")
+    assert {"--ntasks=6", "--cpus-per-task=4"} <= set(words)
+    assert "gpu" not in text
+
+
+def test_no_requeue():
+    text = script("frontier", **SUMMIT, requeue=False)
+    assert "--no-requeue" in head(text, "SBATCH") and "scontrol" not in text
+    assert "-Q" not in script("summit", **SUMMIT, requeue=False)
+
+
+def test_hosts(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# two\na slots=2\n\nb slots = 4  # more\n")
+    for options in ({"hosts": "a:2,b:4"}, {"hostfile": str(path)}):
+        words = launched(script("mpirun", **options), "mpirun")
+        assert words[:5] == ["mpirun", "-np", "6", "-H", "a:2,b:4"]
+        assert words[5:9] == ["--map-by", "slot", "--bind-to", "none"]
+    words = launched(script("mpirun", hosts="a,b", ranks_per_node=2, cores_per_node=8), "mpirun")
+    assert words[5:9] == ["--map-by", "ppr:2:node:PE=4", "--bind-to", "core"]
+    words = launched(script("horovodrun", hosts="a:2", controller="gloo"), "horovodrun")
+    assert words == ["horovodrun", "-np", "2", "-H", "a:2", "--gloo", "python", "train.py"]
+
+
+@pytest.mark.parametrize("name", ["summit", "frontier", "perlmutter", "h100_pod"])
+def test_each_export_says_why(name):
+    machine = load_machine(name)
+    text = script(name, **SUMMIT)
+    assert len(machine.environment) >= 3
+    for variable, setting in machine.environment.items():
+        assert f"export {variable}={setting.value}  # {setting.reason}\n" in text
+
+
+def test_env_option_wins():
+    text = script("summit", **SUMMIT, env=["OMP_NUM_THREADS=1", "NCCL_DEBUG=INFO", "EMPTY="])
+    exports = [line for line in text.splitlines() if line.startswith("export ")]
+    assert "export OMP_NUM_THREADS=1  # set by --env" in exports
+    assert sum("OMP_NUM_THREADS" in line for line in exports) == 1
+    assert any(line.startswith("export NCCL_DEBUG=INFO ") for line in exports)
+    assert any(line.startswith("export EMPTY='' ") for line in exports)
+
+
+def test_exit_code_of_the_training_is_the_one_scripts_wait_for():
+    assert PREEMPTED == EXIT_CODE == 75
+
+
+@pytest.mark.parametrize("name", ["summit", "frontier", "mpirun", "horovodrun"])
+def test_scripts_are_bash(name):
+    options = {"hosts": "a:2"} if name in ("mpirun", "horovodrun") else SUMMIT
+    run = subprocess.run(["bash", "-n"], input=script(name, **options), text=True)
+    assert run.returncode == 0
+
+
+def test_walltimes():
+    assert [parse_walltime(text) for text in ("2:00", "0:05:30", "100:00")] == [7200, 330, 360000]
+    for text in ("2", "2h", "1:60", "1:0", "-1:00", "1:00:00:00", "", "1:00 ", "١:00"):
+        assert parse_walltime(text) is None
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def arguments(**changes):
+    options = {"machine": "summit", "nodes": "2", "walltime": "2:00", "account": "ABC"} | changes
+    return [
+        word for name, value in options.items() if value is not None
+        for word in ([f"--{name.replace('_', '-')}", value] if value else [f"--{name}"])
+    ]  # fmt: skip
+
+
+ERRORS = [
+    ({"machine": "summit2"}, ["--machine is 'summit2'", "frontier", "did you mean 'summit'?"]),
+    ({"machine": "/no/such.toml"}, ["--machine: cannot read /no/such.toml: No such file"]),
+    ({"machine": None}, ["--machine is missing"]),
+    ({"nodes": None}, ["--nodes is missing"]),
+    ({"nodes": "0"}, ["--nodes is 0", "at least 1 and at most 4608"]),
+    ({"nodes": "4609"}, ["--nodes is 4609", "at most 4608"]),
+    ({"nodes": "two"}, ["--nodes", "'two'"]),
+    ({"ranks_per_node": "7"}, ["--ranks-per-node is 7", "at most 6, one for each GPU"]),
+    ({"ranks_per_node": "0"}, ["--ranks-per-node is 0", "at least 1"]),
+    ({"ranks_per_node": "4"}, ["--ranks-per-node is 4", "divisor of the 42 cores", "1, 2, 3, 6"]),
+    ({"gpus_per_node": "8"}, ["--gpus-per-node is 8", "has 6", "copy the machine file"]),
+    ({"walltime": None}, ["--walltime is missing", "H:MM"]),
+    ({"walltime": "2h"}, ["--walltime is '2h'", "H:MM or H:MM:SS"]),
+    ({"walltime": "0:05"}, ["--walltime is 0:05", "longer than the 300 s"]),
+    ({"walltime": "2:01"}, ["--walltime is 2:01", "at most 2:00 on up to 45 nodes", "--queue"]),
+    ({"walltime": "6:01", "nodes": "46"}, ["at most 6:00 on up to 91 nodes"]),
+    ({"account": None}, ["--account is missing", "summit charges"]),
+    ({"account": "A B"}, ["--account is 'A B'", "letters, digits"]),
+    ({"name": "a\n#BSUB -x"}, ["--name is", "letters, digits"]),
+    ({"queue": "$(id)"}, ["--queue is '$(id)'"]),
+    ({"env": "1A=2"}, ["--env is '1A=2'", "NAME=VALUE"]),
+    ({"env": "A"}, ["--env is 'A'", "NAME=VALUE"]),
+    ({"stage": "/data"}, ["--stage is '/data'", "no {data}", "--data {data}"]),
+    ({"hosts": "a:1"}, ["--hosts means nothing with --machine summit", "leave it out"]),
+    ({"controller": "gloo"}, ["--controller means nothing", "does not use horovodrun"]),
+    ({"machine": "perlmutter", "stage": "/d"}, ["perlmutter names no disk", "local_storage"]),
+    ({"machine": "slurm"}, ["--gpus-per-node is missing", "slurm does not say"]),
+    ({"machine": "slurm", "gpus_per_node": "4"}, ["--cores-per-node is missing"]),
+    ({"machine": "slurm", "gpus_per_node": "0", "cores_per_node": "4"},
+     ["--ranks-per-node is missing", "without GPUs"]),
+    ({"nosuch": "1"}, ["unrecognized arguments: --nosuch", "--help"]),
+    ({"dry-run": ""}, ["--submit and --dry-run exclude each other"]),
+    ({"stage": "/no/such"}, ["--stage is '/no/such'"]),
+]  # fmt: skip
+HOST_ERRORS = [
+    ({}, ["--hosts HOST:RANKS,... and --hostfile FILE"]),
+    ({"hosts": "a:1", "hostfile": "f"}, ["one of --hosts"]),
+    ({"hosts": "a"}, ["how many ranks on a?", "--ranks-per-node"]),
+    ({"hosts": "a:0"}, ["the number of ranks on a is 0", "at least 1"]),
+    ({"hosts": "a:1,a:1"}, ["a is named twice"]),
+    ({"hosts": "a b"}, ["--hosts is 'a b'"]),
+    ({"hosts": "a:2", "ranks_per_node": "3"}, ["--ranks-per-node is 3", "a is given 2"]),
+    ({"hosts": "a:2", "nodes": "2"}, ["--nodes is 2", "the number of hosts, 1"]),
+    ({"hosts": "a:2", "gpus_per_node": "1"}, ["the number of ranks on a is 2", "at most 1"]),
+    ({"hosts": "a:2,b:1", "cores_per_node": "4"}, ["equally many ranks"]),
+    ({"hosts": "a:2", "cores_per_node": "3"}, ["divisor of the 3 cores"]),
+    ({"hosts": "a:2", "walltime": "1:00"}, ["--walltime means nothing", "no scheduler"]),
+    ({"hosts": "a:2", "requeue": ""}, ["--requeue means nothing"]),
+    ({"hosts": "a:2", "no-requeue": ""}, ["--no-requeue means nothing"]),
+    ({"hostfile": "/no/such"}, ["--hostfile: cannot read /no/such"]),
+    ({"hosts": "a:2", "submit": ""}, ["--submit needs a scheduler", "bash FILE"]),
+]
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """sbatch and bsub that keep what they get."""
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    for name in ("sbatch", "bsub"):
+        (folder / name).write_text(
+            f'#!/bin/sh\ncat > "{folder}/submitted"\n'
+            "echo 'Submitted batch job 17'; exit ${QUEUE_CODE:-0}\n"
+        )
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder / "submitted"
+
+
+@pytest.mark.parametrize(("changes", "parts"), ERRORS, ids=lambda value: str(value)[:60])
+def test_wrong_input_is_named_and_nothing_submitted(changes, parts, queue, capsys):
+    assert main([*arguments(**changes), "--submit", "--", "python", "train.py"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert all(part in captured.err for part in parts), captured.err
+    assert not captured.out and not queue.exists()
+
+
+@pytest.mark.parametrize(("changes", "parts"), HOST_ERRORS, ids=lambda value: str(value)[:60])
+def test_wrong_hosts_are_named(changes, parts, capsys):
+    nothing = {"nodes": None, "walltime": None, "account": None}
+    options = arguments(**(nothing | {"machine": "mpirun"} | changes))
+    assert main([*options, "--", "python", "train.py"]) == 2
+    captured = capsys.readouterr()
+    assert all(part in captured.err for part in parts) and not captured.out, captured.err
+
+
+def test_staged_data_must_exist_when_submitting(queue, capsys):
+    options = [*arguments(stage="/no/such"), "--", "python", "train.py", "{data}"]
+    assert main(["--submit", *options]) == 2
+    assert "--stage is '/no/such', must exist" in capsys.readouterr().err and not queue.exists()
+    assert main(options) == 0, "a script may be rendered elsewhere"
+
+
+@pytest.mark.parametrize("command", [[], ["--"], ["--", "--epochs=3"], ["--", ""]])
+def test_missing_command(command, queue, capsys):
+    assert main([*arguments(), "--submit", *command]) == 2
+    assert "the training command" in capsys.readouterr().err and not queue.exists()
+
+
+@pytest.mark.parametrize(("machine", "program"), [("summit", "bsub"), ("frontier", "sbatch")])
+def test_missing_scheduler(machine, program, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*arguments(machine=machine), "--submit", "--", "true"]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot run {program}" in error and "login node" in error and "--output FILE" in error
+
+
+def test_submit_hands_over_the_script_and_the_exit_code(queue, monkeypatch, capsys, tmp_path):
+    options = [*arguments(machine="frontier"), "--", "python", "train.py"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert not queue.exists()
+    path = tmp_path / "job.sh"
+    assert main(["--submit", "--output", str(path), *options]) == 0
+    assert capsys.readouterr().out == "job 17\n"
+    assert queue.read_text() == path.read_text() == printed
+    monkeypatch.setenv("QUEUE_CODE", "9")
+    assert main(["--submit", *options]) == 9
+    assert "sbatch ended with exit code 9" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written(capsys):
+    assert main([*arguments(output="/no/such/job.sh"), "--", "true"]) == 2
+    assert "--output: cannot write /no/such/job.sh: No such file" in capsys.readouterr().err
+
+
+def test_list_and_note(capsys):
+    assert main(["--machines"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == machine_names()
+    train = ["python", "-m", "models.train"]
+    for extra, noted in ([], True), (["--resume=auto"], False):
+        assert main([*arguments(), "--", *train, *extra]) == 0
+        assert ("--resume auto" in capsys.readouterr().err) == noted
+
+
+def test_errors_can_be_caught():
+    with pytest.raises(LaunchError):
+        plan(load_machine("summit"), Options(command=()))
+
+
+# -- quoting --------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=12)
+NASTY = st.sampled_from(
+    ["", " ", "it's", '"', "$HOME", "$(id)", "`id`", "a\nb", "\\", "*", "~", "!", ";", "&", "#",
+     "{data}", "--", "é", "\t", "-x"]
+)  # fmt: skip
+WORDS = st.lists(TEXT | NASTY, max_size=5)
+LAUNCHERS = {
+    "summit": ("jsrun", SUMMIT),
+    "frontier": ("srun", SUMMIT),
+    "mpirun": ("mpirun", {"hosts": "a:2"}),
+    "horovodrun": ("horovodrun", {"hosts": "a:2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    """Runs a script with launchers that write down the words they get; the last call's."""
+    folder = tmp_path_factory.mktemp("launchers")
+    for name in ("jsrun", "srun", "mpirun", "horovodrun", "sbcast"):
+        (folder / name).write_text(
+            f'#!/bin/bash\nprintf "%s\\0" "$@" > {folder}/words\n'
+            f'printf "%s" "$GREETING" > {folder}/greeting\n'
+        )
+        (folder / name).chmod(0o755)
+    environment = dict(os.environ, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}", USER="me")
+
+    def dump(text):
+        run = subprocess.run(
+            ["bash"], input=text.encode(), env=environment, cwd=folder, capture_output=True
+        )
+        assert run.returncode == 0, run.stderr
+        words = (folder / "words").read_bytes().decode().split("\0")[:-1]
+        return words, (folder / "greeting").read_bytes().decode()
+
+    return dump
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@given(words=WORDS, value=TEXT | NASTY)
+def test_any_argument_arrives_unchanged(dump, name, words, value):
+    options = LAUNCHERS[name][1]
+    text = script(name, **options, command=("python", *words), env=[f"GREETING={value}"])
+    got, greeting = dump(text)
+    assert got[len(got) - len(words) - 1 :] == ["python", *words]
+    assert greeting == value
+
+
+@given(words=WORDS, folder=(TEXT | NASTY).map(lambda text: text.replace("/", "") + "x"))
+def test_placeholder_alone_is_replaced(dump, words, folder):
+    command = ("python", "--data={data}/train", *words)
+    got, _ = dump(script("summit", **SUMMIT, command=command, stage=f"/gpfs/{folder}"))
+    local = f"/mnt/bb/me/{folder}"
+    expected = [word.replace("{data}", local) for word in command]
+    assert got[len(got) - len(command) :] == expected
