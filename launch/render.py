@@ -89,9 +89,9 @@ def _stopping(job: Job) -> Iterator[str]:
     yield f"""\
 # When asked to stop, by the scheduler before the end or by hand, the ranks are told so: they write
 # a checkpoint and leave with exit code {PREEMPTED}.
-launch_ranks= launch_asked= launch_interrupted=
+launch_ranks= launch_interrupted=
 launch_stop() {{
-    launch_asked=1 launch_interrupted=1
+    launch_interrupted=1
     [[ -z $launch_ranks ]] || kill -USR1 "$launch_ranks" 2>/dev/null
 }}
 trap launch_stop TERM USR1 USR2"""
@@ -105,8 +105,7 @@ def _staging(job: Job) -> Iterator[str]:
     suffix = next((end for end in ARCHIVES if source.name.endswith(end)), "")
     name = source.name.removesuffix(suffix) or "data"
     path = _path(job.stage)
-    # LSF signals every process of a job: the copy dies of what asks the job to stop.
-    failed = f" || exit $((launch_asked ? {PREEMPTED} : 1))"
+    failed = " || exit 1"
     yield f'launch_data="{storage}"/{shlex.quote(name)}  # on every node\'s own disk'
     if not suffix:
         copy = 'mkdir -p -- "$2" && cp -R -- "$1"/. "$2"'
@@ -130,15 +129,19 @@ def _training(job: Job) -> Iterator[str]:
         yield "# horovodrun hands no signals on to the ranks."
         yield f"exec {start}"
         return
-    yield f"""\
-launch_status={PREEMPTED}
-if [[ -z $launch_asked ]]; then
-    {start} &
-    launch_ranks=$!
-    while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
-        : # wait was cut short by a signal: the ranks still run
-    done
+    if job.stage is not None:
+        # Queued again, it would come no further.
+        yield """\
+if [[ $launch_interrupted ]]; then
+    echo "asked to stop before the data was staged; the job's time is too short" >&2
+    exit 1
 fi"""
+    yield f"""\
+{start} &
+launch_ranks=$!
+while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
+    : # wait was cut short by a signal: the ranks still run
+done"""
     if job.requeue and job.machine.scheduler.kind == "slurm":
         yield f"""\
 if ((launch_status == {PREEMPTED})); then

@@ -22,14 +22,19 @@ class StopRequest:
         """Whether to stop."""
         return self._received
 
-    def listen(self) -> None:
-        """Takes the signals from now on. Main thread only."""
-        # A scheduler may signal every process of a job. Ignoring is inherited, a handler is not:
-        # so the loader's workers, which this server forks, survive what is meant for their rank.
-        # Not SIGTERM, by which torch ends them.
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-        forkserver.ensure_running()
+    def listen(self, *, workers: bool = False) -> None:
+        """Takes the signals from now on. Main thread only.
+
+        Args:
+            workers: The data loader is going to have worker processes, from a fork server.
+        """
+        if workers:
+            # A scheduler may signal every process of a job. Ignoring is inherited, a handler is
+            # not: so the workers outlive what is meant for their rank. Not SIGTERM, by which torch
+            # ends them.
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
+            forkserver.ensure_running()
         for number in SIGNALS:
             signal.signal(number, self._receive)
             # MPI and DALI may not expect their system calls to be interrupted.

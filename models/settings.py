@@ -486,7 +486,7 @@ def _build_parser() -> _Parser:
     parser = _Parser(
         prog="python -m models.train",
         description="Trains a residual network on an ImageNet-style folder of images, on one rank "
-        "or, under horovodrun, mpirun or jsrun, on many.",
+        "or, under horovodrun, mpirun, srun or jsrun, on many.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

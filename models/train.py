@@ -80,7 +80,7 @@ def run(settings: Settings) -> bool:
     started = time.perf_counter()
     stop_request = StopRequest()
     if settings.checkpoint_every:
-        stop_request.listen()
+        stop_request.listen(workers=settings.loader == "torch" and settings.workers > 0)
     device = _device(settings)
     folder = Path(settings.out)
     on_rank0(lambda: _make_folder(folder))
