@@ -257,6 +257,7 @@ ERRORS = [
     ({"walltime": "2h"}, ["--walltime is '2h'", "H:MM or H:MM:SS"]),
     ({"walltime": "0:05"}, ["--walltime is 0:05", "longer than the 300 s"]),
     ({"walltime": "2:01"}, ["--walltime is 2:01", "at most 2:00 on up to 45 nodes", "--queue"]),
+    ({"walltime": "2:01", "nodes": "45"}, ["at most 2:00 on up to 45 nodes"]),
     ({"walltime": "6:01", "nodes": "46"}, ["at most 6:00 on up to 91 nodes"]),
     ({"account": None}, ["--account is missing", "summit charges"]),
     ({"account": "A B"}, ["--account is 'A B'", "letters, digits"]),
@@ -364,6 +365,20 @@ def test_submit_hands_over_the_script_and_the_exit_code(queue, monkeypatch, caps
     assert "sbatch ended with exit code 9" in capsys.readouterr().err
 
 
+def test_command_may_hold_two_dashes_and_options_of_the_tool(capsys):
+    assert main([*arguments(), "--", "python", "a.py", "--", "--nodes", "9", "--submit"]) == 0
+    words = launched(capsys.readouterr().out, "jsrun")
+    assert words[-6:] == ["python", "a.py", "--", "--nodes", "9", "--submit"]
+
+
+def test_limits_are_those_of_the_default_queue():
+    assert "-W 6:00" in head(
+        script("summit", **(SUMMIT | {"nodes": 46, "walltime": "6:00"})), "BSUB"
+    )
+    text = script("summit", **(SUMMIT | {"walltime": "24:00"}), queue="killable")
+    assert {"-W 24:00", "-q killable"} <= set(head(text, "BSUB"))
+
+
 def test_output_that_cannot_be_written(capsys):
     assert main([*arguments(output="/no/such/job.sh"), "--", "true"]) == 2
     assert "--output: cannot write /no/such/job.sh: No such file" in capsys.readouterr().err
@@ -433,7 +448,10 @@ def test_any_argument_arrives_unchanged(dump, name, words, value):
     assert greeting == value
 
 
-@given(words=WORDS, folder=(TEXT | NASTY).map(lambda text: text.replace("/", "") + "x"))
+@given(
+    words=st.lists(NASTY | st.tuples(TEXT | NASTY, TEXT | NASTY).map("{data}".join), max_size=5),
+    folder=(TEXT | NASTY).map(lambda text: text.replace("/", "") + "x"),
+)
 def test_placeholder_alone_is_replaced(dump, words, folder):
     command = ("python", "--data={data}/train", *words)
     got, _ = dump(script("summit", **SUMMIT, command=command, stage=f"/gpfs/{folder}"))
