@@ -121,7 +121,7 @@ def _measure(options: argparse.Namespace) -> None:
     found: dict[str, Any] = {"ranks": hvd.size(), "n": n, "m": options.depth, "floor_s": floor}
     found |= {"copy_bytes_per_s": bandwidth, "variants": {}}
     for variant in variants(options.depth, hvd.size()):
-        found["variants"][variant.name] = _measure_variant(variant, shapes, options.events)
+        found["variants"][variant.name] = measure(variant, shapes, options.events)
     if not options.no_dense:
         found["dense"] = _measure_dense(n, options.depth)
     if hvd.rank() == 0:
@@ -142,7 +142,17 @@ def _copy_bandwidth(n: int) -> float:
     return 8 * n / min(times)
 
 
-def _measure_variant(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
+def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
+    """Times a variant against Horovod's own optimizer, on the ranks that there are. Collective.
+
+    Args:
+        variant: what to measure.
+        shapes: of the parameters.
+        events: accelerated steps.
+
+    Returns:
+        Seconds of an event beyond Horovod's own step, and of each part on this rank; ratios; bytes.
+    """
     import horovod.torch as hvd
     import torch
 
