@@ -390,10 +390,11 @@ class Accelerator:
         variance, squared = measured
         if self.config.residual == "gradient":
             squared = rr
-        self.stats.note_noise(variance, squared, gate)
-        if by_gradients:  # the other is a median already
-            variance = self._noise.steadied(variance, squared)
-        if not stands_out(squared, variance, gate):
+        # A guess is a median already. Columns are judged by what was measured now: when steps are
+        # short they are small beside r, and one bad measurement would keep them out for long.
+        steadied = self._noise.steadied(variance, squared) if by_gradients else variance
+        self.stats.note_noise(steadied, squared, gate)
+        if not stands_out(squared, steadied, gate):
             return []
         if by_gradients and self.config.residual != "gradient":
             return everything  # columns are in other units than the noise

@@ -138,7 +138,12 @@ class GradientSamples:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         flat, chosen = gradient.detach().reshape(-1), self._places[id(p)][1]
-        out.copy_(flat if chosen is None else flat[chosen])
+        if chosen is None:
+            out.copy_(flat)
+        elif flat.dtype == out.dtype:  # one kernel, where an index and a copy are two and more
+            torch.index_select(flat, 0, chosen, out=out)
+        else:
+            out.copy_(flat[chosen])
 
 
 class NoiseMeter:
@@ -205,8 +210,8 @@ class NoiseMeter:
         One measurement of few samples can miss by a factor, and in thousands of attempts some do.
         The share is the same on every rank, and no restart on one of them touches it.
         """
-        share = min(variance / squared, 1.0) if squared > 0.0 else 1.0
-        if math.isfinite(share):
+        if math.isfinite(variance) and 0.0 < squared < math.inf:
+            share = min(variance / squared, 1.0)
             last = share if self._share is None else self._share
             self._share = self.MEMORY * last + (1.0 - self.MEMORY) * share
         return max(variance, (self._share or 0.0) * squared)

@@ -30,9 +30,9 @@ class StopRequest:
         """
         if workers:
             # A scheduler may signal every process of a job. Ignoring is inherited, a handler is
-            # not: so the workers outlive what is meant for their rank. Not SIGTERM, by which torch
-            # ends them.
-            for number in (signal.SIGUSR1, signal.SIGUSR2):
+            # not: so the workers outlive what is meant for their rank. But `outlive_one_sigterm`
+            # is theirs, for by SIGTERM torch ends those that do not answer.
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             forkserver.ensure_running()
         for number in SIGNALS:
@@ -43,3 +43,8 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Nothing else: it runs between any two instructions, and no rank may act on it alone.
         self._received = True
+
+
+def outlive_one_sigterm(worker: int) -> None:
+    """For a loader's worker process, as it starts: the first SIGTERM is meant for its rank."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -154,13 +154,15 @@ def run(settings: Settings) -> bool:
                 if stopped and train_loader.batch:
                     break
             assert interval is not None
-            if train_loader.batch:  # amid an epoch: no validation, the scheduler may not wait
+            amid = bool(train_loader.batch)
+            epoch += not amid
+            if stopped and epoch < settings.epochs:  # at once: the scheduler may not wait
                 average_batch_norm(trainer.model, mean_over_ranks)
                 state = _state(identity, epoch, best, trainer, train_loader)
                 if chief:
                     checkpoint.save(folder / LAST, state)
+            if amid:
                 break
-            epoch += 1
             final = epoch == settings.epochs
             validating = final or epoch % settings.validate_every == 0
             every = settings.checkpoint_every

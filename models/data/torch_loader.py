@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from models.data.folder import ImageList
 from models.data.loader import CROP_AREA, CROP_RATIO, Loader, LoaderOptions
+from models.preemption import outlive_one_sigterm
 
 
 class TorchLoader(Loader):
@@ -33,6 +34,7 @@ class TorchLoader(Loader):
             generator=torch.Generator(),  # else each epoch draws from the global one
             # Forking a process that runs MPI's and Horovod's threads is not safe.
             multiprocessing_context="forkserver" if options.workers else None,
+            worker_init_fn=outlive_one_sigterm if options.workers else None,
         )
         shape = (1, options.channels, 1, 1)
         self._mean = torch.tensor(options.mean, device=options.device).view(shape) * 255

@@ -153,11 +153,12 @@ def test_signal_in_an_epochs_last_step_finishes_the_epoch(signalled, tmp_path):
     assert state["epoch"] == 1 and state["ranks"][0]["data"]["batch"] == 0
 
 
-def test_worker_processes_outlive_a_signal_to_the_whole_job(signalled, tmp_path):
+@pytest.mark.parametrize("name", ["SIGUSR2+", "SIGTERM+"])
+def test_worker_processes_outlive_a_signal_to_the_whole_job(signalled, tmp_path, name):
     options = ("--anderson=default", "--loader=torch", "--epochs=1", "--resume=auto")
-    code, output = signalled(tmp_path, 0, 3, "SIGUSR2+", *options, ranks=1)
+    code, output = signalled(tmp_path, 0, 3, name, *options, ranks=1)
     assert code == 75 and "stopped by a signal after step 4" in output, output[-4000:]
-    code, output = signalled(tmp_path, 0, 3, "SIGUSR2+", *options, ranks=1)
+    code, output = signalled(tmp_path, 0, 3, name, *options, ranks=1)
     assert code == 0 and "going on after step 4" in output, output[-4000:]
 
 

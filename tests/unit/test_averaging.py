@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aadl_hvd import history as history_module
 from aadl_hvd.averaging import MovingAverage
 
 
@@ -50,3 +51,14 @@ def test_no_rows():
 
 def test_bytes():
     assert MovingAverage(3, 5, torch.float32, torch.device("cpu")).nbytes == 3 * 5 * 4
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_spread_is_the_largest_of_all_chunks(monkeypatch, place):
+    monkeypatch.setattr(history_module, "CHUNK", 2)
+    average = MovingAverage(2, 7, torch.float64, torch.device("cpu"))
+    for value in (1.0, 3.0):
+        w = torch.zeros(7, dtype=torch.float64)
+        w[place] = value
+        average.push(w)
+    assert float(average.spread()) == 1.0

@@ -181,8 +181,9 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
         max_size=6,
     ),
     mixing=st.sampled_from([0.0, 0.3]),
+    later=st.sampled_from([0.0, 0.3]),
 )
-def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing):
+def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing, later):
     """Columns of any size, also of very different ones, to float16's own precision."""
     n, depth = 40, 3
     random = torch.Generator().manual_seed(0)
@@ -211,9 +212,10 @@ def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing):
             gamma = torch.zeros(depth, dtype=torch.float64)
             gamma[slot] = -1.0
             whole = np.zeros(n)
-            whole[part] = held.update(torch.zeros(n)[part], gamma, mixing).numpy()
-            expected = (W[i] + mixing * R[i]).numpy()
-            size = np.abs(expected).max() or 1.0
+            whole[part] = held.update(torch.zeros(n)[part], gamma, later).numpy()
+            expected = (W[i] + later * R[i]).numpy()
+            rounded = W[i] + mixing * R[i], (later - mixing) * R[i]
+            size = sum(float(x.abs().max()) for x in rounded) or 1.0
             np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-3 * size)
 
     run_ranks(2, program)

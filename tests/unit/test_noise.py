@@ -1,6 +1,7 @@
 """The variance of the mean gradient against its definition, and what the gate makes of it."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -219,15 +220,67 @@ def test_one_lucky_measurement_opens_no_gate():
     assert opened == sorted(opened)
 
 
-def test_steadied_noise_survives_bad_numbers():
-    meter = NoiseMeter()
-    for variance, squared in ((math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0), (1.0, math.inf)):
-        meter.steadied(variance, squared)
-    assert meter.steadied(0.25, 1.0) <= 1.0
-    for _ in range(100):
-        steadied = meter.steadied(1e-4, 1.0)
-    assert steadied == pytest.approx(1e-4, rel=0.5)
+def test_the_gate_goes_by_steadied_noise(monkeypatch):
+    """One measurement in seven is low by luck: none of them opens the gate."""
+    shares = itertools.cycle([0.5] * 6 + [1e-3])
+    monkeypatch.setattr(NoiseMeter, "variance", staticmethod(lambda *_: (next(shares), 1.0)))
+    problem = Problem(PLAIN)
+    config = AndersonConfig(frequency=1, residual="step", averages=())
+    _, opt = problem.run(config, 40)
+    assert opt.anderson.stats.rejected["noise"] > 30
+    assert opt.anderson.stats.accelerated == 0
+
+
+@pytest.mark.parametrize(
+    ("variance", "squared"),
+    [(math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0), (1.0, math.inf), (1.0, math.nan)],
+)
+def test_steadied_noise_forgets_bad_numbers(variance, squared):
+    meter, other = NoiseMeter(), NoiseMeter()
+    for _ in range(10):
+        meter.steadied(0.5, 1.0), other.steadied(0.5, 1.0)
+    meter.steadied(variance, squared)
+    assert meter.steadied(1e-4, 1.0) == other.steadied(1e-4, 1.0) == pytest.approx(0.45, rel=1e-3)
     assert NoiseMeter().steadied(1e-4, 1.0) == 1e-4  # full batches need not wait
+    many = NoiseMeter()
+    many.steadied(50.0, 1.0)  # no more than all of it
+    assert many.steadied(0.0, 1.0) == pytest.approx(0.9)
+
+
+def test_full_batch_of_unlike_ranks_stays_open():
+    """Each rank has classes of its own, so that Hessians differ; but a full batch has no noise.
+
+    A high measurement now and then must not keep columns out for dozens of attempts.
+    """
+    x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    x, ranks = x.float() / 16, 4
+    parts = torch.argsort(y, stable=True)[: len(y) // ranks * ranks].chunk(ranks)
+
+    def program(comm):
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((10, 64), (10,))]
+        base = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, nesterov=True)
+        opt = AndersonOptimizer(base)
+        opt.anderson = Accelerator(opt.anderson.config, comm)
+        problem = opt._anderson_problem
+        problem.sample_gradients(1, 1.0)
+        for _ in range(200):
+            opt.zero_grad()
+            mine = parts[comm.rank]
+            logits = torch.nn.functional.linear(x[mine], *parameters)
+            torch.nn.functional.cross_entropy(logits, y[mine]).backward()
+            measuring = opt.anderson.measures_noise
+            for p in parameters:
+                if measuring:
+                    problem.samples.take(p)
+                p.grad.copy_(comm.sum_tensor(p.grad.flatten()).view_as(p.grad) / comm.size)
+            if measuring:
+                problem.samples.take_mean()
+            opt.step()
+        return opt.anderson.stats
+
+    stats = run_ranks(ranks, program)[0]
+    assert stats.rejected["noise"] <= 20, stats
+    assert stats.accelerated >= 40, stats
 
 
 def test_random_coordinates_are_unbiased(monkeypatch):
