@@ -1,0 +1,1 @@
+"""Predicts what Anderson acceleration costs on machines larger than this one."""

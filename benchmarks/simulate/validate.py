@@ -1,0 +1,208 @@
+"""The model against real ranks of this machine: `python -m benchmarks.simulate` starts this."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aadl_hvd import AndersonConfig
+from benchmarks.simulate import model
+from benchmarks.simulate.machines import Machine
+from benchmarks.simulate.model import Network
+from benchmarks.simulate.work import copy_bandwidth, network_shapes, share
+
+CALIBRATION = 2**23  # numbers in the allgather that bandwidth is taken from
+REPEATS = 15
+# What the library's own timers see of an event, in its order.
+PARTS = ("read", "noise", "store", "gram", "solve", "update", "gather", "write", "average")
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """This machine as two ranks see it, all figures measured.
+
+    Attributes:
+        machine: bandwidths and latencies; one node.
+        negotiation: seconds of Horovod's smallest allgather.
+        alone: memory bandwidth of one rank while the other rests, bytes/s.
+    """
+
+    machine: Machine
+    negotiation: float
+    alone: float
+
+
+def settings(m: int) -> AndersonConfig:
+    """An event of p = q = 5, with fewer plain steps in between: they cost acceleration nothing."""
+    return AndersonConfig(history_depth=m, frequency=2, store_every=2)
+
+
+def on_real_ranks(ranks: int, parameters: int | None, m: int, cycles: int) -> dict[str, Any]:
+    """Runs events on real ranks.
+
+    Args:
+        ranks: P.
+        parameters: n; None: ResNet50's.
+        m: history depth.
+        cycles: events to time.
+
+    Returns:
+        Medians over accepted events of each part's seconds on rank 0, and the calibration.
+
+    Raises:
+        RuntimeError: the ranks failed.
+    """
+    from benchmarks.launch import run_on_ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        words = [f"--out={out}", f"--history-depth={m}", f"--cycles={cycles}"]
+        if parameters is not None:
+            words.append(f"--parameters={parameters}")
+        code = run_on_ranks(
+            "benchmarks.simulate.validate", *words, ranks=ranks, cycle_time=None, output=sys.stdout
+        )
+        if code:
+            raise RuntimeError(f"the validation on {ranks} ranks ended with exit code {code}")
+        found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def here(calibration: dict[str, float], alone: float) -> Here:
+    """This machine from what two ranks measured, see `_calibrate`."""
+    latency = calibration["tiny"] / 2  # to rank 0 and back
+    large = 4 * CALIBRATION / 2  # bytes that two ranks exchange of an allgather
+    bandwidth = large / max(calibration["large"] - calibration["negotiation"], 1e-9)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    machine = Machine(
+        "here", "cores", 2, memory, calibration["copy"], bandwidth, latency, bandwidth, latency
+    )
+    return Here(machine, calibration["negotiation"], alone)
+
+
+def predict(
+    found: Here, ranks: int, parameters: int | None, m: int, cycles: int
+) -> dict[str, float]:
+    """Seconds of an event's parts on real ranks of this machine, from one rank's share.
+
+    Ranks beyond the cores are not accounted for: the machine was measured with two.
+    """
+    shapes = network_shapes(parameters)
+    own = share(shapes, settings(m), ranks, cycles)
+    seconds = {part: value["median"] for part, value in own["seconds"].items()}
+    slower = found.alone / found.machine.memory_bandwidth
+    machine = dataclasses.replace(found.machine, gpus_per_node=ranks)
+    network = Network(machine, ranks)
+    averages = len(settings(m).averages)
+    messages = {
+        "gram": network.reduce_and_broadcast(model.gram_message(m, averages)),
+        "solve": network.tree(model.FLOAT64 * m),
+        "update": network.reduce_and_broadcast(model.FLOAT64),
+        "gather": found.negotiation + network.allgather(4.0 * own["parameters"]),
+    }
+    return {part: seconds[part] * slower + messages.get(part, 0.0) for part in PARTS}
+
+
+def _on_rank(options: argparse.Namespace) -> None:
+    import horovod.torch as hvd
+
+    from aadl_hvd import DistributedAndersonOptimizer
+    from models import dist
+
+    dist.start()
+    calibration = _calibrate()
+    torch.manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(torch.rand(shape)) for shape in network_shapes(options.parameters)
+    ]
+    curvatures = torch.linspace(0.01, 1.0, len(parameters)).tolist()
+    config = settings(options.history_depth)
+    optimizer = DistributedAndersonOptimizer(
+        torch.optim.SGD(parameters, lr=0.1),
+        [(f"p{i}", p) for i, p in enumerate(parameters)],
+        anderson=config,
+    )
+    stats = optimizer.anderson.stats
+    full = config.frequency * (options.history_depth + 1)
+    events: list[dict[str, float]] = []
+    steps = full + config.frequency * options.cycles
+    while optimizer.anderson.stats.steps < steps:
+        before, accelerated = dict(stats.seconds), stats.accelerated
+        for _ in range(config.frequency):
+            optimizer.zero_grad()
+            loss = sum(  # a gradient without the memory of a graph over all parameters
+                (_Quadratic.apply(p, c) for p, c in zip(parameters, curvatures, strict=True)),
+                start=torch.zeros(()),
+            )
+            loss.backward()
+            optimizer.step()
+        if stats.steps > full and stats.accelerated > accelerated:
+            events.append({part: stats.seconds[part] - before[part] for part in PARTS})
+    if hvd.rank() == 0:
+        if not events:
+            raise RuntimeError(f"no event was accepted: {stats}")
+        medians = {part: statistics.median(event[part] for event in events) for part in PARTS}
+        result = {"seconds": medians, "events": len(events), "calibration": calibration}
+        options.out.write_text(json.dumps(result))
+    hvd.barrier()
+    hvd.shutdown()
+
+
+class _Quadratic(torch.autograd.Function):
+    """curvature / 2 |p|^2, of which only the gradient is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, p: torch.Tensor, curvature: float) -> torch.Tensor:
+        ctx.save_for_backward(p)
+        ctx.curvature = curvature
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0] * ctx.curvature, None
+
+
+def _calibrate() -> dict[str, float]:
+    """Medians on this rank while all ranks do the same: bytes/s of a copy, seconds of messages."""
+    import horovod.torch as hvd
+    import numpy as np
+
+    from aadl_hvd.comm.horovod import horovod_communicator
+    from benchmarks.latency import times
+
+    comm = horovod_communicator(hvd.global_process_set)
+
+    def median(operation: Any, repeats: int = REPEATS) -> float:
+        return statistics.median(times(operation, repeats, lambda: comm.allreduce(np.zeros(1))))
+
+    hvd.barrier()
+    copy = copy_bandwidth()["median"]
+    block = torch.ones(CALIBRATION // comm.size)
+    return {
+        "copy": copy,
+        "tiny": median(lambda: comm.allreduce(np.zeros(1)), 200),
+        "negotiation": median(lambda: comm.allgather(torch.ones(1)), 50),
+        "large": median(lambda: comm.allgather(block)),
+    }
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parameters", type=int)
+    parser.add_argument("--history-depth", type=int, required=True)
+    parser.add_argument("--cycles", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    _on_rank(parser.parse_args())
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,307 @@
+"""What one rank of P does by itself: run here for real, timed, and its kernels counted.
+
+The rank is alone, behind a communicator that answers as P ranks would and talks to nobody. The
+weights have the shapes of the network; gradients are those of a quadratic, at a new random point
+in every step, so that no event is rejected and every one does all of its work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import aadl_hvd.history as history
+from aadl_hvd import AndersonConfig
+from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.comm.base import Communicator, Values
+from aadl_hvd.diagnostics import Stats
+from aadl_hvd.fixed_point import OptimizerFixedPoint
+from aadl_hvd.noise import GradientSamples
+from benchmarks.report import spread
+from benchmarks.simulate.model import foreach_launches
+
+# Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
+# their mean after it; this rank's rows of the gradient; what the library does between its parts.
+BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
+_NO_KERNEL = ("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local")
+_WAITS = ("cpu", "tolist", "item", "__float__")
+
+
+class OneOfMany(Communicator):
+    """Answers as if every one of `size` ranks held what this one holds.
+
+    Args:
+        size: P.
+        rank: which of them this is.
+        weights: what an allgather brings, [n].
+    """
+
+    def __init__(self, size: int, rank: int, weights: Tensor) -> None:
+        self.size, self.rank = size, rank
+        self._weights = weights
+
+    def allgather_object(self, item: Any) -> list[Any]:  # noqa: D102
+        return [item] * self.size
+
+    def _allreduce_sum(self, values: Values) -> Values:
+        return values * self.size
+
+    def _allreduce_max(self, values: Values) -> Values:
+        return values
+
+    def _broadcast(self, values: Values) -> Values:
+        return values.copy()
+
+    def _allgather(self, block: Tensor) -> Tensor:
+        return self._weights
+
+    def _sum_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class _Timers(Stats):
+    """Stats whose parts exclude one another, and which know what part is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds.update(dict.fromkeys((BACKWARD, SAMPLE, RESIDUAL, OTHER), 0.0))
+        self._under_way: list[str] = []
+        self._since = 0.0
+
+    @property
+    def part(self) -> str | None:
+        """The part under way; None outside all."""
+        return self._under_way[-1] if self._under_way else None
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        self._turn()
+        self._under_way.append(part)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._under_way.pop()
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        if self.part is not None:
+            self.seconds[self.part] += now - self._since
+        self._since = now
+
+
+class _TimedSamples:
+    """Gradient samples, under a timer of their own."""
+
+    def __init__(self, samples: GradientSamples, timers: _Timers) -> None:
+        self._samples, self._timers = samples, timers
+        self.samples = samples.samples
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._samples, name)
+
+        def timed(*arguments: Any) -> Any:
+            with self._timers.timed(BACKWARD if name == "take" else SAMPLE):
+                return method(*arguments)
+
+        return timed
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts operations that start a kernel on a GPU, by part; one for each but for lists."""
+
+    def __init__(self, timers: _Timers) -> None:
+        super().__init__()
+        self._timers = timers
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if self._timers.part is not None and not func.is_view and not name.startswith(_NO_KERNEL):
+            kernels = 1
+            if name.startswith("_foreach"):
+                kernels = foreach_launches(len(args[0]), sum(t.numel() for t in args[0]))
+            self.found[self._timers.part] = self.found.get(self._timers.part, 0) + kernels
+        return func(*args, **(kwargs or {}))
+
+
+class _Waits(TorchFunctionMode):
+    """Counts places where the host would wait for a GPU's numbers, by part."""
+
+    def __init__(self, timers: _Timers) -> None:
+        super().__init__()
+        self._timers = timers
+        self.found: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        part = self._timers.part
+        if part is not None and getattr(func, "__name__", "") in _WAITS:
+            self.found[part] = self.found.get(part, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def share(
+    shapes: Sequence[torch.Size], config: AndersonConfig, ranks: int, cycles: int
+) -> dict[str, Any]:
+    """One rank's own work for an accelerated step and what led up to it.
+
+    Args:
+        shapes: of the parameters.
+        config: settings; p = q, or q = 1.
+        ranks: P.
+        cycles: of p steps that are timed, after the history is full.
+
+    Returns:
+        Rows of this rank, its bytes, and by part: seconds (median and quartiles over cycles),
+        kernels and waits of one cycle.
+    """
+    n = sum(shape.numel() for shape in shapes)
+    p, m, q = config.frequency, config.history_depth, config.store_every
+    rank = _Rank(shapes, config, ranks)
+    rank.run((m + 1) * q + -m * q % p + p)  # whole cycles, until the history is full
+    rank.run(-rank.calls % p)
+    seconds, accepted = [], rank.timers.accelerated
+    for _ in range(cycles):
+        before = dict(rank.timers.seconds)
+        rank.run(p)
+        seconds.append({k: v - before[k] for k, v in rank.timers.seconds.items()})
+    with rank.counting() as (kernels, waits):
+        rank.run(p)
+    if rank.timers.accelerated - accepted != cycles + 1:
+        raise RuntimeError(f"an event was rejected, its cost is not the whole: {rank.timers}")
+    return {
+        "parameters": n,
+        "ranks": ranks,
+        "layout": config.layout,
+        "p": p,
+        "q": q,
+        "rows": rank.rows.stop - rank.rows.start,
+        "bytes": rank.accelerator.history_bytes,
+        "seconds": {part: spread([cycle[part] for cycle in seconds]) for part in seconds[0]},
+        "launches": kernels.found,
+        "synchronisations": waits.found,
+    }
+
+
+class _Rank:
+    """One rank of P on its own, with a problem to accelerate."""
+
+    def __init__(self, shapes: Sequence[torch.Size], config: AndersonConfig, ranks: int) -> None:
+        n = sum(shape.numel() for shape in shapes)
+        generator = torch.Generator().manual_seed(0)
+        self._curvature = torch.rand(n, generator=generator).mul_(0.9).add_(0.1)
+        self._w, self._g = torch.empty(n), torch.empty(n)
+        parameters = [
+            torch.nn.Parameter(part.view(shape))
+            for part, shape in zip(self._w.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
+        for p, part in zip(parameters, self._g.split([s.numel() for s in shapes]), strict=True):
+            p.grad = part.view(p.shape)
+        self._parameters = parameters
+        optimizer = torch.optim.SGD(parameters, lr=0.1, weight_decay=1e-4)
+        self._problem = OptimizerFixedPoint(optimizer, config.residual)
+        block = -(-n // ranks)
+        rank = min(ranks // 2, (n - 1) // block)  # in the middle, and not an empty one
+        lo, hi = (rank * block, min((rank + 1) * block, n)) if config.layout == "rows" else (0, n)
+        self.rows = slice(lo, hi)
+        weights = torch.rand(max(n, ranks * block), generator=generator)
+        self._points = torch.randn(hi - lo + 4096, generator=generator)
+        self._w.copy_(weights[:n])
+        if config.layout == "columns":
+            rank = 0  # holds as many columns as anybody
+        self.accelerator = Accelerator(config, OneOfMany(ranks, rank, weights))
+        self.timers = _Timers()
+        self.accelerator.stats = self.timers
+        if config.noise_gate is not None:
+            self._problem.sample_gradients(1, 1.0)
+            samples = cast(GradientSamples, self._problem.samples)
+            self._problem.samples = cast(Any, _TimedSamples(samples, self.timers))
+        self._config, self._loss = config, torch.tensor(1.0)
+        self._generator = np.random.default_rng(0)
+        self.calls = 0
+
+    def run(self, steps: int) -> None:
+        """Steps of which only acceleration's own part is timed."""
+        for _ in range(steps):
+            self._step()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[tuple[_Kernels, _Waits]]:
+        """Within, kernels and waits are counted, in chunks of a GPU's length."""
+        kernels, waits = _Kernels(self.timers), _Waits(self.timers)
+        with mock.patch.object(history, "CHUNK", history.CHUNK_GPU), waits, kernels:
+            yield kernels, waits
+
+    def _step(self) -> None:
+        accelerator, problem, config = self.accelerator, self._problem, self._config
+        self.calls += 1
+        acts = self.calls % config.store_every == 0 or self.calls % config.frequency == 0
+        sampled = accelerator.measures_noise
+        if acts:
+            offset = int(self._generator.integers(4096))
+            self._w[self.rows].copy_(self._points[offset : offset + len(self._points) - 4096])
+        if acts or sampled:
+            torch.mul(self._curvature, self._w, out=self._g)
+        if sampled and problem.samples is not None:
+            with torch.no_grad():
+                for parameter in self._parameters:
+                    problem.samples.take(parameter)
+                problem.samples.take_mean()
+
+        def advance() -> None:
+            with self.timers.timed(RESIDUAL):
+                problem.keep_gradient()
+
+        problem.base_step = problem.skip_step = advance
+        accelerator.observe(self._loss)
+        with self.timers.timed(OTHER):
+            accelerator.step(problem)
+        problem.forget_gradient()
+
+
+def network_shapes(parameters: int | None) -> list[torch.Size]:
+    """Shapes of ResNet50's parameters; of as many alike tensors where their number is given."""
+    from models.networks import build
+
+    with torch.device("meta"):
+        shapes = [p.shape for p in build("resnet50", 1000).parameters()]
+    if parameters is None:
+        return shapes
+    ends = np.linspace(0, parameters, len(shapes) + 1).astype(int)
+    return [torch.Size([int(size)]) for size in np.diff(ends) if size]
+
+
+def copy_bandwidth(numbers: int = 2**25, repeats: int = 9) -> dict[str, float]:
+    """Bytes per second, read and written, of a copy far larger than caches; measured."""
+    source, target = torch.ones(numbers), torch.zeros(numbers)
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        target.copy_(source)
+        found.append(2 * 4 * numbers / (time.perf_counter() - started))
+    return spread(found)
+
+
+def least_squares(n: int, m: int, repeats: int = 3) -> dict[str, float]:
+    """Seconds of an event as AADL has it on every rank: stack m columns, solve by QR; measured."""
+    generator = torch.Generator().manual_seed(0)
+    iterates = [torch.randn(n, generator=generator) for _ in range(m + 1)]
+    r = torch.randn(n, generator=generator)
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        stacked = torch.stack(iterates, dim=1)
+        differences = stacked[:, 1:] - stacked[:, :-1]
+        q, upper = torch.linalg.qr(differences)
+        torch.linalg.solve_triangular(upper, (q.T @ r)[:, None], upper=True)
+        found.append(time.perf_counter() - started)
+    return spread(found)
