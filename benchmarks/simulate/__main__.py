@@ -19,7 +19,6 @@ from models.errors import UserError
 
 RANKS = (6, 12, 96, 384, 1536, 6144, 27648)
 MACHINES = ("summit", "frontier", "h100_pod")
-FLOOR_ROWS = 900  # next to none: all that is left is the host's time
 COLUMNS_CYCLES = 3  # each rank works on whole columns: slow, and less disturbed
 SAMPLE_OF_N = 20  # AADL's least squares are measured on every 20th row
 # Summit: 170 GB/s a socket, three GPUs on each; NVLink between processor and GPU.
@@ -138,7 +137,7 @@ def _run(options: argparse.Namespace) -> None:
     sizes = sorted({*options.ranks, *(machine.gpus_per_node for machine in machines)} - {1})
     shares: dict[tuple[str, int, int], dict[str, Any]] = {}
     for config in (five, two):
-        for ranks in (*sizes, -(-n // min(FLOOR_ROWS, n // 2))):
+        for ranks in (*sizes, work.floor_ranks(n)):
             found = work.share(shapes, config, ranks, options.cycles)
             shares["rows", config.frequency, ranks] = found
         shares["rows", config.frequency, 0] = found  # the floor

@@ -18,7 +18,8 @@ from aadl_hvd import AndersonConfig
 from benchmarks.simulate import model
 from benchmarks.simulate.machines import Machine
 from benchmarks.simulate.model import Network
-from benchmarks.simulate.work import copy_bandwidth, network_shapes, share
+from benchmarks.simulate.predictions import as_work
+from benchmarks.simulate.work import copy_bandwidth, floor_ranks, network_shapes, share
 
 CALIBRATION = 2**23  # numbers in the allgather that bandwidth is taken from
 REPEATS = 15
@@ -98,7 +99,8 @@ def predict(
     """
     shapes = network_shapes(parameters)
     own = share(shapes, settings(m), ranks, cycles)
-    seconds = {part: value["median"] for part, value in own["seconds"].items()}
+    floor = share(shapes, settings(m), floor_ranks(own["parameters"]), cycles)
+    work = as_work(own, floor)
     slower = found.alone / found.machine.memory_bandwidth
     machine = dataclasses.replace(found.machine, gpus_per_node=ranks)
     network = Network(machine, ranks)
@@ -109,7 +111,12 @@ def predict(
         "update": network.reduce_and_broadcast(model.FLOAT64),
         "gather": found.negotiation + network.allgather(4.0 * own["parameters"]),
     }
-    return {part: seconds[part] * slower + messages.get(part, 0.0) for part in PARTS}
+    seconds = {}
+    for part in PARTS:
+        # The host's own time is here what it was; streaming shares the memory with other ranks.
+        fixed = 0.0 if part in model.WHOLE_PARTS else min(work.fixed[part], work.seconds[part])
+        seconds[part] = fixed + (work.seconds[part] - fixed) * slower + messages.get(part, 0.0)
+    return seconds
 
 
 def _on_rank(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,12 @@ def answers(
         f"noise gate and averages)"
         for name, s in steps.seconds.items()
     )
+    longest = math.ceil(x.total / (TARGET * step))
     met = "met" if x.share(step) <= TARGET else "missed"
     lines = [
         f"At {at} GPUs, p = q = {x.p}: {_ms(x.total)} ms an event; {shares}. Largest parts, ms: "
-        f"{costs}. At most {100 * TARGET:g} % of a float32 step: {met}.",
+        f"{costs}. At most {100 * TARGET:g} % of a float32 step: {met}; "
+        f"p = q = {longest} would do.",
         f"{x.in_backward} of the {x.launches} kernels are started in backward passes, behind work "
         "that the host is ahead of: counted in full, which errs on the high side.",
         f"With p = {y.p}, q = 1: {_percent(y.share(step))} % of a float32 step, "

@@ -32,6 +32,7 @@ from benchmarks.simulate.model import foreach_launches
 # Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
 # their mean after it; this rank's rows of the gradient; what the library does between its parts.
 BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
+FLOOR_ROWS = 900
 _NO_KERNEL = ("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local")
 _WAITS = ("cpu", "tolist", "item", "__float__")
 
@@ -278,6 +279,11 @@ def network_shapes(parameters: int | None) -> list[torch.Size]:
         return shapes
     ends = np.linspace(0, parameters, len(shapes) + 1).astype(int)
     return [torch.Size([int(size)]) for size in np.diff(ends) if size]
+
+
+def floor_ranks(n: int) -> int:
+    """P at which a rank has next to no rows: all that is left is the host's time."""
+    return -(-n // min(FLOOR_ROWS, n // 2))
 
 
 def copy_bandwidth(numbers: int = 2**25, repeats: int = 9) -> dict[str, float]:
