@@ -257,15 +257,15 @@ def on_gpu(work: Work, ratio: float, launch: float = LAUNCH) -> dict[str, float]
 
 
 def offloaded(
-    n: int, m: int, *, stack_and_solve: float, ratio: float, link: float, itemsize: int = 4
+    n: int, m: int, *, stack_and_solve: float, bandwidth: float, link: float, itemsize: int = 4
 ) -> dict[str, float]:
     """Seconds of one event where every rank keeps all of the history on its host, as AADL does.
 
     Args:
         n: number of parameters.
         m: history depth.
-        stack_and_solve: seconds of stacking the columns and solving by QR, measured here.
-        ratio: memory bandwidth here over what a rank has of its host's.
+        stack_and_solve: bytes that could be copied while columns are stacked and solved by QR.
+        bandwidth: what a rank has of its host's memory bandwidth, bytes/s.
         link: bytes per second between GPU and host.
         itemsize: bytes of a parameter.
 
@@ -275,6 +275,6 @@ def offloaded(
     """
     return {
         "transfer": 2 * n * itemsize / link,
-        "least squares": stack_and_solve * ratio,
+        "least squares": stack_and_solve / bandwidth,
         "transfer of all": m * n * itemsize / link,
     }

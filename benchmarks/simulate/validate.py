@@ -9,6 +9,8 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from benchmarks.simulate.work import copy_bandwidth, floor_ranks, network_shapes
 
 CALIBRATION = 2**23  # numbers in the allgather that bandwidth is taken from
 REPEATS = 15
-# What the library's own timers see of an event, in its order.
-PARTS = ("read", "noise", "store", "gram", "solve", "update", "gather", "write", "average")
+# What the library's own timers see of an event, in its order, without its tiny messages.
+TIMED = ("read", "noise", "store", "gram", "solve", "update", "gather", "write", "average")
+MESSAGES = "tiny messages"  # waiting for the other ranks to come is measured, not predicted
+PARTS = (*TIMED, MESSAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,18 +109,15 @@ def predict(
     machine = dataclasses.replace(found.machine, gpus_per_node=ranks)
     network = Network(machine, ranks)
     averages = len(settings(m).averages)
-    messages = {
-        "gram": network.reduce_and_broadcast(model.gram_message(m, averages)),
-        "solve": network.tree(model.FLOAT64 * m),
-        "update": network.reduce_and_broadcast(model.FLOAT64),
-        "gather": found.negotiation + network.allgather(4.0 * own["parameters"]),
-    }
+    tiny = network.reduce_and_broadcast(model.gram_message(m, averages))
+    tiny += network.tree(model.FLOAT64 * m) + network.reduce_and_broadcast(model.FLOAT64)
     seconds = {}
-    for part in PARTS:
+    for part in TIMED:
         # The host's own time is here what it was; streaming shares the memory with other ranks.
         fixed = 0.0 if part in model.WHOLE_PARTS else min(work.fixed[part], work.seconds[part])
-        seconds[part] = fixed + (work.seconds[part] - fixed) * slower + messages.get(part, 0.0)
-    return seconds
+        seconds[part] = fixed + (work.seconds[part] - fixed) * slower
+    seconds["gather"] += found.negotiation + network.allgather(4.0 * own["parameters"])
+    return {**seconds, MESSAGES: tiny}
 
 
 def _on_rank(options: argparse.Namespace) -> None:
@@ -139,11 +140,12 @@ def _on_rank(options: argparse.Namespace) -> None:
         anderson=config,
     )
     stats = optimizer.anderson.stats
+    talked = _time_messages(optimizer.anderson.comm)
     full = config.frequency * (options.history_depth + 1)
     events: list[dict[str, float]] = []
     steps = full + config.frequency * options.cycles
     while optimizer.anderson.stats.steps < steps:
-        before, accelerated = dict(stats.seconds), stats.accelerated
+        before, accelerated = stats.seconds | talked, stats.accelerated
         for _ in range(config.frequency):
             optimizer.zero_grad()
             loss = sum(  # a gradient without the memory of a graph over all parameters
@@ -153,7 +155,13 @@ def _on_rank(options: argparse.Namespace) -> None:
             loss.backward()
             optimizer.step()
         if stats.steps > full and stats.accelerated > accelerated:
-            events.append({part: stats.seconds[part] - before[part] for part in PARTS})
+            event = {key: value - before[key] for key, value in (stats.seconds | talked).items()}
+            for part in talked.keys() - {MESSAGES}:
+                event[MESSAGES] += event[part]
+                event[part.removeprefix("message of ")] -= event[part]
+            events.append({part: event[part] for part in PARTS})
+    again = _calibrate()  # what else the machine does may have changed
+    calibration = {key: (value + again[key]) / 2 for key, value in calibration.items()}
     if hvd.rank() == 0:
         if not events:
             raise RuntimeError(f"no event was accepted: {stats}")
@@ -162,6 +170,24 @@ def _on_rank(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(result))
     hvd.barrier()
     hvd.shutdown()
+
+
+def _time_messages(comm: Any) -> dict[str, float]:
+    """Has tiny messages timed, by the part that they are sent in."""
+    talked = {MESSAGES: 0.0, **{f"message of {part}": 0.0 for part in ("gram", "solve", "update")}}
+
+    def timed(part: Callable[[Any], str], method: Any) -> Any:
+        def call(values: Any, *arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = method(values, *arguments)
+            talked[f"message of {part(values)}"] += time.perf_counter() - started
+            return result
+
+        return call
+
+    comm.allreduce = timed(lambda values: "update" if values.size == 1 else "gram", comm.allreduce)
+    comm.broadcast = timed(lambda values: "solve", comm.broadcast)
+    return talked
 
 
 class _Quadratic(torch.autograd.Function):
