@@ -125,6 +125,17 @@ def test_messages():
     assert set(alone.values()) == {0.0}
 
 
+def test_offloaded():
+    found = model.offloaded(100, 5, stack_and_solve=3e9, bandwidth=1e9, link=200.0)
+    assert found == {"transfer": 4.0, "least squares": 3.0, "transfer of all": 10.0}
+
+
+def test_kernels_of_a_list():
+    assert model.foreach_launches(1, 1000) == 1
+    assert model.foreach_launches(64, 1000) == 1 and model.foreach_launches(65, 1000) == 2
+    assert model.foreach_launches(1, 65536 * 320 + 1) == 2
+
+
 # Bytes and work
 
 
@@ -187,6 +198,11 @@ def test_nothing_is_sampled_without_a_gate():
     config = AndersonConfig(history_depth=3, frequency=2, noise_gate=None, averages=())
     found = work.share(shapes, config, 2, cycles=1)
     assert not {"backward", "sample", "noise", "average"} & set(found["launches"])
+
+
+def test_bandwidth_and_least_squares_are_measured():
+    assert work.copy_bandwidth(1000, 2)["median"] > 0
+    assert work.least_squares(200, 3, 1)["median"] > 0
 
 
 def test_shapes():
