@@ -158,7 +158,6 @@ def _run(options: argparse.Namespace) -> None:
     setting: dict[str, Any] = {
         "m": m,
         "averages": averages,
-        "bandwidth": bandwidth["median"],
         "launch": options.launch_microseconds * 1e-6,
     }
     rates = dict(zip(("float32", "mixed"), options.images_per_second, strict=True))
@@ -215,7 +214,7 @@ def _run(options: argparse.Namespace) -> None:
             "offload": offload,
             "answers": said,
         }
-    validation = _validation(options, m, bandwidth["median"]) if options.validate else None
+    validation = _validation(options, m) if options.validate else None
     everything = {
         "parameters": n,
         "history_depth": m,
@@ -241,7 +240,7 @@ def _run(options: argparse.Namespace) -> None:
     words.plot(options.out / "simulate.png", plotted)
 
 
-def _validation(options: argparse.Namespace, m: int, alone: float) -> dict[str, Any]:
+def _validation(options: argparse.Namespace, m: int) -> dict[str, Any]:
     from benchmarks.simulate import validate, words
 
     cores = len(os.sched_getaffinity(0))
@@ -251,7 +250,7 @@ def _validation(options: argparse.Namespace, m: int, alone: float) -> dict[str, 
     two = next((found for (ranks, _), found in real.items() if ranks == 2), None)
     if two is None:
         two = validate.on_real_ranks(2, 1000, m, 1)
-    here = validate.here(two["calibration"], alone)
+    here = validate.here(two["calibration"])
     figures = here.machine
     print("\n## here: real ranks of this machine\n")
     print(

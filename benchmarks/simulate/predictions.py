@@ -118,7 +118,6 @@ def predict(
     *,
     m: int,
     averages: int,
-    bandwidth: float,
     launch: float = model.LAUNCH,
 ) -> Prediction:
     """One rank of P on a machine, its history shared by all P.
@@ -129,13 +128,12 @@ def predict(
         floor: `work.share` of next to no rows.
         m: history depth.
         averages: number of running averages.
-        bandwidth: of memory, where it was measured.
         launch: seconds of a kernel's launch.
     """
     network = Network(machine, measured["ranks"])
     messages = model.talk(network, measured["parameters"], m, averages, measured["layout"])
     return _prediction(
-        measured["layout"], machine, measured, floor, messages, bandwidth, launch, measured["ranks"]
+        measured["layout"], machine, measured, floor, messages, launch, measured["ranks"]
     )
 
 
@@ -147,7 +145,6 @@ def predict_in_node(
     *,
     m: int,
     averages: int,
-    bandwidth: float,
     launch: float = model.LAUNCH,
 ) -> Prediction:
     """P ranks of which those of a node share a history. The library has no such groups yet.
@@ -162,9 +159,7 @@ def predict_in_node(
         messages["tiny"] += world.reduce_and_broadcast(model.FLOAT64 * (model.RIDERS + averages))
         messages["tiny"] += world.tree(model.FLOAT64 * m)
         messages["tiny"] += world.reduce_and_broadcast(model.FLOAT64 * model.OBSERVED)
-    return _prediction(
-        "rows in a node", machine, measured, floor, messages, bandwidth, launch, ranks
-    )
+    return _prediction("rows in a node", machine, measured, floor, messages, launch, ranks)
 
 
 def _prediction(
@@ -173,12 +168,11 @@ def _prediction(
     measured: Mapping[str, Any],
     floor: Mapping[str, Any],
     messages: dict[str, float],
-    bandwidth: float,
     launch: float,
     ranks: int,
 ) -> Prediction:
     work = as_work(measured, floor)
-    ratio = bandwidth / machine.memory_bandwidth
+    ratio = measured["bandwidth"] / machine.memory_bandwidth
     parts = model.on_gpu(work, ratio, launch) | messages
     seconds = {
         group: sum(parts.get(part, 0.0) for part in members) for group, members in GROUPS.items()

@@ -38,12 +38,10 @@ class Here:
     Attributes:
         machine: bandwidths and latencies; one node.
         negotiation: seconds of Horovod's smallest allgather.
-        alone: memory bandwidth of one rank while the other rests, bytes/s.
     """
 
     machine: Machine
     negotiation: float
-    alone: float
 
 
 def settings(m: int) -> AndersonConfig:
@@ -82,7 +80,7 @@ def on_real_ranks(ranks: int, parameters: int | None, m: int, cycles: int) -> di
     return found
 
 
-def here(calibration: dict[str, float], alone: float) -> Here:
+def here(calibration: dict[str, float]) -> Here:
     """This machine from what two ranks measured, see `_calibrate`."""
     latency = calibration["tiny"] / 2  # to rank 0 and back
     large = 4 * CALIBRATION / 2  # bytes that two ranks exchange of an allgather
@@ -91,7 +89,7 @@ def here(calibration: dict[str, float], alone: float) -> Here:
     machine = Machine(
         "here", "cores", 2, memory, calibration["copy"], bandwidth, latency, bandwidth, latency
     )
-    return Here(machine, calibration["negotiation"], alone)
+    return Here(machine, calibration["negotiation"])
 
 
 def predict(
@@ -105,7 +103,7 @@ def predict(
     own = share(shapes, settings(m), ranks, cycles)
     floor = share(shapes, settings(m), floor_ranks(own["parameters"]), cycles)
     work = as_work(own, floor)
-    slower = found.alone / found.machine.memory_bandwidth
+    slower = own["bandwidth"] / found.machine.memory_bandwidth
     machine = dataclasses.replace(found.machine, gpus_per_node=ranks)
     network = Network(machine, ranks)
     averages = len(settings(m).averages)

@@ -162,12 +162,14 @@ def share(
         cycles: of p steps that are timed, after the history is full.
 
     Returns:
-        Rows of this rank, its bytes, and by part: seconds (median and quartiles over cycles),
-        kernels and waits of one cycle.
+        Rows of this rank, its bytes, the bandwidth of a copy just before and after, in bytes/s
+        (what else this machine does meets both), and by part: seconds (median and quartiles over
+        cycles), kernels and waits of one cycle.
     """
     n = sum(shape.numel() for shape in shapes)
     p, m, q = config.frequency, config.history_depth, config.store_every
     rank = _Rank(shapes, config, ranks)
+    before_all = copy_bandwidth(repeats=5)["median"]
     rank.run((m + 1) * q + -m * q % p + p)  # whole cycles, until the history is full
     rank.run(-rank.calls % p)
     seconds, accepted = [], rank.timers.accelerated
@@ -175,6 +177,7 @@ def share(
         before = dict(rank.timers.seconds)
         rank.run(p)
         seconds.append({k: v - before[k] for k, v in rank.timers.seconds.items()})
+    bandwidth = (before_all + copy_bandwidth(repeats=5)["median"]) / 2
     with rank.counting() as (kernels, waits):
         rank.run(p)
     if rank.timers.accelerated - accepted != cycles + 1:
@@ -187,6 +190,7 @@ def share(
         "q": q,
         "rows": rank.rows.stop - rank.rows.start,
         "bytes": rank.accelerator.history_bytes,
+        "bandwidth": bandwidth,
         "seconds": {part: spread([cycle[part] for cycle in seconds]) for part in seconds[0]},
         "launches": kernels.found,
         "synchronisations": waits.found,

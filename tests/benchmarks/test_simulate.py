@@ -220,6 +220,7 @@ def _measured(ranks, rows, milliseconds):
         "q": 5,
         "rows": rows,
         "bytes": 100,
+        "bandwidth": 9e9,
         "seconds": {part: {"median": value} for part, value in seconds.items()},
         "launches": {"read": 10, "gram": 20, "noise": 100},
         "synchronisations": {"gram": 1},
@@ -228,7 +229,7 @@ def _measured(ranks, rows, milliseconds):
 
 def test_what_is_scaled_and_what_is_not():
     many, floor = _measured(96, 266220, 10.0), _measured(28000, 900, 1.0)
-    setting = {"m": 20, "averages": 4, "bandwidth": 9e9, "launch": 1e-5}
+    setting = {"m": 20, "averages": 4, "launch": 1e-5}
     found = predictions.predict(SUMMIT, many, floor, **setting)
     assert found.seconds["store"] == pytest.approx(9e-3 / 100 + 10e-5)
     assert found.seconds["gram"] == pytest.approx(9e-3 / 100 + 20e-5 + model.SYNCHRONISATION)
@@ -264,7 +265,7 @@ def test_where_something_breaks():
 
 def test_predicted_here_is_positive():
     calibration = {"copy": 5e9, "tiny": 4e-6, "negotiation": 1e-3, "large": 0.03}
-    here = validate.here(calibration, alone=1e10)
+    here = validate.here(calibration)
     assert here.machine.intranode_latency == 2e-6
     found = validate.predict(here, 2, 3000, 3, 1)
     assert set(found) == set(validate.PARTS) and min(found.values()) > 0
