@@ -113,7 +113,7 @@ def test_layouts_are_the_textbook_s(name, dtype):
         if layout == "rows" and config.average_window is None:
             rows = -(-problem.n // hvd.size())
             width = torch.finfo(dtype).bits // 8
-            assert opt.anderson.history_bytes <= width * rows * (2 * config.history_depth + 2)
+            assert opt.anderson.history_bytes <= width * rows * (2 * config.history_depth + 4)
     assert np.abs(paths["rows"] - paths["columns"]).max() < near * size
 
 
