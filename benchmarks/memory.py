@@ -7,15 +7,11 @@ with that of `hvd.DistributedOptimizer` alone and with the formula for the histo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from models.errors import UserError
+from benchmarks import command, report
 
 OUT = report.RESULTS / "memory.json"
 OWN = "Horovod's own"
@@ -29,50 +25,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser = command.parser("benchmarks.memory", __doc__, OUT)
     parser.add_argument(
         "--parameters", default="resnet18", metavar="NETWORK|N", help="default: %(default)s"
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
     parser.add_argument("--depth", type=int, default=20, help="m; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.on_rank:
-        _measure(options)
-        return 0
-    try:
-        return _launch(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(parser.parse_args(arguments), _launch, _measure)
 
 
-def _launch(options: argparse.Namespace) -> int:
-    from benchmarks.launch import run_on_ranks
+def _launch(options: argparse.Namespace) -> None:
     from benchmarks.workload import shapes_of
 
     n = sum(shape.numel() for shape in shapes_of(options.parameters))
-    for name, values in (("ranks", options.ranks), ("depth", [options.depth])):
-        for value in values:
-            if value < 1:
-                raise UserError(f"--{name} is {value}, must be at least 1")
+    command.at_least(1, options, "ranks", "depth")
     runs: list[dict[str, Any]] = []
     for ranks in options.ranks:
         peaks: dict[str, int] = {}
         names = [OWN, *VARIANTS, *([DENSE] if ranks == 1 else [])]
         for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                found = Path(folder) / "found.json"
-                words = [f"--parameters={options.parameters}", f"--depth={options.depth}"]
-                words += [f"--variant={name}", f"--on-rank={found}"]
-                code = run_on_ranks(
-                    "benchmarks.memory", *words, ranks=ranks, cycle_time=None, output=sys.stdout
-                )
-                if code != 0:
-                    return code
-                peaks[name] = json.loads(found.read_text())
+            words = [f"--parameters={options.parameters}", f"--depth={options.depth}"]
+            words += [f"--variant={name}"]
+            peaks[name] = command.collect("benchmarks.memory", *words, ranks=ranks)
             if name != OWN:
                 extra, formula = peaks[name] - peaks[OWN], 8 * options.depth * n / ranks
                 runs.append(
@@ -90,11 +65,10 @@ def _launch(options: argparse.Namespace) -> int:
     print(f"\n{options.parameters}, n = {n:,}, m = {options.depth}; MiB at most on a rank\n")
     print(report.table(["", "peak beyond Horovod's own", "2 m n/P", "ratio"], rows))
     report.write(options.out, {"n": n, "m": options.depth, "runs": runs})
-    return 0
 
 
-def _measure(options: argparse.Namespace) -> None:
-    """Runs on every rank; rank 0 writes the largest peak in bytes."""
+def _measure(options: argparse.Namespace) -> int:
+    """The largest peak in bytes."""
     import resource
 
     import horovod.torch as hvd
@@ -103,9 +77,7 @@ def _measure(options: argparse.Namespace) -> None:
     from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
     from benchmarks.convergence.aadl import extrapolate
     from benchmarks.workload import Workload, shapes_of
-    from models import dist
 
-    dist.start()
     workload = Workload(shapes_of(options.parameters))
     optimizer: Any = torch.optim.SGD(workload.parameters, lr=0.5, momentum=0.5, foreach=True)
     named = workload.named("w")
@@ -128,9 +100,7 @@ def _measure(options: argparse.Namespace) -> None:
         extrapolate(torch.stack(columns, dim=1), 1.0)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = hvd.allgather(torch.tensor([peak]), name="peaks")
-    if hvd.rank() == 0:
-        options.on_rank.write_text(json.dumps(int(peaks.max())))
-    hvd.shutdown()
+    return int(peaks.max())
 
 
 if __name__ == "__main__":

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from models.errors import UserError
+from benchmarks import command, report
 
 OWN = "Horovod's own"
 PARTS = ("read", "store", "noise", "average", "gram", "solve", "update", "gather", "write")
@@ -53,7 +50,7 @@ def variants(depth: int, ranks: int) -> list[Variant]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser = command.parser("benchmarks.overhead", __doc__, OUT)
     parser.add_argument(
         "--parameters", default="resnet50", metavar="NETWORK|N", help="default: %(default)s"
     )
@@ -61,62 +58,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=20, help="m; default: %(default)s")
     parser.add_argument("--events", type=int, default=5, help="of each; default: %(default)s")
     parser.add_argument("--no-dense", action="store_true", help="leave out the dense reference")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.on_rank:
-        _measure(options)
-        return 0
-    try:
-        return _launch(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(parser.parse_args(arguments), _launch, _measure)
 
 
-def _launch(options: argparse.Namespace) -> int:
-    from benchmarks.launch import run_on_ranks
+def _launch(options: argparse.Namespace) -> None:
     from benchmarks.workload import shapes_of
 
     shapes_of(options.parameters)
-    for name, values, least in (
-        ("ranks", options.ranks, 1),
-        ("depth", [options.depth], 1),
-        ("events", [options.events], 1),
-    ):
-        for value in values:
-            if value < least:
-                raise UserError(f"--{name} is {value}, must be at least {least}")
+    command.at_least(1, options, "ranks", "depth", "events")
     runs = []
     for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "found.json"
-            words = [f"--parameters={options.parameters}", f"--depth={options.depth}"]
-            words += [f"--events={options.events}", f"--on-rank={found}"]
-            words += ["--no-dense"] if options.no_dense or ranks > 1 else []
-            code = run_on_ranks(
-                "benchmarks.overhead", *words, ranks=ranks, cycle_time=None, output=sys.stdout
-            )
-            if code != 0:
-                return code
-            runs.append(json.loads(found.read_text()))
+        words = [f"--parameters={options.parameters}", f"--depth={options.depth}"]
+        words += [f"--events={options.events}"]
+        words += ["--no-dense"] if options.no_dense or ranks > 1 else []
+        runs.append(command.collect("benchmarks.overhead", *words, ranks=ranks))
         print(f"\n{_table(runs[-1])}\n", flush=True)
     report.write(options.out, {"parameters": options.parameters, "runs": runs})
     _plot(runs, options.out.with_suffix(".png"))
-    return 0
 
 
-def _measure(options: argparse.Namespace) -> None:
-    """Runs on every rank; rank 0 writes what was found."""
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import horovod.torch as hvd
 
-    from benchmarks.workload import Workload, shapes_of
-    from models import dist
+    from benchmarks.workload import copy_bandwidth, shapes_of
 
-    dist.start()
     shapes = shapes_of(options.parameters)
-    n = Workload(shapes).n
-    bandwidth = _copy_bandwidth(n)
+    n = sum(shape.numel() for shape in shapes)
+    hvd.barrier()  # all ranks copy at once
+    bandwidth = copy_bandwidth(n)["median"]
     floor = 2 * options.depth * n / hvd.size() * 4 / bandwidth
     found: dict[str, Any] = {"ranks": hvd.size(), "n": n, "m": options.depth, "floor_s": floor}
     found |= {"copy_bytes_per_s": bandwidth, "variants": {}}
@@ -124,22 +93,7 @@ def _measure(options: argparse.Namespace) -> None:
         found["variants"][variant.name] = measure(variant, shapes, options.events)
     if not options.no_dense:
         found["dense"] = _measure_dense(n, options.depth)
-    if hvd.rank() == 0:
-        options.on_rank.write_text(json.dumps(found))
-    hvd.shutdown()
-
-
-def _copy_bandwidth(n: int) -> float:
-    """Bytes read and written per second and rank, while all ranks copy at once."""
-    import horovod.torch as hvd
-    import torch
-
-    source, target = torch.ones(n), torch.ones(n)
-    times = []
-    for _ in range(7):
-        hvd.barrier()
-        times.append(_timed(lambda: target.copy_(source)))
-    return 8 * n / min(times)
+    return found
 
 
 def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:

@@ -7,24 +7,20 @@ they share them, and memory bandwidth is shared in any case: that is said beside
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import command, report
 from benchmarks.overhead import PARTS, Variant, measure
-from models.errors import UserError
 
 OUT = report.RESULTS / "scaling.json"
 LAYOUTS = ("rows", "columns")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser = command.parser("benchmarks.scaling", __doc__, OUT)
     parser.add_argument(
         "--numbers", type=int, default=8_000_000, help="n, strong; default: %(default)s"
     )
@@ -36,57 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--depth", type=int, default=20, help="m; default: %(default)s")
     parser.add_argument("--events", type=int, default=5, help="of each; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.on_rank:
-        _measure(options)
-        return 0
-    try:
-        return _launch(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(parser.parse_args(arguments), _launch, _measure)
 
 
-def _launch(options: argparse.Namespace) -> int:
-    from benchmarks.launch import run_on_ranks
+def _launch(options: argparse.Namespace) -> None:
 
-    for name in ("numbers", "share", "depth", "events"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}, must be at least 1")
-    if min(options.ranks) < 1:
-        raise UserError(f"--ranks is {min(options.ranks)}, must be at least 1")
+    names = "numbers", "share", "depth", "events"
+    command.at_least(1, options, "ranks", *names)
+    words = [f"--{name}={getattr(options, name)}" for name in names]
     runs: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "found.json"
-            words = [f"--{name}={getattr(options, name)}" for name in ("numbers", "share")]
-            words += [f"--depth={options.depth}", f"--events={options.events}"]
-            code = run_on_ranks(
-                "benchmarks.scaling",
-                *words,
-                f"--on-rank={found}",
-                ranks=ranks,
-                cycle_time=None,
-                output=sys.stdout,
-            )
-            if code != 0:
-                return code
-            runs += json.loads(found.read_text())
+        runs += command.collect("benchmarks.scaling", *words, ranks=ranks)
     print(_table(runs, options.depth))
     report.write(options.out, {"m": options.depth, "runs": runs})
-    return 0
 
 
-def _measure(options: argparse.Namespace) -> None:
-    """Runs on every rank; rank 0 writes what was found."""
+def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     import horovod.torch as hvd
     import torch
 
-    from models import dist
-
-    dist.start()
     runs = []
     for kind, n in (("strong", options.numbers), ("weak", options.share * hvd.size())):
         for layout in LAYOUTS:
@@ -94,9 +58,7 @@ def _measure(options: argparse.Namespace) -> None:
             variant = Variant(layout, 5, {"history_depth": options.depth, **settings})
             found = measure(variant, [torch.Size([n])], options.events)
             runs.append({"kind": kind, "layout": layout, "ranks": hvd.size(), "n": n, **found})
-    if hvd.rank() == 0:
-        options.on_rank.write_text(json.dumps(runs))
-    hvd.shutdown()
+    return runs
 
 
 def _table(runs: list[dict[str, Any]], depth: int) -> str:

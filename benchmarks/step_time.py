@@ -7,67 +7,58 @@ else the machine does meets both alike. What is printed are medians over blocks.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks import command, report
 from models.errors import UserError
 
 PROBLEM = "digits_resnet-full"
 FREQUENCIES = (5, 2)
+OUT = report.RESULTS / "step_time.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
+    parser = command.parser("benchmarks.step_time", __doc__, OUT)
     parser.add_argument("--problem", default=PROBLEM, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--blocks", type=int, default=10, help="of each; default: %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="in a block; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_time.json"))
-    parser.add_argument("--on-rank", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.on_rank:
-        _measure(options)
-        return 0
-    try:
-        return _launch(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(parser.parse_args(arguments), _launch, _measure)
 
 
-def _launch(options: argparse.Namespace) -> int:
-    from benchmarks.launch import run_on_ranks
+def _launch(options: argparse.Namespace) -> None:
     from models.problems import PROBLEMS
 
     if options.problem not in PROBLEMS or options.problem == "admissions":
         names = ", ".join(name for name in PROBLEMS if name != "admissions")
         raise UserError(f"no problem named {options.problem!r}: choose from {names}")
-    for name in ("ranks", "blocks", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}, must be at least 1")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    words = [f"--{name}={getattr(options, name)}" for name in ("problem", "ranks", "blocks")]
-    words += [f"--steps={options.steps}", f"--out={options.out.resolve()}", "--on-rank"]
-    return run_on_ranks(
-        "benchmarks.step_time", *words, ranks=options.ranks, cycle_time=None, output=sys.stdout
-    )
+    command.at_least(1, options, "ranks", "blocks", "steps")
+    words = [f"--{name}={getattr(options, name)}" for name in ("problem", "blocks", "steps")]
+    found = command.collect("benchmarks.step_time", *words, ranks=options.ranks)
+    rows = _compare(found["seconds"])
+    for name, counters in found["counters"].items():
+        rows[name] |= counters
+    print(f"{options.problem}, {options.ranks} ranks, {options.blocks} blocks of {options.steps}")
+    for name, row in rows.items():
+        low, high = row["quartiles_of_ratio"]
+        print(
+            f"{name:>14}  {row['ms_per_step']:8.2f} ms  {row['ratio']:6.3f}x  "
+            f"(quartiles {low:.3f} to {high:.3f})"
+        )
+    results = {"problem": options.problem, "ranks": options.ranks, "rows": rows}
+    report.write(options.out, results)
 
 
-def _measure(options: argparse.Namespace) -> None:
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per step of every block on this rank, and what was accelerated."""
     import horovod.torch as hvd
 
     from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
-    from benchmarks.launch import describe_machine
-    from models import dist
     from models.problems import build
 
-    dist.start()
     problem = build(options.problem, rank=hvd.rank(), ranks=hvd.size())
     runs: dict[str, Any] = {}
     for name in ("Horovod's own", *(f"p = {p}" for p in FREQUENCIES)):
@@ -98,44 +89,28 @@ def _measure(options: argparse.Namespace) -> None:
             seconds = block(model, optimizer)
             if number:  # the first sets everything up
                 times[name].append(seconds)
-    if hvd.rank() == 0:
-        _report(options, times, {k: v[1] for k, v in runs.items()}, describe_machine())
-    hvd.shutdown()
+    counters = {
+        name: {
+            "accelerated": optimizer.anderson.stats.accelerated,
+            "steps": optimizer.anderson.stats.steps,
+        }
+        for name, (_, optimizer) in runs.items()
+        if hasattr(optimizer, "anderson")
+    }
+    return {"seconds": times, "counters": counters}
 
 
-def _report(
-    options: argparse.Namespace,
-    times: dict[str, list[float]],
-    optimizers: dict[str, Any],
-    machine: dict[str, Any],
-) -> None:
+def _compare(times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     own = times["Horovod's own"]
     rows: dict[str, dict[str, Any]] = {}
-    print(f"{options.problem}, {options.ranks} ranks, {options.blocks} blocks of {options.steps}")
     for name, found in times.items():
-        ratios = [a / b for a, b in zip(found, own, strict=True)]
-        quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        ratio = report.spread([a / b for a, b in zip(found, own, strict=True)])
         rows[name] = {
-            "ms_per_step": 1000 * statistics.median(found),
-            "ratio": statistics.median(ratios),
-            "quartiles_of_ratio": [quarters[0], quarters[-1]],
+            "ms_per_step": 1000 * report.spread(found)["median"],
+            "ratio": ratio["median"],
+            "quartiles_of_ratio": [ratio["first_quartile"], ratio["third_quartile"]],
         }
-        stats = getattr(optimizers[name], "anderson", None)
-        if stats is not None:
-            rows[name]["accelerated"] = stats.stats.accelerated
-            rows[name]["steps"] = stats.stats.steps
-        print(
-            f"{name:>14}  {rows[name]['ms_per_step']:8.2f} ms  {rows[name]['ratio']:6.3f}x  "
-            f"(quartiles {quarters[0]:.3f} to {quarters[-1]:.3f})"
-        )
-    result = {
-        "problem": options.problem,
-        "ranks": options.ranks,
-        "date": str(datetime.date.today()),
-        "machine": machine,
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

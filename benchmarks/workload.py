@@ -5,17 +5,37 @@ f(w) = 1/2 <w, D w> with a random positive diagonal D, on parameters of the shap
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import torch
 from torch import nn
 
+from benchmarks.report import spread
 from models import networks
 from models.errors import UserError
 
 
+def copy_bandwidth(numbers: int = 2**25, repeats: int = 9) -> dict[str, float]:
+    """Bytes per second, read and written, of a copy far larger than caches; measured."""
+    source, target = torch.ones(numbers), torch.zeros(numbers)
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        target.copy_(source)
+        found.append(2 * 4 * numbers / (time.perf_counter() - started))
+    return spread(found)
+
+
 def shapes_of(name: str) -> list[torch.Size]:
-    """Shapes of the parameters of a network of `models.networks`, or one of `name` numbers."""
+    """Shapes of the parameters of a network of `models.networks`.
+
+    A number in place of a name: as many numbers, in as many alike tensors as ResNet50 has.
+    """
     if name.isdigit() and int(name) > 0:
-        return [torch.Size([int(name)])]
+        count = len(shapes_of("resnet50"))
+        ends = [int(name) * i // count for i in range(count + 1)]
+        return [torch.Size([b - a]) for a, b in itertools.pairwise(ends) if b > a]
     try:
         with torch.device("meta"):
             network = networks.build(name, 1000)

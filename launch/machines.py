@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -251,6 +252,10 @@ def _check(machine: Machine, file: str) -> None:
     for limit in scheduler.limits:
         valid = parse_walltime(limit.walltime) is not None
         require(valid, "scheduler.limits: walltime", limit.walltime, "H:MM")
+    figures = dataclasses.asdict(machine.performance) if machine.performance else {}
+    for key, value in figures.items():
+        positive = isinstance(value, str) or 0.0 < value < math.inf
+        require(positive, f"performance.{key}", value, "positive and finite")
     for line in (*scheduler.directives, *scheduler.storage_directives):
         require("\n" not in line, "scheduler.directives", line, "one line")
     for name, variable in machine.environment.items():

@@ -119,17 +119,18 @@ def _run(options: argparse.Namespace) -> None:
     from benchmarks import report
     from benchmarks.simulate import model, predictions, words, work
     from benchmarks.simulate.machines import read_machine
+    from benchmarks.workload import copy_bandwidth, shapes_of
 
     machines = [read_machine(name) for name in options.machine]
     options.out.mkdir(parents=True, exist_ok=True)
-    shapes = work.network_shapes(options.parameters)
+    shapes = shapes_of(str(options.parameters or work.NETWORK))
     n, m = sum(shape.numel() for shape in shapes), options.history_depth
     five = AndersonConfig(history_depth=m, frequency=5, store_every=5)
     two = dataclasses.replace(five, frequency=2, store_every=1)
     averages = len(five.averages)
 
     load = os.getloadavg()[0]
-    bandwidth = work.copy_bandwidth()
+    bandwidth = copy_bandwidth()
     print(
         f"n = {n:,}, m = {m}. Here: {bandwidth['median'] / 1e9:.1f} GB/s of copying (measured, one "
         f"process; {load:.1f} processes were running on {len(os.sched_getaffinity(0))} cores)."

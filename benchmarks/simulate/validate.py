@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +14,13 @@ from typing import Any
 import torch
 
 from aadl_hvd import AndersonConfig
+from benchmarks import command
 from benchmarks.simulate import model
 from benchmarks.simulate.machines import Machine
 from benchmarks.simulate.model import Network
 from benchmarks.simulate.predictions import as_work
-from benchmarks.simulate.work import copy_bandwidth, floor_ranks, network_shapes, share
+from benchmarks.simulate.work import NETWORK, floor_ranks, share
+from benchmarks.workload import copy_bandwidth, shapes_of
 
 CALIBRATION = 2**23  # numbers in the allgather that bandwidth is taken from
 REPEATS = 15
@@ -62,21 +61,10 @@ def on_real_ranks(ranks: int, parameters: int | None, m: int, cycles: int) -> di
         Medians over accepted events of each part's seconds on rank 0, and the calibration.
 
     Raises:
-        RuntimeError: the ranks failed.
+        RanksFailed: see there.
     """
-    from benchmarks.launch import run_on_ranks
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        words = [f"--out={out}", f"--history-depth={m}", f"--cycles={cycles}"]
-        if parameters is not None:
-            words.append(f"--parameters={parameters}")
-        code = run_on_ranks(
-            "benchmarks.simulate.validate", *words, ranks=ranks, cycle_time=None, output=sys.stdout
-        )
-        if code:
-            raise RuntimeError(f"the validation on {ranks} ranks ended with exit code {code}")
-        found: dict[str, Any] = json.loads(out.read_text())
+    words = [f"--history-depth={m}", f"--cycles={cycles}", f"--parameters={parameters or NETWORK}"]
+    found: dict[str, Any] = command.collect("benchmarks.simulate.validate", *words, ranks=ranks)
     return found
 
 
@@ -87,7 +75,15 @@ def here(calibration: dict[str, float]) -> Here:
     bandwidth = large / max(calibration["large"] - calibration["negotiation"], 1e-9)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     machine = Machine(
-        "here", "cores", 2, memory, calibration["copy"], bandwidth, latency, bandwidth, latency
+        name="here",
+        gpus_per_node=2,
+        gpu="cores",
+        gpu_memory_bytes=memory,
+        memory_bandwidth=calibration["copy"],
+        intranode_bandwidth=bandwidth,
+        intranode_latency=latency,
+        injection_bandwidth=bandwidth,
+        network_latency=latency,
     )
     return Here(machine, calibration["negotiation"])
 
@@ -99,7 +95,7 @@ def predict(
 
     Ranks beyond the cores are not accounted for: the machine was measured with two.
     """
-    shapes = network_shapes(parameters)
+    shapes = shapes_of(str(parameters or NETWORK))
     own = share(shapes, settings(m), ranks, cycles)
     floor = share(shapes, settings(m), floor_ranks(own["parameters"]), cycles)
     work = as_work(own, floor)
@@ -118,18 +114,12 @@ def predict(
     return {**seconds, MESSAGES: tiny}
 
 
-def _on_rank(options: argparse.Namespace) -> None:
-    import horovod.torch as hvd
-
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
     from aadl_hvd import DistributedAndersonOptimizer
-    from models import dist
 
-    dist.start()
     calibration = _calibrate()
     torch.manual_seed(0)
-    parameters = [
-        torch.nn.Parameter(torch.rand(shape)) for shape in network_shapes(options.parameters)
-    ]
+    parameters = [torch.nn.Parameter(torch.rand(shape)) for shape in shapes_of(options.parameters)]
     curvatures = torch.linspace(0.01, 1.0, len(parameters)).tolist()
     config = settings(options.history_depth)
     optimizer = DistributedAndersonOptimizer(
@@ -160,14 +150,10 @@ def _on_rank(options: argparse.Namespace) -> None:
             events.append({part: event[part] for part in PARTS})
     again = _calibrate()  # what else the machine does may have changed
     calibration = {key: (value + again[key]) / 2 for key, value in calibration.items()}
-    if hvd.rank() == 0:
-        if not events:
-            raise RuntimeError(f"no event was accepted: {stats}")
-        medians = {part: statistics.median(event[part] for event in events) for part in PARTS}
-        result = {"seconds": medians, "events": len(events), "calibration": calibration}
-        options.out.write_text(json.dumps(result))
-    hvd.barrier()
-    hvd.shutdown()
+    if not events:  # then on no rank
+        raise RuntimeError(f"no event was accepted: {stats}")
+    medians = {part: statistics.median(event[part] for event in events) for part in PARTS}
+    return {"seconds": medians, "events": len(events), "calibration": calibration}
 
 
 def _time_messages(comm: Any) -> dict[str, float]:
@@ -227,12 +213,14 @@ def _calibrate() -> dict[str, float]:
 
 
 def _main() -> None:
+    """Run by `on_real_ranks` alone."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parameters", type=int)
+    parser.add_argument("--parameters", required=True)
     parser.add_argument("--history-depth", type=int, required=True)
     parser.add_argument("--cycles", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    _on_rank(parser.parse_args())
+    parser.add_argument("--on-rank", type=Path, required=True)
+    options = parser.parse_args()
+    command.on_rank(options.on_rank, lambda: _measure(options))
 
 
 if __name__ == "__main__":

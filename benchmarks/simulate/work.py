@@ -28,11 +28,13 @@ from aadl_hvd.fixed_point import OptimizerFixedPoint
 from aadl_hvd.noise import GradientSamples
 from benchmarks.report import spread
 from benchmarks.simulate.model import foreach_launches
+from benchmarks.workload import copy_bandwidth
 
 # Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
 # their mean after it; this rank's rows of the gradient; what the library does between its parts.
 BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
 FLOOR_ROWS = 900
+NETWORK = "resnet50"
 _NO_KERNEL = ("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local")
 _WAITS = ("cpu", "tolist", "item", "__float__")
 
@@ -273,32 +275,9 @@ class _Rank:
         problem.forget_gradient()
 
 
-def network_shapes(parameters: int | None) -> list[torch.Size]:
-    """Shapes of ResNet50's parameters; of as many alike tensors where their number is given."""
-    from models.networks import build
-
-    with torch.device("meta"):
-        shapes = [p.shape for p in build("resnet50", 1000).parameters()]
-    if parameters is None:
-        return shapes
-    ends = np.linspace(0, parameters, len(shapes) + 1).astype(int)
-    return [torch.Size([int(size)]) for size in np.diff(ends) if size]
-
-
 def floor_ranks(n: int) -> int:
     """P at which a rank has next to no rows: all that is left is the host's time."""
     return -(-n // min(FLOOR_ROWS, n // 2))
-
-
-def copy_bandwidth(numbers: int = 2**25, repeats: int = 9) -> dict[str, float]:
-    """Bytes per second, read and written, of a copy far larger than caches; measured."""
-    source, target = torch.ones(numbers), torch.zeros(numbers)
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        target.copy_(source)
-        found.append(2 * 4 * numbers / (time.perf_counter() - started))
-    return spread(found)
 
 
 def least_squares(n: int, m: int, repeats: int = 5) -> dict[str, float]:

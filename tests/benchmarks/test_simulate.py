@@ -15,6 +15,7 @@ from aadl_hvd.fixed_point import OptimizerFixedPoint
 from benchmarks.simulate import __main__ as simulate
 from benchmarks.simulate import model, predictions, validate, words, work
 from benchmarks.simulate.machines import Machine, read_machine
+from benchmarks.workload import copy_bandwidth, shapes_of
 from models.errors import UserError
 
 TOML = """
@@ -24,8 +25,9 @@ gpus = 6
 cores = 42
 [scheduler]
 kind = "lsf"
+launcher = "jsrun"
 [environment]
-X = { value = "1", reason = "other tables are nobody's business here" }
+X = { value = "1", reason = "other tables mean nothing here" }
 [performance]
 gpu = "V100 16 GB"
 gpu_memory_bytes = 16e9
@@ -35,7 +37,17 @@ intranode_latency = 2e-6
 injection_bandwidth = 23e9
 network_latency = 2e-6
 """
-SUMMIT = Machine("summit", "V100", 6, 16e9, 900e9, 50e9, 2e-6, 23e9, 2e-6)
+SUMMIT = Machine(
+    name="summit",
+    gpus_per_node=6,
+    gpu="V100",
+    gpu_memory_bytes=16e9,
+    memory_bandwidth=900e9,
+    intranode_bandwidth=50e9,
+    intranode_latency=2e-6,
+    injection_bandwidth=23e9,
+    network_latency=2e-6,
+)
 RESNET50 = 25_557_032
 COLLECTIVES = (
     model.recursive_doubling,
@@ -201,13 +213,13 @@ def test_nothing_is_sampled_without_a_gate():
 
 
 def test_bandwidth_and_least_squares_are_measured():
-    assert work.copy_bandwidth(1000, 2)["median"] > 0
+    assert copy_bandwidth(1000, 2)["median"] > 0
     assert work.least_squares(200, 3, 1)["median"] > 0
 
 
 def test_shapes():
-    assert sum(shape.numel() for shape in work.network_shapes(None)) == RESNET50
-    assert sum(shape.numel() for shape in work.network_shapes(12345)) == 12345
+    assert sum(shape.numel() for shape in shapes_of("resnet50")) == RESNET50
+    assert sum(shape.numel() for shape in shapes_of("12345")) == 12345
 
 
 def _measured(ranks, rows, milliseconds):
@@ -284,7 +296,7 @@ def test_machine_file(toml):
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("[performance]", "[other]", "performance"),
+        ("[performance]", "[other]", "other"),
         ("gpus = 6", "", "gpus"),
         ("gpus = 6", "gpus = 6.5", "gpus"),
         ("memory_bandwidth = 900e9", "memory_bandwidth = -1.0", "memory_bandwidth"),
