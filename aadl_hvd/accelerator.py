@@ -31,7 +31,7 @@ from torch import Tensor
 
 from aadl_hvd import safeguard
 from aadl_hvd.averaging import MovingAverage, WeightAverages
-from aadl_hvd.comm.base import Communicator
+from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
 from aadl_hvd.errors import ConfigError, UnsupportedError
@@ -114,17 +114,21 @@ class Accelerator:
 
     Args:
         config: settings.
-        comm: the ranks that share the history; the same settings on all of them.
+        comm: the ranks that train together; the same settings on all of them.
+        group: those of them that share one history, P in number; None: all.
 
     Attributes:
         config: the settings.
         stats: counters, see `Stats`.
     """
 
-    def __init__(self, config: AndersonConfig, comm: Communicator) -> None:
+    def __init__(
+        self, config: AndersonConfig, comm: Communicator, group: ShardGroup | None = None
+    ) -> None:
         self.config = config
         self.stats = Stats()
         self._comm = comm
+        self._group = ShardGroup(comm) if group is None else group
         self._calls = 0
         self._stepping = False
         self._signature: Hashable = None
@@ -220,11 +224,11 @@ class Accelerator:
 
     @property
     def comm(self) -> Communicator:
-        """The ranks that share the history."""
+        """The ranks that train together."""
         return self._comm
 
     def mean_over_ranks(self, values: Vector) -> Vector:
-        """Mean of a small vector over the ranks that share the history. Collective."""
+        """Mean of a small vector over the ranks that train together. Collective."""
         return self._comm.allreduce(values) / self._comm.size
 
     def restart(self, cause: Restart = Restart.REQUESTED) -> None:
@@ -284,7 +288,7 @@ class Accelerator:
                 self._store(w, r, problem.uniform_mixing)
             if accelerate:
                 with self.stats.timed("average"):
-                    gains = self._averages.partial_gains(w, r)
+                    gains = self._averages.partial_gains(w, r, self._sharding.counted)
                 with self.stats.timed("noise"):
                     noise = self._noise.riders()
                 riders = np.concatenate([noise, self._losses.riders(), gains])
@@ -337,7 +341,7 @@ class Accelerator:
         with stats.timed("update"):
             mixing = config.damping * problem.mixing(*self._rows)
             update = self._history.update(r, gamma, mixing, self._history.scratch(w, r))
-            partial_slope = float(chunked_dot(update, r))
+            partial_slope = float(chunked_dot(update, r, self._sharding.summed))
             slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
             stats.bytes["update"] += 8
         cause = safeguard.judge_update(slope, config.safeguard)
@@ -409,9 +413,9 @@ class Accelerator:
         gamma[slots] = factor.solve(b)
         for _ in range(config.refine):
             left = history.residual_left(r, torch.from_numpy(gamma))
-            if history.sharding.layout == "columns":
+            if self._sharding.layout == "columns":
                 self.stats.bytes["solve"] += left.numel() * left.element_size()
-                left = self._comm.sum_tensor(left)
+                left = self._group.comm.sum_tensor(left)
             gradient = self._gram.project(left)[slots] - factor.penalty(gamma[slots])
             gamma[slots] += factor.solve(gradient)
         # Replicated, but not trusted: processors may differ, and weights must not.
@@ -423,21 +427,21 @@ class Accelerator:
 
     def _gather_point(self, w: Tensor, update: Tensor) -> Tensor:
         """w+ from every rank's part, [>= n]; the one large message of a step."""
-        if self._history.sharding.layout == "columns":
+        if self._sharding.layout == "columns":
             self.stats.bytes["gather"] += update.numel() * update.element_size()
-            update = self._comm.sum_tensor(update)
+            update = self._group.comm.sum_tensor(update)
             return torch.add(w, update, alpha=self.config.relaxation, out=update)
         return self._gather(torch.add(w, update, alpha=self.config.relaxation, out=update))
 
     def _gather(self, rows: Tensor) -> Tensor:
         """The flat vector [>= n] from every rank's rows of it."""
-        sharding = self._history.sharding
+        sharding = self._sharding
         if sharding.layout == "columns":
             return rows  # every rank has all of them
         if rows.numel() < sharding.block:
             rows = torch.nn.functional.pad(rows, (0, sharding.block - rows.numel()))
         self.stats.bytes["gather"] += rows.numel() * rows.element_size()
-        return self._comm.allgather(rows)
+        return self._group.comm.allgather(rows)
 
     def _confirm_loss(self, problem: FixedPoint) -> bool:
         """Judges the accelerated step before this one by its loss; goes back if it was bad."""
@@ -464,7 +468,7 @@ class Accelerator:
         """Judges the accelerated step before this one; if it was bad, goes back to the base's."""
         trial, self._trial = self._trial, None
         with self.stats.timed("safeguard"):
-            partial = float(chunked_dot(r, r)) if self._history.sharding.counts_replicated else 0.0
+            partial = float(chunked_dot(r, r, self._sharding.counted))
             squared, trials = self._comm.allreduce(np.array([partial, trial is not None]))
             self.stats.bytes["safeguard"] += 16
             if trial is None or trials < self._comm.size:
@@ -509,8 +513,12 @@ class Accelerator:
             self.restart(Restart.NONFINITE)
 
     @property
+    def _sharding(self) -> Sharding:
+        return self._history.sharding
+
+    @property
     def _rows(self) -> tuple[int, int]:
-        return self._history.sharding.rows
+        return self._sharding.rows
 
     def _vector(self) -> Tensor:
         lo, hi = self._rows
@@ -534,10 +542,11 @@ class Accelerator:
             self._set_up(problem.n, work, problem.device)
 
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
-        config, comm = self.config, self._comm
-        sharding = Sharding(config.layout, n, config.history_depth, comm.size, comm.rank)
+        config, group = self.config, self._group
+        share = group.comm.size, group.comm.rank, group.count, group.index
+        sharding = Sharding(config.layout, n, config.history_depth, *share)
         self._history = History(sharding, config.history_dtype or work, work, device)
-        self._gram = Gram(self._history, comm)
+        self._gram = Gram(self._history, self._comm)
         lo, hi = sharding.rows
         self._base_rows = None
         self._averages = WeightAverages(config.averages, config.frequency, hi - lo, work, device)

@@ -122,15 +122,18 @@ class WeightAverages:
         gains = self._gains / weight if weight else np.full(len(self.kinds), np.nan)
         return dict(zip(self.kinds, gains.tolist(), strict=True))
 
-    def partial_gains(self, w: Tensor, r: Tensor) -> Vector:
-        """This rank's part of the gains over an iterate and its residual, [rows] each: [kinds]."""
+    def partial_gains(self, w: Tensor, r: Tensor, part: slice = slice(None)) -> Vector:
+        """This rank's part of the gains over an iterate and its residual, [rows] each: [kinds].
+
+        The sum is over rows `part` alone.
+        """
         if not self.count:
             return np.zeros(len(self.kinds))
         if not self._averages:
             return np.zeros(0)
         # 1/2 <r + avg r, avg w - w>; chunks outside, so that w and r are read once.
         zero = w.new_zeros(len(self._averages), dtype=torch.float64)
-        parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w))]
+        parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
         gains: Vector = torch.stack(parts).sum(dim=0).mul_(0.5).cpu().numpy()
         return gains
 

@@ -16,6 +16,7 @@ SAFEGUARDS: Final = ("none", "residual", "loss", "descent")
 RESIDUALS: Final = ("step", "gradient", "state")
 MOMENTA: Final = ("keep", "reset")
 LAYOUTS: Final = ("rows", "columns")
+SHARD_GROUPS: Final = ("world", "node")
 HISTORY_DTYPES: Final = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -82,6 +83,11 @@ class AndersonConfig:
             "reset" (to zero).
         layout: "rows": every rank holds n/P rows of all columns. "columns": every rank holds whole
             columns; uses at most m ranks.
+        shard_group: P, the ranks that share one history. "world": all that train together; least
+            memory. "node": those of one node; n/P numbers a column and rank with P the ranks of a
+            node, and the one large message of an accelerated step stays inside the node. Or a
+            Horovod process set that includes this rank; the ranks' sets must split the world into
+            groups of one size. Every group holds a whole history; with layout="rows" only.
         history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
             float32, bfloat16, float16. None: float64 if a parameter is float64, else float32.
         refine: steps of iterative refinement of the least-squares solution (corrected semi-normal
@@ -106,6 +112,7 @@ class AndersonConfig:
     residual: str = "gradient"
     momentum: str = "keep"
     layout: str = "rows"
+    shard_group: Any = "world"
     history_dtype: torch.dtype | None = None
     refine: int = 0
 
@@ -136,6 +143,7 @@ class AndersonConfig:
                 "itself. Must be 'keep'."
             )
         self._check_choice("layout", LAYOUTS)
+        self._check_shard_group()
         self._check_history_dtype()
 
     @classmethod
@@ -172,6 +180,8 @@ class AndersonConfig:
         """Plain types only (for checkpoints, logs and comparison across ranks)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["averages"] = list(self.averages)
+        if not isinstance(self.shard_group, str):
+            fields["shard_group"] = "process set"  # another one on every group of ranks
         if self.history_dtype is not None:
             fields["history_dtype"] = str(self.history_dtype).removeprefix("torch.")
         return fields
@@ -215,6 +225,21 @@ class AndersonConfig:
                 "> 0 and < 1, and window lengths, integers >= 2."
             )
         object.__setattr__(self, "averages", tuple(value))
+
+    def _check_shard_group(self) -> None:
+        value = self.shard_group
+        if isinstance(value, str):
+            self._check_choice("shard_group", SHARD_GROUPS)
+        elif not (hasattr(value, "ranks") and hasattr(value, "included")):
+            raise ConfigError(
+                f"Invalid shard_group={value!r}. Must be one of {SHARD_GROUPS} or a Horovod "
+                "process set."
+            )
+        if self.layout == "columns" and value != "world":
+            raise ConfigError(
+                f"Invalid shard_group={value!r} with layout='columns', whose updates are sums "
+                "over ranks that groups may round differently. Must be 'world', or layout='rows'."
+            )
 
     def _check_history_dtype(self) -> None:
         value: Any = self.history_dtype

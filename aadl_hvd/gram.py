@@ -100,6 +100,6 @@ class Gram:
             own = torch.stack([*known, self._history.inner([], r)[0]])
         else:
             own = self._history.inner(list(self._fresh), r)
-        rr = chunked_dot(r, r) if sharding.counts_replicated else own.new_zeros(())
+        rr = chunked_dot(r, r, sharding.counted)
         host = torch.cat([own.reshape(-1), rr.reshape(1)]).cpu().numpy()  # one synchronisation
         return host[:-1].reshape(own.shape), float(host[-1])

@@ -157,7 +157,7 @@ class History:
         return None if slot is None else (slot, column)
 
     def inner(self, slots: list[int], vector: Tensor) -> Tensor:
-        """[R_slots, v]^T R on this rank's rows, in one pass over R.
+        """[R_slots, v]^T R over the rows that this rank sums up, in one pass over R.
 
         Args:
             slots: slots that this rank holds.
@@ -167,7 +167,7 @@ class History:
             [len(slots) + 1, len(self.sharding.slots)] float64, on the device.
         """
         places = [self._place[slot] for slot in slots]
-        pieces = list(chunks(vector))
+        pieces = list(chunks(vector, self.sharding.summed))
         shape = len(pieces), len(places) + 1, self._r.shape[0]
         parts = torch.empty(shape, dtype=self.work_dtype, device=self.device)
         wide = self._wide(vector)
@@ -284,20 +284,26 @@ class History:
             self._scales = torch.ones((2, shape[0]), dtype=self.work_dtype, device=self.device)
 
 
-def chunks(vector: Tensor) -> Iterator[slice]:
-    """The rows of a vector, or of any of its length and device, a chunk at a time."""
+def chunks(vector: Tensor, part: slice = slice(None)) -> Iterator[slice]:
+    """The rows of a vector, or of any of its length and device, a chunk at a time.
+
+    Args:
+        vector: [rows].
+        part: only these rows.
+    """
     size = CHUNK if vector.device.type == "cpu" else CHUNK_GPU
-    for lo in range(0, vector.numel(), size):
-        yield slice(lo, lo + size)
+    first, end, _ = part.indices(vector.numel())
+    for lo in range(first, end, size):
+        yield slice(lo, min(lo + size, end))
 
 
-def chunked_dot(a: Tensor, b: Tensor) -> Tensor:
-    """a . b for vectors [rows], as a float64 tensor [] on the device.
+def chunked_dot(a: Tensor, b: Tensor, part: slice = slice(None)) -> Tensor:
+    """a . b for rows `part` of vectors [rows], as a float64 tensor [] on the device.
 
     Products of chunks in the dtype of the vectors, their sum in float64: close to float64's
     accuracy at float32's speed.
     """
-    parts = [torch.dot(a[rows], b[rows]) for rows in chunks(a)]
+    parts = [torch.dot(a[rows], b[rows]) for rows in chunks(a, part)]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=a.device)
     return torch.stack(parts).sum(dtype=torch.float64)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
-from aadl_hvd.comm.base import Communicator
+from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.errors import AndersonError, ConfigError, ReplicaMismatchError, UnsupportedError
@@ -78,7 +78,12 @@ def AndersonOptimizer(
         raise ConfigError(
             f"Invalid backward_passes_per_step={backward_passes_per_step!r}. Must be at least 1."
         )
-    return _attach(accelerated, optimizer, config, LocalCommunicator(), backward_passes_per_step)
+    if not isinstance(config.shard_group, str):
+        raise ConfigError(
+            f"Invalid shard_group={config.shard_group!r} in one process. Must be 'world'."
+        )
+    comm = LocalCommunicator()
+    return _attach(accelerated, optimizer, config, comm, ShardGroup(comm), backward_passes_per_step)
 
 
 def DistributedAndersonOptimizer(
@@ -98,8 +103,9 @@ def DistributedAndersonOptimizer(
     """A drop-in swap for `horovod.torch.DistributedOptimizer` with Anderson acceleration.
 
     The ranks of the process set share the history: each holds n/P rows of it (or, with
-    `layout="columns"`, m/P columns). Collective over the process set: configuration and parameter
-    shapes are compared across ranks here.
+    `layout="columns"`, m/P columns; with `shard_group="node"` the ranks of a node share one).
+    Collective over the process set: configuration and parameter shapes are compared across ranks
+    here.
 
     Differences from Horovod's own, all of them repairs: `zero_grad` takes `set_to_none`; state,
     defaults and step hooks of the given optimizer are kept, as are schedulers made before; step
@@ -131,7 +137,7 @@ def DistributedAndersonOptimizer(
     """
     import horovod.torch as hvd
 
-    from aadl_hvd.comm.horovod import horovod_communicator
+    from aadl_hvd.comm.horovod import horovod_communicator, shard_group
 
     op = hvd.Average if op is None else op
     process_set = hvd.global_process_set if process_set is None else process_set
@@ -139,6 +145,7 @@ def DistributedAndersonOptimizer(
     comm = horovod_communicator(process_set)
     config = _accepted_by_all(comm, lambda: _accept(optimizer, anderson, adasum))
     _compare_ranks(comm, optimizer, config)
+    group = shard_group(comm, process_set, config.shard_group)
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
 
     inner = type(optimizer)
@@ -165,7 +172,7 @@ def DistributedAndersonOptimizer(
     alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
     factor = comm.size if op == hvd.Sum else 1
-    return _attach(distributed, optimizer, config, comm, backward_passes_per_step, factor)
+    return _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, factor)
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -580,6 +587,7 @@ def _attach(
     optimizer: torch.optim.Optimizer,
     config: AndersonConfig,
     comm: Communicator,
+    group: ShardGroup,
     passes: int,
     factor: int = 1,
 ) -> Any:
@@ -596,7 +604,7 @@ def _attach(
     accelerated._anderson_problem = OptimizerFixedPoint(
         accelerated, config.residual, before if starting is not None else None
     )
-    accelerated.anderson = Accelerator(config, comm)
+    accelerated.anderson = Accelerator(config, comm, group)
     if config.noise_gate is not None and starting is None:
         if comm.size > 1:
             accelerated._anderson_problem.sample_gradients(1, factor)

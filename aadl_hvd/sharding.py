@@ -6,7 +6,8 @@
     rank 1 [ block of rows 1        ]            each rank: all n rows of its own slots
     rank 2 [ block of rows 2 (short)]
 
-A slot is a place in the ring buffer of m columns.
+A slot is a place in the ring buffer of m columns. Several groups of ranks may each hold the whole
+history; then they share the work of sums over rows, each taking a piece of every block.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from aadl_hvd.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The part of an n x m history that one rank of P holds.
+    """The part of an n x m history that one rank of the P in its group holds.
 
     Args:
         layout: "rows" or "columns".
         n: length of the flat vector, at least 0.
         depth: m, number of slots, at least 1.
         size: P, number of ranks that share the history, at least 1.
-        rank: this rank, 0 <= rank < size.
+        rank: this rank in its group, 0 <= rank < size.
+        groups: number of groups, each with a history of its own, at least 1; 1 for "columns",
+            whose updates are sums that groups might round differently.
+        group: this rank's, 0 <= group < groups.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -36,6 +40,8 @@ class Sharding:
     depth: int
     size: int
     rank: int
+    groups: int = 1
+    group: int = 0
 
     def __post_init__(self) -> None:
         if self.layout not in ("rows", "columns"):
@@ -44,6 +50,13 @@ class Sharding:
             raise ConfigError(
                 f"Invalid sharding n={self.n}, depth={self.depth}, size={self.size}, "
                 f"rank={self.rank}. Must satisfy n >= 0, depth >= 1, 0 <= rank < size."
+            )
+        most = 1 if self.layout == "columns" else self.groups
+        if not 0 <= self.group < self.groups <= most:
+            raise ConfigError(
+                f"Invalid sharding group={self.group}, groups={self.groups}, "
+                f"layout={self.layout!r}. Must satisfy 0 <= group < groups, and groups=1 for "
+                "layout='columns'."
             )
 
     @property
@@ -67,6 +80,22 @@ class Sharding:
         return tuple(range(self.rank, self.depth, self.size))
 
     @property
+    def summed(self) -> slice:
+        """Of `rows`, counted from 0, those over which this rank's products enter sums over ranks.
+
+        All of them, where there is one group; else its share of them.
+        """
+        lo, hi = self.rows
+        piece = -(-(hi - lo) // self.groups)
+        first = min(self.group * piece, hi - lo)
+        return slice(first, min(first + piece, hi - lo))
+
+    @property
+    def counted(self) -> slice:
+        """As `summed`, for what every rank of the column layout can compute: r, ||r||."""
+        return self.summed if self.counts_replicated else slice(0, 0)
+
+    @property
     def counts_replicated(self) -> bool:
-        """Whether this rank contributes what every rank can compute (r, ||r||) to a sum."""
+        """Whether this rank contributes what every rank of its group holds to a sum over it."""
         return self.layout == "rows" or self.rank == 0

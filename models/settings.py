@@ -319,6 +319,12 @@ class Settings:
         "how the ranks share the history",
         ("rows", "columns"),
     )
+    anderson_shard_group: str | None = _option(
+        "Anderson acceleration",
+        None,
+        "the ranks that share one history",
+        ("world", "node"),
+    )
     anderson_history_dtype: str | None = _option(
         "Anderson acceleration",
         None,

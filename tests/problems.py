@@ -101,7 +101,7 @@ class Problem:
             groups.append(tensors)
         return groups
 
-    def optimizer(self, config, comm=None, dtype=torch.float64):
+    def optimizer(self, config, comm=None, dtype=torch.float64, shard_groups=1):
         """SGD accelerated on `comm`; None: as a user of AndersonOptimizer has it."""
         groups = [
             {
@@ -115,7 +115,8 @@ class Problem:
         ]
         opt = AndersonOptimizer(torch.optim.SGD(groups, lr=1.0), anderson=config)
         if comm is not None:
-            opt.anderson = Accelerator(config, comm)
+            group = comm.shard_group(shard_groups) if shard_groups > 1 else None
+            opt.anderson = Accelerator(config, comm, group)
         return opt
 
     def set_gradient(self, opt, gradient):

@@ -12,12 +12,20 @@ ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 420  # seconds; a hang must not outlive it
 
 
-def launch(arguments, *, ranks, controller, time_limit=TIME_LIMIT):
+def launch(arguments, *, ranks, controller, time_limit=TIME_LIMIT, hosts=None):
     """Runs `python arguments` on real ranks; returns the exit code and the output."""
     binaries = Path(sys.executable).parent
     environment = dict(os.environ, OMP_NUM_THREADS="1", HOROVOD_STALL_CHECK_TIME_SECONDS="20")
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    command = ["horovodrun", "-np", str(ranks), f"--{controller}", sys.executable, *arguments]
+    environment["HOROVOD_DYNAMIC_PROCESS_SETS"] = str(int(hosts is not None))
+    command = [
+        "horovodrun",
+        "-np",
+        str(ranks),
+        f"--{controller}",
+        *(["-H", hosts] if hosts else []),
+    ]
+    command += [sys.executable, *arguments]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -59,6 +67,25 @@ def test_one_rank_under_the_launcher():
         time_limit=120,
     )
     assert code == 0, output[-8000:]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("controller", "hosts", "tests"),
+    [("mpi", None, "default_settings"), ("gloo", "localhost:2,127.0.0.1:2", "nodes")],
+)
+def test_two_groups_of_two_ranks(controller, hosts, tests):
+    """This machine under two names is two nodes to Horovod on Gloo."""
+    file = "tests/parallel/test_shard_groups.py"
+    code, output = launch(
+        ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file, "-k", tests],
+        ranks=4,
+        controller=controller,
+        time_limit=180,
+        hosts=hosts,
+    )
+    assert code == 0, output[-8000:]
+    assert output.count("1 passed") == 4, output[-8000:]
 
 
 @pytest.mark.timeout(TIME_LIMIT + 60)

@@ -7,6 +7,7 @@ bare operations. Conformance is tested for all backends by one suite.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -89,6 +90,23 @@ class Communicator(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
         return self  # a connection to other ranks cannot be copied, only shared
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardGroup:
+    """Of the ranks that train together, those that share one history with this one.
+
+    Ranks that train together are split into groups of the same size; each holds a whole history.
+
+    Args:
+        comm: the group.
+        count: number of groups.
+        index: this group's, 0 <= index < count.
+    """
+
+    comm: Communicator
+    count: int = 1
+    index: int = 0
 
 
 def _checked_values(values: Values) -> Values:

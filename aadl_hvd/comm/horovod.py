@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+from collections import defaultdict
 from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.torch.mpi_ops import is_homogeneous
 from torch import Tensor
 
-from aadl_hvd.comm.base import Communicator, Values
+from aadl_hvd.comm.base import Communicator, ShardGroup, Values
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
+from aadl_hvd.errors import ConfigError
 
 _instances = itertools.count()
 
@@ -119,3 +123,96 @@ def _mpi_communicator(process_set: Any, agree: Communicator) -> MpiCommunicator 
     if not all(agree.allgather_object(ready)):
         return None
     return MpiCommunicator(ranks)
+
+
+def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup:
+    """The ranks that share one history with this one. Collective over `comm`.
+
+    Args:
+        comm: `horovod_communicator(process_set)`.
+        process_set: the ranks that train together.
+        wanted: `AndersonConfig.shard_group`, the same kind of it on all ranks.
+
+    Raises:
+        ConfigError: on every rank; they cannot be split in this way.
+    """
+    if comm.size == 1 or (isinstance(wanted, str) and wanted == "world"):
+        return ShardGroup(comm)
+    groups = _groups_of_nodes(comm) if wanted == "node" else _groups_of_sets(comm, wanted)
+    mine = next(i for i, ranks in enumerate(groups) if hvd.rank() in ranks)
+    if len(groups) == 1:
+        return ShardGroup(comm)
+    if len(groups[mine]) == 1:
+        return ShardGroup(LocalCommunicator(), len(groups), mine)
+    if wanted == "node":
+        wanted = _registered(comm, process_set, groups)[mine]
+    return ShardGroup(HorovodCommunicator(wanted), len(groups), mine)
+
+
+def _groups_of_nodes(comm: Communicator) -> list[list[int]]:
+    if not is_homogeneous():
+        raise ConfigError(
+            "Invalid shard_group='node': the nodes of this job run unequal numbers of ranks. Must "
+            "be equal, so that all groups cut the history alike; or shard_group='world'."
+        )
+    nodes = defaultdict(list)
+    for rank, node in comm.allgather_object((hvd.rank(), hvd.cross_rank())):
+        nodes[node].append(rank)
+    groups = sorted(nodes.values())
+    _check_sizes("'node'", groups)
+    return groups
+
+
+def _groups_of_sets(comm: Communicator, wanted: Any) -> list[list[int]]:
+    known = wanted.process_set_id is not None
+    said = comm.allgather_object((hvd.rank(), list(wanted.ranks) if known else None))
+    for rank, ranks in said:
+        if ranks is None or rank not in ranks:
+            raise ConfigError(
+                f"Invalid shard_group on rank {rank}: its process set "
+                + ("is not registered" if ranks is None else f"of ranks {ranks} leaves it out")
+                + ". Must include it, and be given to hvd.init or hvd.add_process_set first."
+            )
+    groups = sorted({tuple(ranks) for _, ranks in said})
+    if sorted(rank for ranks in groups for rank in ranks) != sorted(rank for rank, _ in said):
+        raise ConfigError(
+            f"Invalid shard_group: process sets of ranks {[list(ranks) for ranks in groups]}. Must "
+            "split the ranks that train together, each in one of them."
+        )
+    _check_sizes("process set", groups)
+    return [list(ranks) for ranks in groups]
+
+
+def _check_sizes(wanted: str, groups: Any) -> None:
+    sizes = sorted({len(ranks) for ranks in groups})
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"Invalid shard_group={wanted}: groups of {sizes} ranks. Must be of one size, so that "
+            "all groups cut the history alike."
+        )
+
+
+def _registered(comm: Communicator, process_set: Any, groups: list[list[int]]) -> list[Any]:
+    """Horovod's process sets of these ranks, made where there are none."""
+    from horovod.common import process_sets
+
+    # The only way to sets that are there already; the same on every rank.
+    table = process_sets._basics._get_process_set_ids_and_ranks()
+    known = {tuple(ranks): number for number, ranks in table.items()}
+    missing = [ranks for ranks in groups if tuple(ranks) not in known]
+    dynamic = os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS", "0") not in ("", "0")
+    if missing and not (all(comm.allgather_object(dynamic)) and comm.size == hvd.size()):
+        raise ConfigError(
+            f"Invalid shard_group='node': Horovod has no process sets of the ranks {missing}. "
+            "Set HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks (not for an "
+            "optimizer on a process set), or give the sets to hvd.init."
+        )
+    found = []
+    for ranks in groups:
+        if tuple(ranks) in known:
+            known_set = hvd.ProcessSet(ranks)
+            known_set.process_set_id = known[tuple(ranks)]
+            found.append(known_set)
+        else:
+            found.append(hvd.add_process_set(ranks))
+    return found

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.comm.base import Communicator, Values
+from aadl_hvd.comm.base import Communicator, ShardGroup, Values
 from aadl_hvd.errors import CommunicationError
 
 T = TypeVar("T")
@@ -24,8 +24,21 @@ class _World:
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size = size
+        self.timeout = timeout
         self.items: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
+        self.parts: dict[tuple[int, int], _World] = {}
+        self.lock = threading.Lock()
+
+    def part(self, index: int, size: int) -> _World:
+        """What a group of these threads shares, the same for all that ask."""
+        with self.lock:
+            return self.parts.setdefault((index, size), _World(size, self.timeout))
+
+    def abort(self) -> None:
+        with self.lock:
+            for world in (self, *self.parts.values()):
+                world.barrier.abort()
 
 
 class SimulatedCommunicator(Communicator):
@@ -35,6 +48,13 @@ class SimulatedCommunicator(Communicator):
         self._world = world
         self.rank = rank
         self.size = world.size
+
+    def shard_group(self, count: int) -> ShardGroup:
+        """Of `count` groups of successive ranks, this rank's; `count` divides `size`."""
+        size = self.size // count
+        index, rank = divmod(self.rank, size)
+        group = SimulatedCommunicator(self._world.part(index, size), rank)
+        return ShardGroup(group, count, index)
 
     def allgather_object(self, item: Any) -> list[Any]:
         return [copy.deepcopy(x) for x in self._exchange(item)]
@@ -83,7 +103,7 @@ def run_ranks(size: int, program: Callable[[Communicator], T], timeout: float = 
         try:
             return program(SimulatedCommunicator(world, rank))
         except BaseException:
-            world.barrier.abort()
+            world.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool:

@@ -30,6 +30,7 @@ BAD = [
     *(("averages", bad) for bad in ((math.nan,), (math.inf,), (True,), (0.9, None))),
     *(("momentum", bad) for bad in ("Keep", "zero", None, 0.9, True)),
     *(("layout", bad) for bad in ("row", None, 2)),
+    *(("shard_group", bad) for bad in ("nodes", None, 2, [0, 1])),
     *(("history_dtype", bad) for bad in ("float8", torch.int32, torch.complex64, 32, "", [])),
 ]
 ALLOWED = {
@@ -44,6 +45,7 @@ ALLOWED = {
     "momentum": "'keep', 'reset'",
     "averages": "floats > 0 and < 1, and window lengths, integers >= 2",
     "layout": "'rows', 'columns'",
+    "shard_group": "'world', 'node'",
     "history_dtype": "float64, float32, bfloat16, float16",
 }
 
@@ -158,3 +160,23 @@ def test_the_default_is_the_robust_one():
     config = AndersonConfig()
     assert (config.safeguard, config.residual, config.layout) == ("descent", "gradient", "rows")
     assert config.average_window is None
+
+
+class ProcessSet:
+    ranks = (0, 1)
+
+    def included(self):
+        return True
+
+
+def test_shard_groups_go_with_rows_only():
+    for group in ("node", ProcessSet()):
+        assert AndersonConfig(shard_group=group).shard_group is group
+        with pytest.raises(ConfigError, match=r"shard_group=.*layout='columns'"):
+            AndersonConfig(shard_group=group, layout="columns")
+
+
+def test_process_set_is_plain_in_a_dictionary():
+    """It differs from rank to rank, and belongs into no checkpoint."""
+    assert AndersonConfig(shard_group=ProcessSet()).to_dict()["shard_group"] == "process set"
+    assert AndersonConfig(shard_group="node").to_dict()["shard_group"] == "node"

@@ -100,11 +100,12 @@ def textbook(problem, config, steps=STEPS):
     )
 
 
-def on_ranks(problem, config, ranks, steps=STEPS, dtype=torch.float64):
+def on_ranks(problem, config, ranks, steps=STEPS, dtype=torch.float64, shard_groups=1):
     """Path and counts of every rank; with one rank as a user of AndersonOptimizer gets them."""
 
     def program(comm):
-        path, opt = problem.run(config, steps, None if ranks == 1 else comm, dtype)
+        opt = problem.optimizer(config, None if ranks == 1 else comm, dtype, shard_groups)
+        path, opt = problem.run(config, steps, opt=opt)
         return path, counts(opt), opt.anderson
 
     results = run_ranks(ranks, program)
@@ -130,6 +131,21 @@ def test_layouts_are_the_textbook_s(name):
             path, count, _ = on_ranks(problem, settings(options, layout=layout), ranks)
             assert distance(path, expected.path) < 1e-11, (layout, ranks)
             assert count == expected.counts, (layout, ranks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shard_groups_are_the_textbook_s(name):
+    """Several whole histories, the sums over rows shared by all ranks; the same bits everywhere."""
+    groups, options = CASES[name]
+    problem = Problem(groups, noise=NOISE.get(name, 1.0))
+    expected = textbook(problem, settings(options))
+    for ranks, shard_groups in ((2, 2), (4, 2), (3, 3), (6, 2), (6, 3)):
+        path, count, result = on_ranks(problem, settings(options), ranks, shard_groups=shard_groups)
+        assert distance(path, expected.path) < 1e-11, (ranks, shard_groups)
+        assert count == expected.counts, (ranks, shard_groups)
+        rows = -(-problem.n * shard_groups // ranks)
+        window = result.config.average_window or 0
+        assert result.history_bytes <= 8 * rows * (2 * result.config.history_depth + 4 + window)
 
 
 @pytest.mark.parametrize("name", ["p > q", "groups", "descent", "average", "n < P"])
@@ -238,9 +254,10 @@ def test_residual_is_what_it_is_called(kind):
 def test_replicas_bitwise_equal_after_100_steps(layout, dtype):
     problem = Problem(SEVERAL, noise=0.1)
     config = AndersonConfig(**TEXTBOOK, layout=layout, average_window=4)
-    for ranks in (2, 3, 4):
+    splits = [(2, 1), (3, 1), (4, 1)] + [(2, 2), (4, 2), (4, 4)] * (layout == "rows")
+    for ranks, shard_groups in splits:
         # on_ranks compares the bits of all weights of all steps.
-        _, count, _ = on_ranks(problem, config, ranks, steps=100, dtype=dtype)
+        _, count, _ = on_ranks(problem, config, ranks, 100, dtype, shard_groups)
         assert count["accelerated"] > 5
 
 

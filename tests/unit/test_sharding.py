@@ -25,6 +25,22 @@ def test_rows_are_disjoint_complete_in_order_and_balanced(n, depth, size):
         assert shard.rows[0] == min(rank * shard.block, n)
         assert shard.slots == tuple(range(depth))
         assert shard.counts_replicated
+        assert shard.summed == shard.counted == slice(0, lengths[rank])
+
+
+@given(*SIZES, st.integers(1, 9))
+def test_groups_hold_everything_and_sum_up_every_row_once(n, depth, size, groups):
+    shards = [
+        Sharding("rows", n, depth, size, rank, groups, group)
+        for group in range(groups)
+        for rank in range(size)
+    ]
+    for shard in shards:
+        alone = Sharding("rows", n, depth, size, shard.rank)
+        assert (shard.rows, shard.slots, shard.block) == (alone.rows, alone.slots, alone.block)
+        assert shard.counted == shard.summed
+    summed = [row for shard in shards for row in range(*shard.rows)[shard.summed]]
+    assert sorted(summed) == list(range(n))
 
 
 @given(*SIZES)
@@ -39,6 +55,17 @@ def test_columns_are_disjoint_complete_and_balanced(n, depth, size):
         assert (shard.rows, shard.block) == ((0, n), n)
     # What all ranks can compute enters a sum once.
     assert [shard.counts_replicated for shard in shards] == [True] + [False] * (size - 1)
+    assert [range(n)[shard.counted] for shard in shards] == [range(n)] + [range(0)] * (size - 1)
+    assert all(shard.summed == slice(0, n) for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("groups", "group", "layout"),
+    [(0, 0, "rows"), (2, 2, "rows"), (2, -1, "rows"), (2, 1, "columns")],
+)
+def test_bad_groups(groups, group, layout):
+    with pytest.raises(ConfigError, match=f"groups={groups}"):
+        Sharding(layout, 5, 2, 1, 0, groups, group)
 
 
 @pytest.mark.parametrize(
