@@ -180,7 +180,7 @@ def _run(options: argparse.Namespace) -> None:
             group = shares["rows", 5, machine.gpus_per_node]
             if ranks >= machine.gpus_per_node > 1:
                 in_node[ranks] = predictions.predict_in_node(
-                    machine, ranks, group, shares["rows", 5, 0], **setting
+                    machine, shares["rows", 5, ranks], group, shares["rows", 5, 0], **setting
                 )
             else:
                 in_node[ranks] = rows[ranks]

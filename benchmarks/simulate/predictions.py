@@ -139,27 +139,44 @@ def predict(
 
 def predict_in_node(
     machine: Machine,
-    ranks: int,
     measured: Mapping[str, Any],
+    group: Mapping[str, Any],
     floor: Mapping[str, Any],
     *,
     m: int,
     averages: int,
     launch: float = model.LAUNCH,
 ) -> Prediction:
-    """P ranks of which those of a node share a history. The library has no such groups yet.
+    """One rank of P, its history shared by the ranks of its node (`shard_group="node"`).
 
-    The weights are gathered within the node; noise and losses are summed over, and coefficients
-    broadcast to, all P. `measured` is the share of as many ranks as a node has.
+    The weights are gathered within the node. All P sum up the Gram matrix, each over a piece of
+    its rows, as long as if all P shared one history.
+
+    Args:
+        machine: its figures.
+        measured: `work.share` of P ranks.
+        group: `work.share` of as many ranks as a node has.
+        floor: `work.share` of next to no rows.
+        m: history depth.
+        averages: number of running averages.
+        launch: seconds of a kernel's launch.
     """
-    n, group = measured["parameters"], Network(machine, measured["ranks"])
-    messages = model.talk(group, n, m, averages, "rows")
-    world = Network(machine, ranks)
-    if world.nodes > 1:
-        messages["tiny"] += world.reduce_and_broadcast(model.FLOAT64 * (model.RIDERS + averages))
-        messages["tiny"] += world.tree(model.FLOAT64 * m)
-        messages["tiny"] += world.reduce_and_broadcast(model.FLOAT64 * model.OBSERVED)
-    return _prediction("rows in a node", machine, measured, floor, messages, launch, ranks)
+    n, ranks = measured["parameters"], measured["ranks"]
+    node = model.talk(Network(machine, group["ranks"]), n, m, averages, "rows")
+    world = model.talk(Network(machine, ranks), n, m, averages, "rows")
+    shared = {
+        kind: {**group[kind], **{k: v for k, v in measured[kind].items() if k == "gram"}}
+        for kind in ("seconds", "launches", "synchronisations")
+    }
+    return _prediction(
+        "rows in a node",
+        machine,
+        {**group, **shared},
+        floor,
+        node | {"tiny": world["tiny"]},
+        launch,
+        ranks,
+    )
 
 
 def _prediction(

@@ -21,7 +21,7 @@ from benchmarks.simulate.predictions import (
 TARGET = 0.015  # of a float32 step, at 1,536 V100s with p = q = 5
 VARIANTS = {
     "rows": "rows",
-    "rows in a node": "rows in a node (not implemented)",
+    "rows in a node": "rows in a node",
     "columns": "columns",
     "offload": "AADL, offloaded",
 }

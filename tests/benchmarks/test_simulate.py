@@ -250,9 +250,13 @@ def test_what_is_scaled_and_what_is_not():
     assert found.launches == 130 and found.synchronisations == 1
     assert found.total - found.bare == pytest.approx(found.seconds["noise gate"])
     assert found.share(0.1) == pytest.approx(found.total / 0.5)
-    node = predictions.predict_in_node(SUMMIT, 96, _measured(6, 4259506, 10.0), floor, **setting)
+    group = _measured(6, 4259506, 30.0) | {"bytes": 1600}
+    node = predictions.predict_in_node(SUMMIT, many, group, floor, **setting)
     assert node.seconds["large message"] < found.seconds["large message"]
-    assert node.ranks == 96
+    for part in ("gram", "tiny messages"):  # of all ranks
+        assert node.seconds[part] == found.seconds[part]
+    assert node.seconds["store"] == pytest.approx(29e-3 / 100 + 10e-5)  # of the node's
+    assert (node.ranks, node.bytes) == (96, 1600)
 
 
 def test_steps():
@@ -354,5 +358,5 @@ def test_a_small_run(toml, tmp_path, capfd):
     assert predicted["rows"][2]["bytes"] == model.history_bytes(60000, 3, 1536, averages=4)
     run = found["validation"]["ranks"]["2"]
     assert set(run["measured"]) == set(run["predicted"]) == set(validate.PARTS)
-    for text in ("At 1536 GPUs", "assumed", "measured", "not implemented", "Beyond"):
+    for text in ("At 1536 GPUs", "assumed", "measured", "rows in a node", "Beyond"):
         assert text in printed
