@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
@@ -29,12 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import safeguard
+from aadl_hvd import replicas, safeguard
 from aadl_hvd.averaging import MovingAverage, WeightAverages
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
-from aadl_hvd.errors import ConfigError, UnsupportedError
+from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
@@ -100,6 +101,9 @@ class FixedPoint(Protocol):
     def snapshot(self) -> Callable[[], None]:
         """Copies the base optimizer's state; the result puts it back."""
 
+    def state_tensors(self) -> list[Tensor]:
+        """The base optimizer's state, in an order that is the same on all ranks."""
+
     def loss(self) -> float:
         """Evaluates the loss of this rank at the current weights."""
 
@@ -139,6 +143,8 @@ class Accelerator:
         self._noise = NoiseMeter()
         self._losses = LossWatch()
         self._backoff = Backoff()
+        self._were_equal = False  # whether all ranks have ever been seen with the same weights
+        self._warned = False
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
     @property
@@ -231,6 +237,15 @@ class Accelerator:
         """Mean of a small vector over the ranks that train together. Collective."""
         return self._comm.allreduce(values) / self._comm.size
 
+    def compare_replicas(self, problem: FixedPoint) -> bool:
+        """Whether all ranks hold the same weights. Collective."""
+        with _plain_numerics(problem.device):
+            hash(problem.signature)  # up to date with the parameter groups
+            sums = self._comm.allreduce(replicas.riders(self._checksum(problem)))
+        same = replicas.equal(sums, self._comm.size)
+        self._were_equal |= same
+        return same
+
     def restart(self, cause: Restart = Restart.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
         self.stats.restarts[cause.value] += 1
@@ -291,8 +306,11 @@ class Accelerator:
                     gains = self._averages.partial_gains(w, r, self._sharding.counted)
                 with self.stats.timed("noise"):
                     noise = self._noise.riders()
-                riders = np.concatenate([noise, self._losses.riders(), gains])
-                self._accelerate(problem, w, r, riders)
+                with self.stats.timed("replicas"):
+                    checksum = self._checksum(problem)
+                same = replicas.riders(checksum)
+                riders = np.concatenate([noise, self._losses.riders(), same, gains])
+                self._accelerate(problem, w, r, riders, checksum)
             if average:
                 self._replace_by_average(problem, r)
         return result
@@ -309,14 +327,20 @@ class Accelerator:
                 self._gram.stored(*new)
             self.stats.stored += 1
 
-    def _accelerate(self, problem: FixedPoint, w: Tensor, r: Tensor, riders: Vector) -> None:
+    def _accelerate(
+        self, problem: FixedPoint, w: Tensor, r: Tensor, riders: Vector, checksum: int
+    ) -> None:
         stats, config = self.stats, self.config
         with stats.timed("gram"):
             system, sums = self._gram.assemble(r, riders)
             stats.bytes["gram"] += self._gram.message_bytes(len(riders))
-        noise, losses, gains = np.split(sums, np.cumsum([NoiseMeter.RIDERS, LossWatch.RIDERS]))
+        lengths = NoiseMeter.RIDERS, LossWatch.RIDERS, replicas.RIDERS
+        noise, losses, same, gains = np.split(sums, np.cumsum(lengths))
         self._losses.event(losses, self._comm.size)
         ready = self._backoff.ready()
+        if not replicas.equal(same, self._comm.size):
+            return self._unequal(problem, checksum)
+        self._were_equal = True
         if system is None:
             self.restart(Restart.DESYNCHRONIZED)
             self._history.generation = 0  # from here on the same on all ranks
@@ -377,6 +401,55 @@ class Accelerator:
         if observed:
             self._losses.try_out(base_rows, restore)
         stats.accelerated += 1
+
+    def _checksum(self, problem: FixedPoint) -> int:
+        if self._comm.size == 1:
+            return 0
+        work = _work_dtype(problem)
+        return replicas.checksum(problem.read, problem.n, work, problem.device)
+
+    def _unequal(self, problem: FixedPoint, checksum: int) -> None:
+        """Ranks hold different weights: what to do about it, on all of them."""
+        root, others = replicas.outliers(self._comm.allgather_object(checksum))
+        named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+        what = f"Weights of {named} differ from those of rank {root} in step {self.stats.steps}"
+        if self._were_equal and self.config.on_desync == "error":
+            raise ReplicaMismatchError(
+                f"{what}, and were equal before: a fault of the machine, or one rank changed them "
+                "by itself. Go on from a checkpoint, or choose on_desync='resync'."
+            )
+        self.restart(Restart.DESYNCHRONIZED)
+        self._history.generation = 0  # from here on the same on all ranks
+        if self._were_equal:
+            warnings.warn(f"{what}: these ranks get weights and state of rank {root}", stacklevel=6)
+            self._resync(problem, root)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{what}, and were never equal: no acceleration. Call "
+                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training.",
+                stacklevel=6,
+            )
+
+    def _resync(self, problem: FixedPoint, root: int) -> None:
+        """Gives all ranks the weights and the base optimizer's state of one. Collective."""
+        mine = self._comm.rank == root
+        state = problem.state_tensors()
+        shapes = self._comm.allgather_object([tuple(tensor.shape) for tensor in state])
+        if any(other != shapes[root] for other in shapes):
+            raise ReplicaMismatchError(
+                f"Ranks hold optimizer states of different shapes, unlike rank {root}: they cannot "
+                "be made equal. Go on from a checkpoint."
+            )
+        # Sums with zeros: the one large message that all communicators have.
+        flat = torch.zeros(problem.n, dtype=_work_dtype(problem), device=problem.device)
+        if mine:
+            problem.read(0, problem.n, flat)
+        problem.write(self._comm.sum_tensor(flat))
+        for tensor in state:
+            values = tensor.detach().to(torch.float64).reshape(-1)
+            values = self._comm.sum_tensor(values if mine else torch.zeros_like(values))
+            tensor.copy_(values.reshape(tensor.shape))
 
     def _clear_of_noise(self, sums: Vector, gram: Matrix, rr: float) -> list[int]:
         """The columns that stand out of the noise; none where the residual does not."""
@@ -532,7 +605,7 @@ class Accelerator:
         if self._signature is not None:
             self.restart(Restart.CHANGED)
         self._signature = signature
-        work = torch.float64 if problem.dtype == torch.float64 else torch.float32
+        work = _work_dtype(problem)
         current = self._history
         if (current.sharding.n, current.work_dtype, current.device) != (
             problem.n,
@@ -552,6 +625,11 @@ class Accelerator:
         self._averages = WeightAverages(config.averages, config.frequency, hi - lo, work, device)
         if config.average_window is not None:
             self._average = MovingAverage(config.average_window, hi - lo, work, device)
+
+
+def _work_dtype(problem: FixedPoint) -> torch.dtype:
+    """Of pairs and products: no narrower than any weight."""
+    return torch.float64 if problem.dtype == torch.float64 else torch.float32
 
 
 @contextlib.contextmanager

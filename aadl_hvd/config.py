@@ -17,6 +17,7 @@ RESIDUALS: Final = ("step", "gradient", "state")
 MOMENTA: Final = ("keep", "reset")
 LAYOUTS: Final = ("rows", "columns")
 SHARD_GROUPS: Final = ("world", "node")
+DESYNC_REACTIONS: Final = ("error", "resync")
 HISTORY_DTYPES: Final = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -90,6 +91,10 @@ class AndersonConfig:
             groups of one size. Every group holds a whole history; with layout="rows" only.
         history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
             float32, bfloat16, float16. None: float64 if a parameter is float64, else float32.
+        on_desync: what follows when ranks no longer hold the same weights, which every attempt
+            checks: "error" on all ranks, that names those that differ from most, or "resync": these
+            get weights and optimizer state of the others, with a warning. Ranks that were never
+            equal are warned of, and not accelerated.
         refine: steps of iterative refinement of the least-squares solution (corrected semi-normal
             equations); each costs one pass over R and one tiny reduction.
 
@@ -115,6 +120,7 @@ class AndersonConfig:
     shard_group: Any = "world"
     history_dtype: torch.dtype | None = None
     refine: int = 0
+    on_desync: str = "error"
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -144,6 +150,7 @@ class AndersonConfig:
             )
         self._check_choice("layout", LAYOUTS)
         self._check_shard_group()
+        self._check_choice("on_desync", DESYNC_REACTIONS)
         self._check_history_dtype()
 
     @classmethod

@@ -11,9 +11,11 @@ from typing import Any
 
 from aadl_hvd.safeguard import Rejection, Restart
 
-# Order of an accelerated step; "read" copies this rank's rows, "write" puts the update in place.
+# Order of an accelerated step; "read" copies this rank's rows, "replicas" compares all weights,
+# "write" puts the update in place.
 PARTS = (
     "read",
+    "replicas",
     "noise",
     "store",
     "gram",

@@ -14,7 +14,7 @@ class UnsupportedError(AndersonError, TypeError):
 
 
 class ReplicaMismatchError(AndersonError, RuntimeError):
-    """The ranks that share one history disagree on the model or the configuration."""
+    """The ranks that share one history disagree on the model, its weights or the configuration."""
 
 
 class CommunicationError(AndersonError, RuntimeError):

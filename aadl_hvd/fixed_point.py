@@ -239,6 +239,11 @@ class OptimizerFixedPoint:
 
         return restore
 
+    def state_tensors(self) -> list[Tensor]:
+        entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        found = (entry[key] for entry in entries for key in sorted(entry))
+        return [value for value in found if isinstance(value, Tensor)]
+
     def loss(self) -> float:
         return self.evaluate()
 

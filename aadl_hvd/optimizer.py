@@ -172,7 +172,9 @@ def DistributedAndersonOptimizer(
     alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
     factor = comm.size if op == hvd.Sum else 1
-    return _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, factor)
+    made = _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, factor)
+    made.anderson.compare_replicas(made._anderson_problem)  # if equal now, they must stay it
+    return made
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")

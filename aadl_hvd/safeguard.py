@@ -33,7 +33,8 @@ class Restart(enum.Enum):
     # Parameters, dtypes, devices, which learning rates are 0; with residual="step" the ratio of the
     # groups' rates, with "state" any of them.
     CHANGED = "changed"
-    DESYNCHRONIZED = "desynchronized"  # ranks had not stored the same: one loaded a checkpoint
+    # Ranks had not stored the same (one loaded a checkpoint), or did not hold the same weights.
+    DESYNCHRONIZED = "desynchronized"
     LOADED = "loaded"  # load_state_dict
     REQUESTED = "requested"  # restart() was called
 

@@ -20,7 +20,18 @@ from typing import Any
 from benchmarks import command, report
 
 OWN = "Horovod's own"
-PARTS = ("read", "store", "noise", "average", "gram", "solve", "update", "gather", "write")
+PARTS = (
+    "read",
+    "replicas",
+    "store",
+    "noise",
+    "average",
+    "gram",
+    "solve",
+    "update",
+    "gather",
+    "write",
+)
 OUT = report.RESULTS / "overhead.json"
 
 

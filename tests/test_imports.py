@@ -23,6 +23,7 @@ LAYERS = [
         "safeguard",
         "diagnostics",
         "noise",
+        "replicas",
         "fixed_point",
         "batch_norm",
     },

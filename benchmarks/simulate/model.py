@@ -16,8 +16,9 @@ LAUNCH = 5e-6  # seconds to start a kernel from torch; assumed
 SYNCHRONISATION = 10e-6  # seconds that the host loses when it waits for a number; assumed
 CYCLE = 1e-3  # seconds between two negotiations of Horovod, as the machine files set it
 FLOAT64 = 8
-# What rides along in the allreduce of the Gram matrix: noise 4, loss 3, r^T r and four tokens 5.
-RIDERS = 12
+# What rides along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the weights 4,
+# r^T r and four tokens 5.
+RIDERS = 16
 OBSERVED = 4  # numbers in the verdict on an observed loss
 
 
@@ -228,7 +229,7 @@ class Work:
 # On the host, whatever holds the weights.
 HOST_PARTS = ("solve",)
 # Passes over all n weights, whatever P: they have no row-free remainder to take off.
-WHOLE_PARTS = ("write",)
+WHOLE_PARTS = ("write", "replicas")
 
 
 def on_gpu(work: Work, ratio: float, launch: float = LAUNCH) -> dict[str, float]:

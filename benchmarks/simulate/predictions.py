@@ -17,7 +17,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "solve": ("solve",),
     "update": ("update",),
     "write": ("write",),
-    "rest": ("other", "safeguard", "gather"),
+    "rest": ("other", "replicas", "safeguard", "gather"),
     "noise gate": ("noise", "sample", "backward"),
     "averages": ("average",),
     "tiny messages": ("tiny",),
@@ -196,7 +196,9 @@ def _prediction(
     }
     streaming = model.on_gpu(dataclasses.replace(work, launches={}, synchronisations={}), ratio)
     slow = sum(streaming.values()) + sum(messages.values())
-    slow += sum(v for k, v in work.fixed.items() if k not in (*model.HOST_PARTS, "write"))
+    slow += sum(
+        v for k, v in work.fixed.items() if k not in (*model.HOST_PARTS, *model.WHOLE_PARTS)
+    )
     return Prediction(
         variant=variant,
         ranks=ranks,

@@ -25,7 +25,18 @@ from benchmarks.workload import copy_bandwidth, shapes_of
 CALIBRATION = 2**23  # numbers in the allgather that bandwidth is taken from
 REPEATS = 15
 # What the library's own timers see of an event, in its order, without its tiny messages.
-TIMED = ("read", "noise", "store", "gram", "solve", "update", "gather", "write", "average")
+TIMED = (
+    "read",
+    "replicas",
+    "noise",
+    "store",
+    "gram",
+    "solve",
+    "update",
+    "gather",
+    "write",
+    "average",
+)
 MESSAGES = "tiny messages"  # waiting for the other ranks to come is measured, not predicted
 PARTS = (*TIMED, MESSAGES)
 
