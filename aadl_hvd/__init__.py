@@ -11,6 +11,7 @@ from aadl_hvd.errors import (
     AndersonError,
     CommunicationError,
     ConfigError,
+    HistoryMemoryError,
     ReplicaMismatchError,
     UnsupportedError,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "CommunicationError",
     "ConfigError",
     "DistributedAndersonOptimizer",
+    "HistoryMemoryError",
     "NeumannOptimizer",
     "ReplicaMismatchError",
     "UnsupportedError",

@@ -30,12 +30,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import replicas, safeguard
+from aadl_hvd import memory, replicas, safeguard
 from aadl_hvd.averaging import MovingAverage, WeightAverages
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
-from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
+from aadl_hvd.errors import (
+    ConfigError,
+    HistoryMemoryError,
+    ReplicaMismatchError,
+    UnsupportedError,
+)
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
@@ -237,10 +242,45 @@ class Accelerator:
         """Mean of a small vector over the ranks that train together. Collective."""
         return self._comm.allreduce(values) / self._comm.size
 
+    def needed_bytes(self, problem: FixedPoint) -> int:
+        """What `history_bytes` will be at most."""
+        hash(problem.signature)  # up to date with the parameter groups
+        sharding, work = self._share(problem.n), _work_dtype(problem)
+        config, (lo, hi) = self.config, sharding.rows
+        narrow = 2 * len(sharding.slots) * (config.history_dtype or work).itemsize
+        pairs, window = 4, config.average_window or 0
+        averages = sum(2 if kind < 1 else 4 for kind in config.averages)
+        return (hi - lo) * (narrow + (pairs + window + averages) * work.itemsize)
+
+    def check_memory(self, problem: FixedPoint) -> None:
+        """Collective, before the first step.
+
+        Raises:
+            HistoryMemoryError: on every rank, if the history of any does not fit.
+        """
+        device = problem.device
+        here = self.needed_bytes(problem), memory.free_bytes(device), memory.place(device)
+        needed: dict[str, int] = {}
+        free: dict[str, float] = {}
+        everybody = self._comm.allgather_object(here)
+        for own, left, place in everybody:
+            needed[place] = needed.get(place, 0) + own
+            free[place] = min(free.get(place, math.inf), math.inf if left is None else left)
+        for rank, (own, _, place) in enumerate(everybody):
+            if needed[place] > free[place]:
+                raise HistoryMemoryError(
+                    f"The history would take {own / 1e9:.3g} GB on rank {rank}, "
+                    f"{needed[place] / 1e9:.3g} GB with all ranks on {place}, where "
+                    f"{free[place] / 1e9:.3g} GB are free. Lower "
+                    f"history_depth={self.config.history_depth}, or choose "
+                    "history_dtype='bfloat16', averages=() or average_window=None; with "
+                    "layout='rows' and shard_group='world' each of P ranks holds one P-th."
+                )
+
     def compare_replicas(self, problem: FixedPoint) -> bool:
         """Whether all ranks hold the same weights. Collective."""
         with _plain_numerics(problem.device):
-            hash(problem.signature)  # up to date with the parameter groups
+            hash(problem.signature)
             sums = self._comm.allreduce(replicas.riders(self._checksum(problem)))
         same = replicas.equal(sums, self._comm.size)
         self._were_equal |= same
@@ -614,10 +654,13 @@ class Accelerator:
         ):
             self._set_up(problem.n, work, problem.device)
 
-    def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
-        config, group = self.config, self._group
+    def _share(self, n: int) -> Sharding:
+        group = self._group
         share = group.comm.size, group.comm.rank, group.count, group.index
-        sharding = Sharding(config.layout, n, config.history_depth, *share)
+        return Sharding(self.config.layout, n, self.config.history_depth, *share)
+
+    def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
+        config, sharding = self.config, self._share(n)
         self._history = History(sharding, config.history_dtype or work, work, device)
         self._gram = Gram(self._history, self._comm)
         lo, hi = sharding.rows

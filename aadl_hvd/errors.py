@@ -17,5 +17,9 @@ class ReplicaMismatchError(AndersonError, RuntimeError):
     """The ranks that share one history disagree on the model, its weights or the configuration."""
 
 
+class HistoryMemoryError(AndersonError, MemoryError):
+    """The history of these settings does not fit into the memory that is free."""
+
+
 class CommunicationError(AndersonError, RuntimeError):
     """A collective was called with arguments that it does not take."""

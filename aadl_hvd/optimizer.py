@@ -66,6 +66,7 @@ def AndersonOptimizer(
         ConfigError: `anderson` is not an `AndersonConfig`.
         UnsupportedError: the optimizer is accelerated or distributed already, or its parameters
             cannot be accelerated.
+        HistoryMemoryError: the history does not fit into free memory.
     """
     config = _checked_config(anderson)
     _check_optimizer(optimizer)
@@ -83,7 +84,10 @@ def AndersonOptimizer(
             f"Invalid shard_group={config.shard_group!r} in one process. Must be 'world'."
         )
     comm = LocalCommunicator()
-    return _attach(accelerated, optimizer, config, comm, ShardGroup(comm), backward_passes_per_step)
+    group = ShardGroup(comm)
+    made = _attach(accelerated, optimizer, config, comm, group, backward_passes_per_step)
+    made.anderson.check_memory(made._anderson_problem)
+    return made
 
 
 def DistributedAndersonOptimizer(
@@ -134,6 +138,7 @@ def DistributedAndersonOptimizer(
         ConfigError: `anderson` is not an `AndersonConfig`, or does not go with Adasum.
         UnsupportedError: as for `AndersonOptimizer`.
         ReplicaMismatchError: on every rank, if ranks differ in parameters or settings.
+        HistoryMemoryError: on every rank, if the history of any does not fit into free memory.
     """
     import horovod.torch as hvd
 
@@ -173,6 +178,7 @@ def DistributedAndersonOptimizer(
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
     factor = comm.size if op == hvd.Sum else 1
     made = _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, factor)
+    made.anderson.check_memory(made._anderson_problem)
     made.anderson.compare_replicas(made._anderson_problem)  # if equal now, they must stay it
     return made
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "aadl_hvd"
 
 # A module may import from layers below its own, and only from those.
 LAYERS = [
-    {"config", "errors", "sharding", "comm.base", "flatten", "solve"},
+    {"config", "errors", "sharding", "comm.base", "flatten", "solve", "memory"},
     {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
     {
         "history",
