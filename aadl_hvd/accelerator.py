@@ -73,7 +73,10 @@ class FixedPoint(Protocol):
         """Whether the base optimizer goes anywhere (no learning rate of 0)."""
 
     def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
-        """Copies rows [lo, hi) of w, before `advance`, which may use the memory of `residual`."""
+        """Copies rows [lo, hi) of w, before `advance`, which may use the memory of `residual`.
+
+        `out` may be used after `read_residual`: until then it may be under way to the host.
+        """
 
     def advance(self) -> Any:
         """One step of the base optimizer; its return value is handed to the user."""
@@ -150,6 +153,7 @@ class Accelerator:
         self._backoff = Backoff()
         self._were_equal = False  # whether all ranks have ever been seen with the same weights
         self._warned = False
+        self._weights_device = torch.device("cpu")
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
     @property
@@ -258,7 +262,7 @@ class Accelerator:
         Raises:
             HistoryMemoryError: on every rank, if the history of any does not fit.
         """
-        device = problem.device
+        device = self._home(problem)
         here = self.needed_bytes(problem), memory.free_bytes(device), memory.place(device)
         needed: dict[str, int] = {}
         free: dict[str, float] = {}
@@ -403,7 +407,7 @@ class Accelerator:
         with stats.timed("solve"):
             gamma = self._solve(gram, b, rr, r, slots)
         with stats.timed("update"):
-            mixing = config.damping * problem.mixing(*self._rows)
+            mixing = config.damping * self._mixing(problem)
             update = self._history.update(r, gamma, mixing, self._history.scratch(w, r))
             partial_slope = float(chunked_dot(update, r, self._sharding.summed))
             slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
@@ -543,18 +547,18 @@ class Accelerator:
         if self._sharding.layout == "columns":
             self.stats.bytes["gather"] += update.numel() * update.element_size()
             update = self._group.comm.sum_tensor(update)
-            return torch.add(w, update, alpha=self.config.relaxation, out=update)
+            return self._gather(torch.add(w, update, alpha=self.config.relaxation, out=update))
         return self._gather(torch.add(w, update, alpha=self.config.relaxation, out=update))
 
     def _gather(self, rows: Tensor) -> Tensor:
         """The flat vector [>= n] from every rank's rows of it."""
         sharding = self._sharding
         if sharding.layout == "columns":
-            return rows  # every rank has all of them
+            return rows.to(self._weights_device)  # every rank has all of them
         if rows.numel() < sharding.block:
             rows = torch.nn.functional.pad(rows, (0, sharding.block - rows.numel()))
         self.stats.bytes["gather"] += rows.numel() * rows.element_size()
-        return self._group.comm.allgather(rows)
+        return self._group.comm.allgather(rows.to(self._weights_device, non_blocking=True))
 
     def _confirm_loss(self, problem: FixedPoint) -> bool:
         """Judges the accelerated step before this one by its loss; goes back if it was bad."""
@@ -602,7 +606,7 @@ class Accelerator:
         assert average is not None
         with self.stats.timed("average"):
             average.push(problem.read(*self._rows, self._vector()))
-            mixed = (r * problem.mixing(*self._rows)).abs()
+            mixed = (r * self._mixing(problem)).abs()
             largest = mixed.max() if r.numel() else r.new_zeros(())
             local = torch.stack([average.spread(), largest])
             values = np.append(local.double().cpu().numpy(), not average.full)
@@ -633,6 +637,10 @@ class Accelerator:
     def _rows(self) -> tuple[int, int]:
         return self._sharding.rows
 
+    def _mixing(self, problem: FixedPoint) -> float | Tensor:
+        mixing = problem.mixing(*self._rows)
+        return mixing.to(self._history.device) if isinstance(mixing, Tensor) else mixing
+
     def _vector(self) -> Tensor:
         lo, hi = self._rows
         return torch.empty(hi - lo, dtype=self._history.work_dtype, device=self._history.device)
@@ -645,14 +653,19 @@ class Accelerator:
         if self._signature is not None:
             self.restart(Restart.CHANGED)
         self._signature = signature
-        work = _work_dtype(problem)
+        work, home = _work_dtype(problem), self._home(problem)
+        self._weights_device = problem.device
         current = self._history
         if (current.sharding.n, current.work_dtype, current.device) != (
             problem.n,
             work,
-            problem.device,
+            home,
         ):
-            self._set_up(problem.n, work, problem.device)
+            self._set_up(problem.n, work, home)
+
+    def _home(self, problem: FixedPoint) -> torch.device:
+        """Where history and averages are."""
+        return torch.device(self.config.history_device or problem.device)
 
     def _share(self, n: int) -> Sharding:
         group = self._group
@@ -661,7 +674,8 @@ class Accelerator:
 
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
         config, sharding = self.config, self._share(n)
-        self._history = History(sharding, config.history_dtype or work, work, device)
+        pinned = device != self._weights_device
+        self._history = History(sharding, config.history_dtype or work, work, device, pinned)
         self._gram = Gram(self._history, self._comm)
         lo, hi = sharding.rows
         self._base_rows = None

@@ -18,6 +18,7 @@ MOMENTA: Final = ("keep", "reset")
 LAYOUTS: Final = ("rows", "columns")
 SHARD_GROUPS: Final = ("world", "node")
 DESYNC_REACTIONS: Final = ("error", "resync")
+HISTORY_DEVICES: Final = (None, "cpu")
 HISTORY_DTYPES: Final = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -91,6 +92,9 @@ class AndersonConfig:
             groups of one size. Every group holds a whole history; with layout="rows" only.
         history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
             float32, bfloat16, float16. None: float64 if a parameter is float64, else float32.
+        history_device: where history and averages are: None, where the parameters are, or "cpu", in
+            pinned memory of the host, which then does the arithmetic, too: slow, for GPUs without
+            room. Copies go under way while the base optimizer works.
         on_desync: what follows when ranks no longer hold the same weights, which every attempt
             checks: "error" on all ranks, that names those that differ from most, or "resync": these
             get weights and optimizer state of the others, with a warning. Ranks that were never
@@ -119,6 +123,7 @@ class AndersonConfig:
     layout: str = "rows"
     shard_group: Any = "world"
     history_dtype: torch.dtype | None = None
+    history_device: str | None = None
     refine: int = 0
     on_desync: str = "error"
 
@@ -150,6 +155,7 @@ class AndersonConfig:
             )
         self._check_choice("layout", LAYOUTS)
         self._check_shard_group()
+        self._check_choice("history_device", HISTORY_DEVICES)
         self._check_choice("on_desync", DESYNC_REACTIONS)
         self._check_history_dtype()
 
@@ -213,10 +219,10 @@ class AndersonConfig:
                 f"Invalid {name}={value!r}. Must be a finite number {lower}{upper}{also}."
             )
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
+            close = difflib.get_close_matches(str(value), filter(None, choices), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"Invalid {name}={value!r}. Must be one of {choices}.{hint}")
 

@@ -61,6 +61,8 @@ class OptimizerFixedPoint:
         self._hooks: list[Any] = []
         self._last_rates: tuple[float, ...] = ()
         self._due: tuple[int, int, Tensor] | None = None
+        # w and r on the way to memory of another device.
+        self._stages: tuple[Tensor, Tensor] | None = None
         self._gradient: _Gradient | None = None
         self._deviations: Deviations | None = None
         self._check()
@@ -159,11 +161,13 @@ class OptimizerFixedPoint:
         return restore
 
     def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
+        w, r = self._staged(out, residual)
         if self._residual == "gradient":
-            self._due = lo, hi, residual
+            self._due = lo, hi, r
         self._gradient = None
         parameters = [self._weights_before(p) for p in self._parameters]
-        return self._read(parameters, lo, hi, out)
+        self._read(parameters, lo, hi, w)
+        return out if w is out else out.copy_(w, non_blocking=True)
 
     def keep_gradient(self) -> None:
         """To be called when the gradients are final and the optimizer has not yet used them.
@@ -182,9 +186,18 @@ class OptimizerFixedPoint:
         self._due = self._gradient = self._deviations = None
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        if out.device != self.device:
+            return out.copy_(self._read(self._parameters, lo, hi, self._beside(out)))
         return self._read(self._parameters, lo, hi, out)
 
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
+        if out.device == self.device:
+            return self._read_residual(lo, hi, w, out)
+        assert self._stages is not None, "read_before comes first"
+        # Waits for w, too, which was sent earlier on the same stream.
+        return out.copy_(self._read_residual(lo, hi, *self._stages))
+
+    def _read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
         gradient, self._gradient, self._due = self._gradient, None, None
         if not self.moves:  # every learning rate is 0: nothing to divide by or to gain
             return out.zero_()
@@ -308,6 +321,17 @@ class OptimizerFixedPoint:
     def _momenta(self) -> list[Tensor | None]:
         state = self._optimizer.state
         return [state[p].get("momentum_buffer") if p in state else None for p in self._parameters]
+
+    def _staged(self, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for both where the parameters are."""
+        if w.device == self.device:
+            return w, r
+        if self._stages is None or self._stages[0].shape != w.shape:
+            self._stages = self._beside(w), self._beside(r)
+        return self._stages
+
+    def _beside(self, out: Tensor) -> Tensor:
+        return torch.empty_like(out, device=self.device, pin_memory=False)
 
     def _read(self, parameters: Sequence[Tensor], lo: int, hi: int, out: Tensor) -> Tensor:
         if self._residual != "state":

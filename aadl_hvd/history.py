@@ -34,7 +34,8 @@ class History:
         sharding: which rows and slots are this rank's.
         dtype: of the stored columns.
         work_dtype: of pairs and products, float32 or float64.
-        device: where the parameters are.
+        device: where the history is to be.
+        pinned: pairs lie in pinned memory, to which a GPU copies without a wait.
 
     Attributes:
         stored: pairs stored since the last restart.
@@ -43,12 +44,18 @@ class History:
     """
 
     def __init__(
-        self, sharding: Sharding, dtype: torch.dtype, work_dtype: torch.dtype, device: torch.device
+        self,
+        sharding: Sharding,
+        dtype: torch.dtype,
+        work_dtype: torch.dtype,
+        device: torch.device,
+        pinned: bool = False,
     ) -> None:
         self.sharding = sharding
         self.dtype = dtype
         self.work_dtype = work_dtype
         self.device = device
+        self._pinned = pinned
         self.stored = 0
         self.generation = 0
         self.columns = 0
@@ -279,7 +286,9 @@ class History:
         self._y = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._r = torch.zeros(shape, dtype=self.dtype, device=self.device)
         pairs = 2, 2, hi - lo
-        self._pairs = torch.zeros(pairs, dtype=self.work_dtype, device=self.device)
+        self._pairs = torch.zeros(
+            pairs, dtype=self.work_dtype, device=self.device, pin_memory=self._pinned
+        )
         if self.dtype == torch.float16:
             self._scales = torch.ones((2, shape[0]), dtype=self.work_dtype, device=self.device)
 

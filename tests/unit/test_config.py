@@ -31,6 +31,7 @@ BAD = [
     *(("momentum", bad) for bad in ("Keep", "zero", None, 0.9, True)),
     *(("layout", bad) for bad in ("row", None, 2)),
     *(("shard_group", bad) for bad in ("nodes", None, 2, [0, 1])),
+    *(("history_device", bad) for bad in ("cuda", "CPU", torch.device("cpu"), 0)),
     *(("on_desync", bad) for bad in ("ignore", None, True)),
     *(("history_dtype", bad) for bad in ("float8", torch.int32, torch.complex64, 32, "", [])),
 ]
@@ -46,6 +47,7 @@ ALLOWED = {
     "momentum": "'keep', 'reset'",
     "averages": "floats > 0 and < 1, and window lengths, integers >= 2",
     "layout": "'rows', 'columns'",
+    "history_device": "None, 'cpu'",
     "on_desync": "'error', 'resync'",
     "shard_group": "'world', 'node'",
     "history_dtype": "float64, float32, bfloat16, float16",
