@@ -18,10 +18,15 @@ ROOT = Path(__file__).parents[1]
 TAG = re.compile(r"\[\d+(?:,\d+)?\]<std(?:out|err)>:")
 
 
-def controller() -> str:
-    """What Horovod runs on: "mpi" where it was built with it and mpirun is there, else "gloo"."""
-    import horovod.torch as hvd
+def controller() -> str | None:
+    """What Horovod runs on: "mpi" where it was built with it and mpirun is there, else "gloo".
 
+    None where there is no Horovod.
+    """
+    try:
+        import horovod.torch as hvd
+    except ImportError:
+        return None
     return "mpi" if hvd.mpi_built() and shutil.which("mpirun", path=_path()) else "gloo"
 
 
@@ -81,9 +86,17 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "horovod", "numpy")},
+        **{name: version(name) for name in ("torch", "horovod", "numpy")},
         "controller": controller(),
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _path() -> str:

@@ -5,8 +5,12 @@ f(w) = 1/2 <w, D w> with a random positive diagonal D, on parameters of the shap
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +19,78 @@ from benchmarks.report import spread
 from models import networks
 from models.errors import UserError
 
+CPU = torch.device("cpu")
 
-def copy_bandwidth(numbers: int = 2**25, repeats: int = 9) -> dict[str, float]:
+
+class Clock:
+    """Times work on a device: on a GPU by events in its stream, which make nobody wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """This moment: on a GPU, when it gets here."""
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def synchronise(self) -> None:
+        """Waits until the device has done all there is; `seconds` is for marks made before."""
+        if self._gpu:
+            torch.cuda.synchronize()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks."""
+        return float(start.elapsed_time(end)) / 1e3 if self._gpu else float(end - start)
+
+    def time(self, work: Callable[[], Any]) -> float:
+        """Seconds that the device takes for `work`."""
+        start = self.mark()
+        work()
+        end = self.mark()
+        self.synchronise()
+        return self.seconds(start, end)
+
+
+@contextlib.contextmanager
+def gpu_waits(part: Callable[[], str | None]) -> Iterator[dict[str, int]]:
+    """Counts, by the part under way, calls in which the host waits for the GPU; None: not counted.
+
+    Those that torch warns of; empty where there is no GPU.
+    """
+    found: dict[str, int] = {}
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        name = part()
+        if name is not None and "synchronizing CUDA" in str(message):
+            found[name] = found.get(name, 0) + 1
+
+    if not torch.cuda.is_available():
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def copy_bandwidth(
+    numbers: int = 2**25, repeats: int = 9, device: torch.device = CPU
+) -> dict[str, float]:
     """Bytes per second, read and written, of a copy far larger than caches; measured."""
-    source, target = torch.ones(numbers), torch.zeros(numbers)
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        target.copy_(source)
-        found.append(2 * 4 * numbers / (time.perf_counter() - started))
-    return spread(found)
+    source, target = torch.ones(numbers, device=device), torch.zeros(numbers, device=device)
+    clock = Clock(device)
+    target.copy_(source)
+    clock.synchronise()
+    times = [clock.time(lambda: target.copy_(source)) for _ in range(repeats)]
+    return spread([2 * 4 * numbers / seconds for seconds in times])
 
 
 def shapes_of(name: str) -> list[torch.Size]:

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
+import torch
 from torch import nn
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 from benchmarks.convergence.aadl import Aadl
 from models.problems import Problem
+
+# Contenders that differ from the default in nothing else.
+HISTORY_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +52,11 @@ def make(name: str, problem: Problem, model: nn.Module) -> Contender:
             relaxation=settings.relaxation,
         )
         return Contender(optimizer=optimizer, after_step=aadl.after_step)
-    if name == "default":
-        optimizer = DistributedAndersonOptimizer(base, named_parameters=named)
-        return Contender(optimizer=optimizer, observes=True, averages=True)
+    if name in ("default", *HISTORY_DTYPES):
+        anderson = AndersonConfig(history_dtype=HISTORY_DTYPES.get(name))
+        optimizer = DistributedAndersonOptimizer(base, named, anderson=anderson)
+        # Averages are the default's: nobody asks what they are beside a narrower history.
+        return Contender(optimizer=optimizer, observes=True, averages=name == "default")
     if name == "paper":
         settings = dataclasses.replace(settings, average_window=None)
     optimizer = DistributedAndersonOptimizer(base, named_parameters=named, anderson=settings)

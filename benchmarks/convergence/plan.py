@@ -18,7 +18,10 @@ CONTENDERS = {
     "paper": "the paper's algorithm without its moving average",
     "paper+average": "the paper's algorithm",
     "default": "DistributedAndersonOptimizer as it comes",
+    "bfloat16": "the same with its history in bfloat16",
+    "float16": "the same with its history in float16",
 }
+USUAL_CONTENDERS = ("base", "aadl", "paper", "paper+average", "default")
 # Seeds where none are asked for, so that all problems together take about 40 minutes on 2 cores.
 SEEDS = {"digits_mlp": 15, "digits_resnet": 5, "admissions": 3, "burgers2d": 3, "burgers100d": 3}
 OTHER_SEEDS = 20
@@ -70,8 +73,13 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--problems", nargs="+", metavar="NAME", help="problems or families, such as digits_mlp; "
         "default: all, admissions only where its data is given")  # fmt: skip
-    add("--contenders", nargs="+", metavar="NAME", default=list(CONTENDERS),
-        help=f"some of {', '.join(CONTENDERS)}; default: all")  # fmt: skip
+    add(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        default=list(USUAL_CONTENDERS),
+        help=f"some of {', '.join(CONTENDERS)}; default: the first {len(USUAL_CONTENDERS)}",
+    )
     fewer = ", ".join(f"{count} for {name}" for name, count in SEEDS.items())
     add("--seeds", metavar="0-19", help="a range or a list such as 0,1,5; default: "
         f"{OTHER_SEEDS} seeds, and {fewer}")  # fmt: skip

@@ -15,7 +15,7 @@ from models.problems import PROBLEMS
 COLOURS = dict(
     zip(
         CONTENDER_ORDER,
-        ("tab:gray", "tab:green", "tab:olive", "tab:orange", "tab:red", "tab:purple"),
+        ("gray", "green", "olive", "orange", "red", "blue", "cyan", "purple"),
         strict=True,
     )
 )
@@ -84,11 +84,14 @@ def _draw(axes: Any, runs: list[Run], name: str, contender: str) -> None:
         mean, band = 100 * mean, 100 * band
     diverged = sum(run["diverged"] is not None for run in runs)
     label = contender + (f" ({diverged} of {len(runs)} diverged)" if diverged else "")
-    axes.plot(steps, mean, color=COLOURS[contender], label=label, linewidth=1.3)
+    colour = f"tab:{COLOURS[contender]}"
+    axes.plot(steps, mean, color=colour, label=label, linewidth=1.3)
     if np.isfinite(band).any():
         # On a logarithmic axis a band that reaches 0 would pull the axis down with it.
         low = np.maximum(mean - band, 0.1 * mean)
-        axes.fill_between(steps, low, mean + band, color=COLOURS[contender], alpha=0.2, lw=0)
+        axes.fill_between(
+            steps, low, mean + band, color=f"tab:{COLOURS[contender]}", alpha=0.2, lw=0
+        )
 
 
 def _curve(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "negotiation": ("negotiation",),
     "large message": ("large",),
 }
+MESSAGES = ("tiny messages", "negotiation", "large message")
 SWITCHABLE = ("noise gate", "averages")
 # An assumption where no throughput was published: ResNet50 is bound by memory bandwidth.
 V100_BANDWIDTH = 900e9

@@ -12,6 +12,7 @@ from benchmarks.simulate.machines import Machine
 from benchmarks.simulate.model import Network
 from benchmarks.simulate.predictions import (
     GROUPS,
+    MESSAGES,
     Prediction,
     Steps,
     latency_break_even,
@@ -29,7 +30,7 @@ VARIANTS = {
 
 def measured_table(shares: Sequence[dict[str, Any]]) -> str:
     """What was measured here: milliseconds of an event's parts on one rank, kernels counted."""
-    groups = {name: parts for name, parts in GROUPS.items() if parts[0] not in _MESSAGES}
+    groups = {name: parts for name, parts in GROUPS.items() if name not in MESSAGES}
     head = ["P, layout, p, q", "rows", *groups, "MB", "kernels", "waits"]
     rows = []
     for share in shares:
@@ -195,9 +196,6 @@ def plot(path: Path, machines: dict[str, tuple[dict[str, dict[int, Prediction]],
     axes[0].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-
-
-_MESSAGES = ("tiny", "negotiation", "large")
 
 
 def _ms(seconds: float) -> str:

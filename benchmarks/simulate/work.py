@@ -28,7 +28,7 @@ from aadl_hvd.fixed_point import OptimizerFixedPoint
 from aadl_hvd.noise import GradientSamples
 from benchmarks.report import spread
 from benchmarks.simulate.model import foreach_launches
-from benchmarks.workload import copy_bandwidth
+from benchmarks.workload import CPU, Clock, copy_bandwidth, gpu_waits
 
 # Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
 # their mean after it; this rank's rows of the gradient; what the library does between its parts.
@@ -72,13 +72,19 @@ class OneOfMany(Communicator):
 
 
 class _Timers(Stats):
-    """Stats whose parts exclude one another, and which know what part is under way."""
+    """Stats whose parts exclude one another, and which know what part is under way.
 
-    def __init__(self) -> None:
+    On a GPU a part takes from when the GPU comes to its start to when it comes to its end, waits
+    for the host included; `seconds` is brought up to date by `settle`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.seconds.update(dict.fromkeys((BACKWARD, SAMPLE, RESIDUAL, OTHER), 0.0))
+        self._clock = Clock(device)
+        self._spans: list[tuple[str, Any, Any]] = []
         self._under_way: list[str] = []
-        self._since = 0.0
+        self._since = self._clock.mark()
 
     @property
     def part(self) -> str | None:
@@ -95,10 +101,18 @@ class _Timers(Stats):
             self._turn()
             self._under_way.pop()
 
+    def settle(self) -> dict[str, float]:
+        """Waits for the device; a copy of `seconds`."""
+        self._clock.synchronise()
+        for part, start, end in self._spans:
+            self.seconds[part] += self._clock.seconds(start, end)
+        self._spans.clear()
+        return dict(self.seconds)
+
     def _turn(self) -> None:
-        now = time.perf_counter()
+        now = self._clock.mark()
         if self.part is not None:
-            self.seconds[self.part] += now - self._since
+            self._spans.append((self.part, self._since, now))
         self._since = now
 
 
@@ -153,7 +167,11 @@ class _Waits(TorchFunctionMode):
 
 
 def share(
-    shapes: Sequence[torch.Size], config: AndersonConfig, ranks: int, cycles: int
+    shapes: Sequence[torch.Size],
+    config: AndersonConfig,
+    ranks: int,
+    cycles: int,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """One rank's own work for an accelerated step and what led up to it.
 
@@ -162,26 +180,39 @@ def share(
         config: settings; p = q, or q = 1.
         ranks: P.
         cycles: of p steps that are timed, after the history is full.
+        device: where.
 
     Returns:
         Rows of this rank, its bytes, the bandwidth of a copy just before and after, in bytes/s
         (what else this machine does meets both), and by part: seconds (median and quartiles over
-        cycles), kernels and waits of one cycle.
+        cycles), kernels and waits of one cycle, and its waits by step, the accelerated one last.
+        On a GPU waits are those that torch warns of, and `peak_bytes` is what was allocated there
+        at most beyond weights and gradients; the vector that an allgather would bring is not in it.
     """
     n = sum(shape.numel() for shape in shapes)
     p, m, q = config.frequency, config.history_depth, config.store_every
-    rank = _Rank(shapes, config, ranks)
-    before_all = copy_bandwidth(repeats=5)["median"]
+    gpu = device.type == "cuda"
+    rank = _Rank(shapes, config, ranks, device)
+    before_all = copy_bandwidth(repeats=5, device=device)["median"]
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    own_bytes = torch.cuda.memory_allocated() if gpu else 0
     rank.run((m + 1) * q + -m * q % p + p)  # whole cycles, until the history is full
     rank.run(-rank.calls % p)
     seconds, accepted = [], rank.timers.accelerated
     for _ in range(cycles):
-        before = dict(rank.timers.seconds)
+        before = rank.timers.settle()
         rank.run(p)
-        seconds.append({k: v - before[k] for k, v in rank.timers.seconds.items()})
-    bandwidth = (before_all + copy_bandwidth(repeats=5)["median"]) / 2
-    with rank.counting() as (kernels, waits):
-        rank.run(p)
+        seconds.append({k: v - before[k] for k, v in rank.timers.settle().items()})
+    peak_bytes = torch.cuda.max_memory_allocated() - own_bytes if gpu else None
+    bandwidth = (before_all + copy_bandwidth(repeats=5, device=device)["median"]) / 2
+    by_step = []
+    with rank.counting() as (kernels, seen), gpu_waits(lambda: rank.timers.part) as warned:
+        waits = warned if gpu else seen.found
+        for _ in range(p):
+            so_far = sum(waits.values())
+            rank.run(1)
+            by_step.append(sum(waits.values()) - so_far)
     if rank.timers.accelerated - accepted != cycles + 1:
         raise RuntimeError(f"an event was rejected, its cost is not the whole: {rank.timers}")
     return {
@@ -195,18 +226,26 @@ def share(
         "bandwidth": bandwidth,
         "seconds": {part: spread([cycle[part] for cycle in seconds]) for part in seconds[0]},
         "launches": kernels.found,
-        "synchronisations": waits.found,
+        "synchronisations": waits,
+        "synchronisations_by_step": by_step,
+        "peak_bytes": peak_bytes,
     }
 
 
 class _Rank:
     """One rank of P on its own, with a problem to accelerate."""
 
-    def __init__(self, shapes: Sequence[torch.Size], config: AndersonConfig, ranks: int) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        config: AndersonConfig,
+        ranks: int,
+        device: torch.device = CPU,
+    ) -> None:
         n = sum(shape.numel() for shape in shapes)
         generator = torch.Generator().manual_seed(0)
-        self._curvature = torch.rand(n, generator=generator).mul_(0.9).add_(0.1)
-        self._w, self._g = torch.empty(n), torch.empty(n)
+        self._curvature = torch.rand(n, generator=generator).mul_(0.9).add_(0.1).to(device)
+        self._w, self._g = torch.empty(n, device=device), torch.empty(n, device=device)
         parameters = [
             torch.nn.Parameter(part.view(shape))
             for part, shape in zip(self._w.split([s.numel() for s in shapes]), shapes, strict=True)
@@ -220,19 +259,19 @@ class _Rank:
         rank = min(ranks // 2, (n - 1) // block)  # in the middle, and not an empty one
         lo, hi = (rank * block, min((rank + 1) * block, n)) if config.layout == "rows" else (0, n)
         self.rows = slice(lo, hi)
-        weights = torch.rand(max(n, ranks * block), generator=generator)
-        self._points = torch.randn(hi - lo + 4096, generator=generator)
+        weights = torch.rand(max(n, ranks * block), generator=generator).to(device)
+        self._points = torch.randn(hi - lo + 4096, generator=generator).to(device)
         self._w.copy_(weights[:n])
         if config.layout == "columns":
             rank = 0  # holds as many columns as anybody
         self.accelerator = Accelerator(config, OneOfMany(ranks, rank, weights))
-        self.timers = _Timers()
+        self.timers = _Timers(device)
         self.accelerator.stats = self.timers
         if config.noise_gate is not None:
             self._problem.sample_gradients(1, 1.0)
             samples = cast(GradientSamples, self._problem.samples)
             self._problem.samples = cast(Any, _TimedSamples(samples, self.timers))
-        self._config, self._loss = config, torch.tensor(1.0)
+        self._config, self._loss = config, torch.tensor(1.0, device=device)
         self._generator = np.random.default_rng(0)
         self.calls = 0
 

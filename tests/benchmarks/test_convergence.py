@@ -15,7 +15,7 @@ import torch
 import benchmarks.convergence.__main__ as convergence
 from benchmarks.convergence import summary
 from benchmarks.convergence.aadl import Aadl, extrapolate
-from benchmarks.convergence.plan import CONTENDERS, make_plan, parse_seeds, parser
+from benchmarks.convergence.plan import USUAL_CONTENDERS, make_plan, parse_seeds, parser
 from benchmarks.convergence.results import Results, plain
 from models.errors import UserError
 from models.problems import PROBLEMS
@@ -274,7 +274,7 @@ def test_families_and_lists():
     assert [run[0] for run in found.runs] == ["quadratic", "digits_resnet-32", "digits_resnet-full"]
     everything = plan()
     assert {run[0] for run in everything.runs} == set(PROBLEMS) - {"admissions"}
-    assert {run[1] for run in everything.runs} == set(CONTENDERS)
+    assert {run[1] for run in everything.runs} == set(USUAL_CONTENDERS)
     assert {seed for problem, _, seed in everything.runs if problem == "quadratic"} == set(
         range(20)
     )
@@ -369,7 +369,7 @@ def test_a_quick_run_on_two_ranks(tmp_path):
     output, errors = start(*words, "quadratic", "digits_mlp-100-nesterov")
     assert "20/20" in errors and "done" in errors
     content = json.loads((tmp_path / "results.json").read_text())
-    assert len(content["runs"]) == 2 * len(CONTENDERS) * 2
+    assert len(content["runs"]) == 2 * len(USUAL_CONTENDERS) * 2
     assert content["conditions"]["ranks"] == 2
     assert str(tmp_path) not in json.dumps(content)
     for run in content["runs"]:

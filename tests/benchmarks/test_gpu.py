@@ -1,0 +1,112 @@
+"""The GPU benchmark from end to end, on the processor; no timing is asserted."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import parts, step
+from benchmarks.workload import Clock, gpu_waits
+
+SMALL = ["--device=cpu", "--parameters=3000", "--depth=3", "--events=1", "--ranks", "1", "4"]
+
+
+def test_parts(tmp_path, capsys):
+    words = ["--no-steps", "--dtypes", "float32", "float16", f"--out={tmp_path}/gpu-DEVICE.json"]
+    assert gpu.main([*SMALL, *words]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-cpu.json", "gpu-cpu.png"}
+    found = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert found["device"]["name"] == "cpu" and "torch" in found["machine"]
+    runs = {(run["ranks"], run["history_dtype"]): run for run in found["parts"]}
+    assert list(runs) == [(P, dtype) for P in (1, 4) for dtype in ("float32", "float16")]
+    for (P, dtype), run in runs.items():
+        itemsize = 4 if dtype == "float32" else 2
+        assert run["rows"] == 3000 // P
+        assert run["formula_bytes"] == 2 * 3 * run["rows"] * itemsize < run["bytes"]
+        assert run["floor_s"]["write"] == pytest.approx(8 * 3000 / run["bandwidth"])
+        # The verdict on the loss, nothing, and the event.
+        first, *between, last = run["synchronisations_by_step"]
+        assert (first, between) == (1, [0, 0, 0]) and last > 0
+        assert run["peak_bytes"] is None  # nobody counts them here
+        seconds = parts.seconds_of(run)
+        assert set(seconds) == set(parts.PARTS) > set(run["floor_s"])
+        assert min(seconds[part] for part in run["floor_s"]) > 0
+    printed = capsys.readouterr().out
+    assert "4, float16" in printed and "peak over 2 m n/P" in printed
+
+
+def test_steps(tmp_path, capsys):
+    words = ["--model=resnet8", "--batch=2", "--image-size=32", "--dtypes=float32"]
+    assert gpu.main([*SMALL, *words, f"--out={tmp_path}/x.json"]) == 0
+    steps = json.loads((tmp_path / "x.json").read_text())["steps"]
+    alone, dali, horovod = steps.values()
+    if importlib.util.find_spec("nvidia.dali") is None:
+        assert "not installed" in dali
+        dali = alone
+    for run in (alone, dali, horovod):
+        assert run["accelerated"] == run["events"] == 1, "an event was cut short"
+        assert run["history_bytes"] == run["formula_bytes"] > 2 * 3 * run["n"] * 4
+        assert run["own_step_s"]["median"] > 0 and run["step_over_own"]["median"] > 0
+    assert "through Horovod, one rank" in capsys.readouterr().out
+
+
+def test_what_cannot_be_run_is_said():
+    text = step.steps_table({"through Horovod": "Horovod is built without NCCL"})
+    assert "not run: Horovod is built without NCCL" in text
+
+
+def test_floor_by_hand():
+    found = parts.floor_bytes(100, 10, 3, 2, averages=4)
+    assert found == {
+        "store": 10 * (24 + 4),
+        "gram": 10 * (6 + 4),
+        "update": 10 * (6 + 8),
+        "write": 800,
+        "averages": 10 * 4 * 18,
+    }
+
+
+def test_clock_on_the_processor():
+    clock = Clock(torch.device("cpu"))
+    start = clock.mark()
+    assert 0.0 < clock.time(lambda: torch.ones(1000).sum()) <= clock.seconds(start, clock.mark())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(tmp_path, capsys):
+    assert gpu.main([f"--out={tmp_path / 'x.json'}"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no GPU" in said and "--device=cpu" in said
+    assert not any(tmp_path.iterdir())
+    with gpu_waits(lambda: "step") as found:
+        torch.ones(1).item()
+    assert found == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_waits_for_a_gpu_are_counted():
+    x = torch.ones(3, device="cuda")
+    with gpu_waits(lambda: "step") as found:
+        x.add_(1.0)
+        assert found == {}
+        x.sum().item()
+        x.cpu()
+    assert found == {"step": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--device=tpu"], "--device"),
+        (["--parameters=nothing"], "--parameters"),
+        (["--model=nothing"], "--model"),
+        (["--events=0"], "--events"),
+        (["--image-size=8"], "--image-size"),
+    ],
+)
+def test_wrong_options(words, named, tmp_path, capsys):
+    assert gpu.main([*SMALL, *words, f"--out={tmp_path / 'x.json'}"]) == 2
+    assert named in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
