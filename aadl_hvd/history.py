@@ -13,6 +13,9 @@ from aadl_hvd.sharding import Sharding
 # the cache serves the whole chunk, on a GPU few launches matter more. float32 sums stay short.
 CHUNK = 2**17
 CHUNK_GPU = 2**21
+# At most, of columns that are widened for it: that takes memory, 4 m bytes a row, beside a history
+# whose point is to be small.
+CHUNK_WIDE = 2**19
 
 
 class History:
@@ -174,7 +177,7 @@ class History:
             [len(slots) + 1, len(self.sharding.slots)] float64, on the device.
         """
         places = [self._place[slot] for slot in slots]
-        pieces = list(chunks(vector, self.sharding.summed))
+        pieces = list(self._chunks(vector, self.sharding.summed))
         shape = len(pieces), len(places) + 1, self._r.shape[0]
         parts = torch.empty(shape, dtype=self.work_dtype, device=self.device)
         wide = self._wide(vector)
@@ -189,7 +192,8 @@ class History:
         total = parts.sum(dim=0, dtype=torch.float64)
         if self._scales is not None:
             total *= self._scales[0]
-            total[:-1] *= self._scales[0, places, None]
+            for row, place in zip(total, places, strict=False):  # a list as index is copied there
+                row *= self._scales[0, place]
         return total
 
     def residual_left(self, r: Tensor, gamma: Tensor) -> Tensor:
@@ -198,9 +202,9 @@ class History:
         With the row layout parts are rows, with the column layout they are terms of a sum.
         """
         out = torch.empty_like(r)
-        coefficients = self._scaled(self._own(gamma), 0)
+        coefficients = self._scaled([self._own(gamma)], [0])[0]
         share, wide = float(self.sharding.counts_replicated), self._wide(r)
-        for rows in chunks(r):
+        for rows in self._chunks(r):
             _less(r[rows], share, _widened(self._r[:, rows], wide), coefficients, out[rows])
         return out
 
@@ -217,14 +221,14 @@ class History:
         """
         assert self._y is not None
         own = self._own(gamma)
-        in_y, in_r = self._scaled(own, 1), self._scaled(own, 0)
         # Y holds c_j R, which is what is wanted only where c_j is the mixing of now.
         wanted = 0.0 if isinstance(mixing, Tensor) else mixing
         missing = (wanted - torch.tensor(self._mixings, dtype=torch.float64)) * own
-        rest = self._scaled(missing, 0) if missing.any() else None
+        in_y, in_r, in_rest = self._scaled([own, own, missing], [1, 0, 0])
+        rest = in_rest if missing.any() else None
         out = torch.empty_like(r) if out is None else out
         share, wide = float(self.sharding.counts_replicated), self._wide(r)
-        for rows in chunks(r):
+        for rows in self._chunks(r):
             piece = out[rows]
             if isinstance(mixing, Tensor):
                 _less(r[rows], share, _widened(self._r[:, rows], wide), in_r, piece)
@@ -250,12 +254,16 @@ class History:
     def _own(self, gamma: Tensor) -> Tensor:
         return gamma[list(self.sharding.slots)]
 
-    def _scaled(self, coefficients: Tensor, which: int) -> Tensor:
-        """Coefficients of this rank's columns, as stored, of R (0) or Y (1); on the device."""
-        coefficients = coefficients.to(self.device)
+    def _scaled(self, coefficients: list[Tensor], which: list[int]) -> Tensor:
+        """Coefficients of this rank's columns, as stored, of R (0) or Y (1); on the device.
+
+        In one copy, for which the host does not wait: its memory is read before it goes on.
+        """
+        moved = torch.stack(coefficients).to(self.device, non_blocking=True)
         if self._scales is not None:
-            coefficients = coefficients * self._scales[which]
-        return coefficients.to(self.work_dtype)
+            for row, i in zip(moved, which, strict=True):
+                row *= self._scales[i]
+        return moved.to(self.work_dtype)
 
     def _wide(self, vector: Tensor) -> Tensor | None:
         """Memory for a chunk of columns in `work_dtype`, where they are stored in another.
@@ -264,8 +272,12 @@ class History:
         """
         if self.dtype == self.work_dtype:
             return None
-        longest = max((len(vector[rows]) for rows in chunks(vector)), default=0)
+        longest = max((len(vector[rows]) for rows in self._chunks(vector)), default=0)
         return vector.new_empty((self._r.shape[0], longest))
+
+    def _chunks(self, vector: Tensor, part: slice = slice(None)) -> Iterator[slice]:
+        """The module's `chunks`, no longer than columns may be widened."""
+        return chunks(vector, part, None if self.dtype == self.work_dtype else CHUNK_WIDE)
 
     def _measure_scales(self, w: Tensor, r: Tensor, mixing: float) -> Tensor:
         """Powers of two just above the largest numbers of the new columns of R and Y, [2]."""
@@ -293,14 +305,18 @@ class History:
             self._scales = torch.ones((2, shape[0]), dtype=self.work_dtype, device=self.device)
 
 
-def chunks(vector: Tensor, part: slice = slice(None)) -> Iterator[slice]:
+def chunks(
+    vector: Tensor, part: slice = slice(None), longest: int | None = None
+) -> Iterator[slice]:
     """The rows of a vector, or of any of its length and device, a chunk at a time.
 
     Args:
         vector: [rows].
         part: only these rows.
+        longest: chunk; None: any.
     """
     size = CHUNK if vector.device.type == "cpu" else CHUNK_GPU
+    size = size if longest is None else min(size, longest)
     first, end, _ = part.indices(vector.numel())
     for lo in range(first, end, size):
         yield slice(lo, min(lo + size, end))

@@ -109,13 +109,15 @@ class GradientSamples:
         """
         taken, self._taken = self._taken, {}
         reduced, self._reduced = self._reduced, False
+        if not taken:  # an ordinary step: nothing is to be done
+            return None
         if self.samples > 1:  # micro-batches: what they have added up to needs no reduction
             self._mean.copy_(self._own[-1])
             reduced = True
         complete = all(
             taken.get(id(p), 0) == self.samples for p in self._parameters if p.grad is not None
         )
-        if not reduced or not complete or not taken:
+        if not reduced or not complete:
             return None
         final = self._read_all(torch.empty_like(self._mean))
         changed = (final @ self._mean) / (self._mean @ self._mean)

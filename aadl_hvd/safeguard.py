@@ -147,6 +147,7 @@ class LossWatch:
         if not now:
             return np.zeros(self.RIDERS)
         loss = _mean(now)
+        self._losses[-1] = [loss]  # a number from here on: asking a GPU for it is a wait
         if before and self._after_base_step:
             self._note_spread(loss - _mean(before))
         spread = float(np.median(self._variances)) / _MEDIAN if self._variances else 0.0

@@ -1,0 +1,118 @@
+"""A GPU made of host memory: the library's GPU paths, run and watched where there is none.
+
+Tensors say that they are on "cuda:0" and hold a tensor of the CPU that computes for them. What a
+GPU would refuse, an operation on tensors of two devices, is refused here; where the host would
+wait for a GPU, the operation's name is noted. torch's own set_sync_debug_mode knows the same calls.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+aten = torch.ops.aten
+GPU = torch.device("cuda", 0)
+# Results whose size only the GPU knows, and numbers that the host asks for.
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
+
+class OnGpu(torch.Tensor):
+    """A tensor "on the GPU"; usable inside `PretendGpu` only."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="meta",  # as far as C++ can see: it asks CUDA's driver before anything is run
+        )
+
+    def __init__(self, held):
+        self.held = held
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    @property
+    def device(self):
+        return GPU
+
+    def tolist(self):  # torch leaves it to subclasses
+        return self.cpu().tolist()
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"OnGpu({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} outside PretendGpu")
+
+
+class PretendGpu(TorchDispatchMode):
+    """Within, device "cuda" exists.
+
+    Attributes:
+        waits: operations at which the host waited, in order.
+        kernels: operations on the GPU that are no mere views, in order.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.kernels = [], []
+        # Factories would look for a driver first.
+        self._driver = mock.patch("torch.cuda._lazy_init", lambda: None)
+
+    def __enter__(self):
+        self._driver.start()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        try:
+            return super().__exit__(*exc)
+        finally:
+            self._driver.stop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func.__name__.split(".")[0]
+        flat, _ = tree_flatten((args, kwargs))
+        mine = [x for x in flat if isinstance(x, OnGpu)]
+        others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu)]
+        to_gpu = bool(mine)
+        if kwargs.get("device") is not None:
+            to_gpu = torch.device(kwargs["device"]).type in ("cuda", "meta")
+            kwargs["device"] = torch.device("cpu")
+        if name in ("copy_", "_to_copy", "_foreach_copy_"):
+            crosses = bool(mine and others) or to_gpu != bool(mine)
+            free = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
+            if crosses and not free:
+                self.waits.append(name)
+        elif mine and name in ASKING:
+            self.waits.append(name)
+        elif mine and name in ("index", "index_put_", "index_put"):
+            indices = [x for x in args[1] if x is not None]
+            if not all(isinstance(x, OnGpu) and x.dtype != torch.bool for x in indices):
+                self.waits.append(name)  # an index is copied to the GPU, or counted there
+        elif mine and others:
+            numbers = all(x.dim() == 0 for x in others)
+            assert numbers and torch.Tag.pointwise in func.tags, f"{func} on two devices"
+        if to_gpu and not func.is_view and name not in ("detach", "empty", "new_empty"):
+            self.kernels.append(name)
+        wrappers = {id(x.held): x for x in mine}
+        held = tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, (args, kwargs))
+        found, shape = tree_flatten(func(*held[0], **held[1]))
+        return tree_unflatten([self._wrapped(x, wrappers, to_gpu) for x in found], shape)
+
+    @staticmethod
+    def _wrapped(found, wrappers, to_gpu):
+        if not isinstance(found, torch.Tensor):
+            return found
+        if id(found) in wrappers:  # in place, or out=
+            return wrappers[id(found)]
+        return OnGpu(found) if to_gpu else found

@@ -1,0 +1,256 @@
+"""What the library does where parameters are on a GPU, on a pretended one.
+
+When the host waits: that drains the GPU's queue, and on steps that are no event it would undo what
+being ahead gains. And that what is computed in the GPU's way is what the processor computes.
+"""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from aadl_hvd import AndersonConfig, AndersonOptimizer, history
+from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.comm.simulated import run_ranks
+from tests.pretend_gpu import GPU, PretendGpu
+
+CPU = torch.device("cpu")
+SHAPES = ((30, 10), (40,), (4, 3, 3, 3), ())
+P, STEPS = 4, 13
+SETTINGS = {
+    "default": {},
+    "bare": {"noise_gate": None, "averages": ()},
+    "bfloat16": {"history_dtype": "bfloat16"},
+    "float16": {"history_dtype": "float16"},
+    "columns": {"layout": "columns"},
+    "columns, float16": {"layout": "columns", "history_dtype": "float16"},
+    "refined": {"refine": 1},
+    "step": {"residual": "step", "safeguard": "none", "noise_gate": None},
+    "state": {"residual": "state"},
+    "windows": {"averages": (0.9, 8)},
+    "moving average": {"average_window": 2},
+    "safeguard": {"safeguard": "residual"},
+}
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(history, "CHUNK_GPU", 128)
+    monkeypatch.setattr(history, "CHUNK_WIDE", 64)
+
+
+def sgd(parameters):
+    # On a GPU foreach is torch's own choice.
+    return torch.optim.SGD(parameters, lr=0.3, momentum=0.5, weight_decay=0.01, foreach=True)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.05, foreach=True)
+
+
+@dataclasses.dataclass
+class Run:
+    """Weights at the end; at what the host waited in each step; kernels of each step."""
+
+    weights: torch.Tensor
+    waits: list
+    kernels: list
+    accelerated: int = 0
+
+
+def train(
+    device, config=None, comm=None, make=sgd, observe=False, dtype=torch.float32, passes=1, p=P
+):
+    """A quadratic, one of its weights in channels_last; config None: the base optimizer alone."""
+    gpu = PretendGpu() if device.type == "cuda" else None
+    generator = torch.Generator().manual_seed(0)
+    run = Run(torch.empty(0), [], [])
+    with gpu or contextlib.nullcontext():
+        values = [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+        values[2] = values[2].to(memory_format=torch.channels_last)
+        weights = [torch.nn.Parameter(value.to(device)) for value in values]
+        diagonal = [0.1 + torch.rand(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+        diagonal = [part.to(device) for part in diagonal]
+        opt = make(weights)
+        problem = None
+        if config is not None:
+            config = dataclasses.replace(config, history_depth=3, frequency=p)
+            opt = AndersonOptimizer(opt, backward_passes_per_step=passes, anderson=config)
+            problem = opt._anderson_problem
+            if comm is not None:
+                opt.anderson = Accelerator(config, comm)
+                if config.noise_gate is not None:
+                    problem.sample_gradients(1, 1.0)
+        for _ in range(STEPS):
+            sampled = comm is not None and config.noise_gate is not None
+            sampled = sampled and opt.anderson.measures_noise
+            with torch.no_grad():
+                for w, part in zip(weights, diagonal, strict=True):
+                    gradient = part * w
+                    if sampled:  # this rank's own is off by a little that stays
+                        w.grad = gradient + 0.01 * (comm.rank - 0.5)
+                        problem.samples.take(w)
+                    w.grad = gradient
+                if sampled:
+                    problem.samples.take_mean()
+                losses = [(w.square() * d).sum() for w, d in zip(weights, diagonal, strict=True)]
+            if observe:
+                opt.observe(0.5 * torch.stack(losses).sum())
+            if gpu is not None:
+                gpu.waits.clear()
+                gpu.kernels.clear()
+            opt.step()
+            if gpu is not None:
+                run.waits.append(list(gpu.waits))
+                run.kernels.append(list(gpu.kernels))
+        run.weights = torch.cat([w.detach().reshape(-1) for w in weights]).cpu()
+    run.accelerated = opt.anderson.stats.accelerated if config is not None else 0
+    return run
+
+
+def on_two_ranks(device, config, **kwargs):
+    return run_ranks(2, lambda comm: train(device, config, comm, **kwargs))[1]
+
+
+def last_event(run):
+    """Waits of the last event, of the step after it, and of the other steps around."""
+    event = STEPS - 1 - (STEPS % P) if STEPS % P else STEPS - 1
+    assert run.accelerated == STEPS // P, "an event was cut short"
+    after = run.waits[event + 1]
+    return run.waits[event], after, [len(waits) for waits in run.waits[event - P + 2 : event]]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_computes_what_the_processor_computes(name):
+    """In float64, where the order of sums is no matter."""
+    observe = name != "safeguard"
+    config = AndersonConfig(**SETTINGS[name])
+    here = on_two_ranks(CPU, config, observe=observe, dtype=torch.float64)
+    there = on_two_ranks(GPU, config, observe=observe, dtype=torch.float64)
+    assert there.accelerated == here.accelerated > 0
+    torch.testing.assert_close(there.weights, here.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        # Numbers asked for: noise, gains of the averages, R^T r and r^T r, the slope.
+        ("default", 4),
+        ("bare", 2),
+        ("bfloat16", 4),
+        ("float16", 4),
+        ("columns", 4),
+        ("columns, float16", 4),
+        ("refined", 5),
+        ("step", 3),
+        ("state", 4),
+        ("windows", 4),
+        ("safeguard", 4),
+    ],
+)
+def test_waits_of_an_event_alone(name, most):
+    run = on_two_ranks(GPU, AndersonConfig(**SETTINGS[name]))
+    event, after, others = last_event(run)
+    assert len(event) == most, event
+    assert set(event) <= {"_to_copy", "_local_scalar_dense"}, "not by an index or a copy"
+    assert len(after) == (name == "safeguard"), "the verdict"
+    assert not any(others)
+
+
+def test_waits_for_observed_losses():
+    """In the event that of the step and the one before; and in the verdict, once."""
+    event, after, others = last_event(on_two_ranks(GPU, AndersonConfig(), observe=True))
+    assert (len(event), len(after), any(others)) == (4 + 2, 1, False)
+    # p = 2: the step before an event is the verdict on the last one, and has asked already.
+    run = on_two_ranks(GPU, AndersonConfig(), observe=True, p=2)
+    assert [len(waits) for waits in run.waits[-5:]] == [1, 4 + 1, 1, 4 + 1, 1]
+
+
+def test_waits_for_a_moving_average():
+    event, after, others = last_event(
+        on_two_ranks(GPU, AndersonConfig(**SETTINGS["moving average"]))
+    )
+    assert (len(event), len(after), others) == (5, 1, [1, 1])
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_ordinary_step_is_the_base_optimizers(make, passes):
+    """Neither a wait nor a kernel beyond those of the base optimizer."""
+    config = AndersonConfig(store_every=P)
+    base = train(GPU, make=make)
+    run = train(GPU, config, make=make, passes=passes)
+    event = STEPS - 2
+    for step in range(event - P + 1, event):
+        assert run.waits[step] == base.waits[step] == []
+        assert run.kernels[step] == base.kernels[step]
+    assert len(run.kernels[event]) > len(base.kernels[event])
+    most = 3 if make is sgd else 4  # Adam: whether what Y holds must be completed
+    assert 0 < len(run.waits[event]) <= most
+
+
+def test_widened_columns_stay_short(monkeypatch):
+    """A history in bfloat16 on a GPU takes 4 m bytes for each row that is widened."""
+    widened, lengths = history._widened, []
+
+    def spy(columns, memory):
+        if memory is not None:
+            lengths.append(memory.shape[1])
+        return widened(columns, memory)
+
+    monkeypatch.setattr(history, "_widened", spy)
+    on_two_ranks(GPU, AndersonConfig(history_dtype="bfloat16"))
+    assert set(lengths) == {64}
+    lengths.clear()
+    on_two_ranks(GPU, AndersonConfig())
+    assert not lengths
+
+
+# The pretended GPU itself
+
+
+def test_what_counts_as_a_wait():
+    with PretendGpu() as gpu:
+        x = torch.arange(4.0).to(GPU)
+
+        def waits(work):
+            gpu.waits.clear()
+            work()
+            return gpu.waits
+
+        assert x.device == (x + 1).device == x[1:].device == GPU
+        for work in (
+            lambda: x.add_(1.0),
+            lambda: x * torch.tensor(2.0),
+            lambda: torch.zeros(3, device=GPU),
+            lambda: torch.ones(3).to(GPU, non_blocking=True),
+            lambda: x[2:].copy_(x[:2]),
+            lambda: torch.ones(3).sum().item(),
+            lambda: x[torch.zeros(2, dtype=torch.int64, device=GPU)],
+        ):
+            assert not waits(work)
+        for work in (
+            lambda: float(x.sum()),
+            lambda: x.tolist(),
+            lambda: x.cpu(),
+            lambda: torch.ones(3).to(GPU),
+            lambda: x.copy_(torch.ones(4)),
+            lambda: x[[0, 1]],
+            lambda: x[x > 0],
+            lambda: bool(x.any()),
+        ):
+            assert len(waits(work)) == 1
+
+
+def test_two_devices_do_not_mix():
+    with PretendGpu():
+        x = torch.ones(4, device=GPU)
+        for work in (
+            lambda: x + torch.ones(4),
+            lambda: torch.stack([x, torch.ones(4)]),
+            lambda: torch.cat([x, torch.ones(1)]),
+            lambda: torch.dot(x, torch.ones(4)),
+        ):
+            with pytest.raises(AssertionError, match="two devices"):
+                work()
