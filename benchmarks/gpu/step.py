@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import os
 import tempfile
@@ -53,6 +54,7 @@ class Training:
         distributed: bool,
     ) -> None:
         torch.manual_seed(0)
+        gc.collect()  # optimizers are cycles, and must not go while bytes count
         gpu = device.type == "cuda"
         self._before = torch.cuda.memory_allocated() if gpu else 0
         model = networks.build(options.model, CLASSES).to(device)

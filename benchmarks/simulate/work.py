@@ -8,6 +8,7 @@ in every step, so that no event is rejected and every one does all of its work.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -192,6 +193,7 @@ def share(
     n = sum(shape.numel() for shape in shapes)
     p, m, q = config.frequency, config.history_depth, config.store_every
     gpu = device.type == "cuda"
+    gc.collect()  # the rank before this one is full of cycles, and must not go while bytes count
     rank = _Rank(shapes, config, ranks, device)
     before_all = copy_bandwidth(repeats=5, device=device)["median"]
     if gpu:
@@ -271,7 +273,7 @@ class _Rank:
             self._problem.sample_gradients(1, 1.0)
             samples = cast(GradientSamples, self._problem.samples)
             self._problem.samples = cast(Any, _TimedSamples(samples, self.timers))
-        self._config, self._loss = config, torch.tensor(1.0, device=device)
+        self._config, self._loss = config, torch.ones((), device=device)
         self._generator = np.random.default_rng(0)
         self.calls = 0
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import time
+import types
+import warnings
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import parts, step
 from benchmarks.workload import Clock, gpu_waits
+from tests.pretend_gpu import PretendGpu
 
 SMALL = ["--device=cpu", "--parameters=3000", "--depth=3", "--events=1", "--ranks", "1", "4"]
 
@@ -35,6 +39,50 @@ def test_parts(tmp_path, capsys):
         assert min(seconds[part] for part in run["floor_s"]) > 0
     printed = capsys.readouterr().out
     assert "4, float16" in printed and "peak over 2 m n/P" in printed
+
+
+class PretendEvent:
+    """torch.cuda.Event, for a GPU that has always finished."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_parts_on_a_pretended_gpu(tmp_path, monkeypatch, capsys):
+    """What is done on a GPU alone: the measuring, and the library's own GPU paths."""
+    peaks = iter(range(1000, 2000, 100))
+    figures = {"name": "NVIDIA H100 80GB HBM3", "total_memory": 80 * 2**30}
+    figures |= {"multi_processor_count": 132, "major": 9, "minor": 0}
+    for name, value in {
+        "Event": PretendEvent,
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "memory_allocated": lambda: 900,
+        "max_memory_allocated": lambda: next(peaks),
+        "reset_peak_memory_stats": lambda: None,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: warnings.warn("a prototype feature", stacklevel=1),
+        "get_device_properties": lambda device: types.SimpleNamespace(**figures),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    words = [*SMALL[1:], "--no-steps", "--dtypes=bfloat16", f"--out={tmp_path}/gpu-DEVICE.json"]
+    with PretendGpu():
+        assert gpu.main(words) == 0
+    found = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
+    assert found["device"]["capability"] == "9.0"
+    assert [run["peak_bytes"] for run in found["parts"]] == [100, 200]
+    for run in found["parts"]:
+        assert min(parts.seconds_of(run)[part] for part in run["floor_s"]) > 0
+        assert run["synchronisations"] == {}, "torch was asked, and warned of none"
+    assert "NVIDIA H100" in capsys.readouterr().out
 
 
 def test_steps(tmp_path, capsys):
