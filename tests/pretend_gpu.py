@@ -7,6 +7,8 @@ wait for a GPU, the operation's name is noted. torch's own set_sync_debug_mode k
 
 from __future__ import annotations
 
+import threading
+import types
 from unittest import mock
 
 import torch
@@ -54,6 +56,36 @@ class OnGpu(torch.Tensor):
         raise AssertionError(f"{func} outside PretendGpu")
 
 
+class _Driver:
+    """What torch asks the driver outside operations; shared by the threads that pretend."""
+
+    def __init__(self):
+        self._lock, self._users = threading.Lock(), 0
+        answers = {
+            "_lazy_init": lambda: None,  # factories look for it first
+            "mem_get_info": lambda device: (80 * 2**30, 80 * 2**30),
+            "memory_reserved": lambda device: 0,
+            "memory_allocated": lambda device=None: 0,
+            "get_device_properties": lambda device: types.SimpleNamespace(uuid="pretended"),
+        }
+        self._patch = mock.patch.multiple(torch.cuda, **answers)
+
+    def start(self):
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._patch.start()
+
+    def stop(self):
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._patch.stop()
+
+
+_DRIVER = _Driver()
+
+
 class PretendGpu(TorchDispatchMode):
     """Within, device "cuda" exists.
 
@@ -65,18 +97,16 @@ class PretendGpu(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.kernels = [], []
-        # Factories would look for a driver first.
-        self._driver = mock.patch("torch.cuda._lazy_init", lambda: None)
 
     def __enter__(self):
-        self._driver.start()
+        _DRIVER.start()
         return super().__enter__()
 
     def __exit__(self, *exc):
         try:
             return super().__exit__(*exc)
         finally:
-            self._driver.stop()
+            _DRIVER.stop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

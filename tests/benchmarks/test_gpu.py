@@ -5,6 +5,7 @@ import json
 import time
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_parts_on_a_pretended_gpu(tmp_path, monkeypatch, capsys):
     peaks = iter(range(1000, 2000, 100))
     figures = {"name": "NVIDIA H100 80GB HBM3", "total_memory": 80 * 2**30}
     figures |= {"multi_processor_count": 132, "major": 9, "minor": 0}
-    for name, value in {
+    words = [*SMALL[1:], "--no-steps", "--dtypes=bfloat16", f"--out={tmp_path}/gpu-DEVICE.json"]
+    answers = {
         "Event": PretendEvent,
         "is_available": lambda: True,
         "synchronize": lambda: None,
@@ -70,11 +72,9 @@ def test_parts_on_a_pretended_gpu(tmp_path, monkeypatch, capsys):
         "get_sync_debug_mode": lambda: 0,
         "set_sync_debug_mode": lambda mode: warnings.warn("a prototype feature", stacklevel=1),
         "get_device_properties": lambda device: types.SimpleNamespace(**figures),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    }
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
-    words = [*SMALL[1:], "--no-steps", "--dtypes=bfloat16", f"--out={tmp_path}/gpu-DEVICE.json"]
-    with PretendGpu():
+    with PretendGpu(), mock.patch.multiple(torch.cuda, **answers):
         assert gpu.main(words) == 0
     found = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
     assert found["device"]["capability"] == "9.0"

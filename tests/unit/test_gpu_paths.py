@@ -135,18 +135,18 @@ def test_computes_what_the_processor_computes(name):
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        # Numbers asked for: noise, gains of the averages, R^T r and r^T r, the slope.
-        ("default", 4),
-        ("bare", 2),
-        ("bfloat16", 4),
-        ("float16", 4),
-        ("columns", 4),
-        ("columns, float16", 4),
-        ("refined", 5),
-        ("step", 3),
-        ("state", 4),
-        ("windows", 4),
-        ("safeguard", 4),
+        # Asked for: noise, the weights' checksum, gains of the averages, R^T r and r^T r, slope.
+        ("default", 5),
+        ("bare", 3),
+        ("bfloat16", 5),
+        ("float16", 5),
+        ("columns", 5),
+        ("columns, float16", 5),
+        ("refined", 6),
+        ("step", 4),
+        ("state", 5),
+        ("windows", 5),
+        ("safeguard", 5),
     ],
 )
 def test_waits_of_an_event_alone(name, most):
@@ -161,17 +161,17 @@ def test_waits_of_an_event_alone(name, most):
 def test_waits_for_observed_losses():
     """In the event that of the step and the one before; and in the verdict, once."""
     event, after, others = last_event(on_two_ranks(GPU, AndersonConfig(), observe=True))
-    assert (len(event), len(after), any(others)) == (4 + 2, 1, False)
+    assert (len(event), len(after), any(others)) == (5 + 2, 1, False)
     # p = 2: the step before an event is the verdict on the last one, and has asked already.
     run = on_two_ranks(GPU, AndersonConfig(), observe=True, p=2)
-    assert [len(waits) for waits in run.waits[-5:]] == [1, 4 + 1, 1, 4 + 1, 1]
+    assert [len(waits) for waits in run.waits[-5:]] == [1, 5 + 1, 1, 5 + 1, 1]
 
 
 def test_waits_for_a_moving_average():
     event, after, others = last_event(
         on_two_ranks(GPU, AndersonConfig(**SETTINGS["moving average"]))
     )
-    assert (len(event), len(after), others) == (5, 1, [1, 1])
+    assert (len(event), len(after), others) == (6, 1, [1, 1])
 
 
 @pytest.mark.parametrize("make", [sgd, adam])
