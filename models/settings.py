@@ -331,6 +331,18 @@ class Settings:
         "of the stored history",
         ("float64", "float32", "bfloat16", "float16"),
     )
+    anderson_history_device: str | None = _option(
+        "Anderson acceleration",
+        None,
+        "cpu: keep the history in the host's memory, slow",
+        ("cpu",),
+    )
+    anderson_on_desync: str | None = _option(
+        "Anderson acceleration",
+        None,
+        "when ranks no longer hold the same weights: stop, or make them equal",
+        ("error", "resync"),
+    )
     anderson_refine: int | None = _option(
         "Anderson acceleration",
         None,

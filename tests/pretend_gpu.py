@@ -110,6 +110,7 @@ class PretendGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # the host has memory of one kind here
         name = func.__name__.split(".")[0]
         flat, _ = tree_flatten((args, kwargs))
         mine = [x for x in flat if isinstance(x, OnGpu)]

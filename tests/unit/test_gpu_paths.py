@@ -32,6 +32,10 @@ SETTINGS = {
     "moving average": {"average_window": 2},
     "safeguard": {"safeguard": "residual"},
 }
+HOST = {
+    name: SETTINGS[name] | {"history_device": "cpu"}
+    for name in ("default", "bfloat16", "columns", "refined", "step", "state", "moving average")
+} | {"safeguard": {"safeguard": "residual", "history_device": "cpu"}}
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +134,37 @@ def test_computes_what_the_processor_computes(name):
     there = on_two_ranks(GPU, config, observe=observe, dtype=torch.float64)
     assert there.accelerated == here.accelerated > 0
     torch.testing.assert_close(there.weights, here.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+@pytest.mark.parametrize("name", HOST)
+def test_history_on_the_host(name, make):
+    """The arithmetic is the processor's own; only weights and residuals cross."""
+    if name == "state" and make is adam:
+        return  # SGD alone has that residual
+    config = AndersonConfig(**HOST[name])
+    observe = name != "safeguard"
+    here = on_two_ranks(CPU, config, observe=observe, make=make)
+    there = on_two_ranks(GPU, config, observe=observe, make=make)
+    assert there.accelerated == here.accelerated > 0
+    torch.testing.assert_close(there.weights, here.weights, rtol=1e-5, atol=1e-7)
+
+
+def test_history_on_the_host_waits_for_the_residual_alone():
+    """In a step that stores: weights cross while the base optimizer works."""
+    run = on_two_ranks(GPU, AndersonConfig(**HOST["default"]))
+    assert run.accelerated
+    assert all(waits == ["copy_"] for waits in run.waits[1 : P - 1])
+    with PretendGpu() as gpu:
+        weight = torch.nn.Parameter(torch.ones(300, device=GPU))
+        opt = AndersonOptimizer(
+            torch.optim.SGD([weight], lr=0.1), anderson=AndersonConfig(**HOST["default"])
+        )
+        for _ in range(2):
+            weight.grad = weight.detach() * torch.linspace(0.1, 1, 300).to(GPU)
+            opt.step()
+        assert opt.anderson._history.device == CPU and opt.anderson.history_bytes > 0
+        assert "copy_" in gpu.waits
 
 
 @pytest.mark.parametrize(
