@@ -9,22 +9,21 @@ from typing import Any
 from models.metrics import read_csv
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> str:
-    """Writes ``summary.json`` and ``summary.txt``.
+def summary_text(summary: dict[str, Any]) -> str:
+    """One "name  value" line per entry; counts of what never happened are left out.
 
     Args:
-        folder: Where they go.
         summary: Numbers, strings, and dicts of them.
-
-    Returns:
-        The text, one "name  value" line per entry; counts of what never happened are left out.
     """
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     lines = list(_lines(summary))
     width = max(len(name) for name, _ in lines)
-    text = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-    (folder / "summary.txt").write_text(text + "\n")
-    return text
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Writes ``summary.json`` and ``summary.txt`` into `folder`."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "summary.txt").write_text(summary_text(summary) + "\n")
 
 
 def plot_training(folder: Path) -> Path:

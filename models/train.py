@@ -13,7 +13,7 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from models.errors import UserError
 from models.metrics import MetricsLog
 from models.preemption import EXIT_CODE, StopRequest
 from models.progress import Progress
-from models.report import plot_training, write_summary
+from models.report import plot_training, summary_text, write_summary
 from models.schedule import Schedule
 from models.settings import Settings, parse
 
@@ -125,7 +125,12 @@ def run(settings: Settings) -> bool:
     log = None
     if chief:
         resumed_at = trainer.step or None
-        log = MetricsLog(folder, tensorboard=settings.tensorboard, resume_step=resumed_at)
+        log = MetricsLog(
+            folder,
+            tensorboard=settings.tensorboard,
+            say=lambda text: progress.say(text),  # made below
+            resume_step=resumed_at,
+        )
     progress = Progress(
         settings.progress if chief else "off",
         total=settings.epochs * steps_per_epoch,
@@ -141,7 +146,7 @@ def run(settings: Settings) -> bool:
     interval: Interval | None = None
     validation: Validation | None = None
     averaged: tuple[str, Validation] | None = None
-    stopped = False
+    stopped, kept = False, True
     try:
         while epoch < settings.epochs and not stopped:
             for interval in trainer.train_epoch(train_loader, settings.log_every):
@@ -160,7 +165,7 @@ def run(settings: Settings) -> bool:
                 average_batch_norm(trainer.model, mean_over_ranks)
                 state = _state(identity, epoch, best, trainer, train_loader)
                 if chief:
-                    checkpoint.save(folder / LAST, state)
+                    kept = _keep(folder / LAST, state, progress.say)
             if amid:
                 break
             final = epoch == settings.epochs
@@ -190,9 +195,9 @@ def run(settings: Settings) -> bool:
             if saving:
                 state = _state(identity, epoch, best, trainer, train_loader)
                 if chief:
-                    checkpoint.save(folder / LAST, state)
+                    kept = _keep(folder / LAST, state, progress.say)
                     if improved:
-                        checkpoint.save(folder / BEST, state)
+                        _keep(folder / BEST, state, progress.say)
     finally:
         progress.close()
         if log is not None:
@@ -204,9 +209,9 @@ def run(settings: Settings) -> bool:
     if not chief:
         return finished
     if not finished:
+        where = f"{folder / LAST}" if kept else "the checkpoint before, if there is one"
         print(
-            f"stopped by a signal after step {trainer.step}; --resume auto goes on from "
-            f"{folder / LAST}",
+            f"stopped by a signal after step {trainer.step}; --resume auto goes on from {where}",
             flush=True,
         )
     elif interval is None or validation is None:
@@ -214,8 +219,12 @@ def run(settings: Settings) -> bool:
     else:
         summary = _summary(settings, trainer, totals, interval, validation, averaged, best)
         summary["total_seconds"] = time.perf_counter() - started
-        print("\n" + write_summary(folder, summary))
-        print(f"plot  {plot_training(folder)}", flush=True)
+        print("\n" + summary_text(summary))
+        try:
+            write_summary(folder, summary)
+            print(f"plot  {plot_training(folder)}", flush=True)
+        except OSError as error:
+            print(f"warning: no summary was written to {folder}: {error}", flush=True)
     return finished
 
 
@@ -383,6 +392,16 @@ def _state(
         "scaler": trainer.scaler.state_dict(),
         "ranks": gather(own),
     }
+
+
+def _keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Writes a checkpoint; where that fails, the one before stays and training goes on."""
+    try:
+        checkpoint.save(path, state)
+    except OSError as error:
+        say(f"warning: no checkpoint was written to {path}: {error}. What was there still is.")
+        return False
+    return True
 
 
 def _resume(

@@ -81,17 +81,17 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 
 def test_resumed_metrics_replace_the_rows_after_the_checkpoint(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path, tensorboard=False, say=print)
     for step in range(1, 6):
         log.write("steps", {"step": step, "loss": 1.0 / step, "gap": None})
     log.close()
-    log = MetricsLog(tmp_path, tensorboard=False, resume_step=3)
+    log = MetricsLog(tmp_path, tensorboard=False, say=print, resume_step=3)
     log.write("steps", {"step": 4, "loss": 9.0, "gap": 2.0})
     log.close()
     rows = read_csv(tmp_path / "steps.csv")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0] == {"step": 1, "loss": 1.0} and rows[3]["gap"] == 2.0
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path, tensorboard=False, say=print)
     log.write("steps", {"step": 1, "loss": 5.0, "gap": None})
     log.close()
     assert len(read_csv(tmp_path / "steps.csv")) == 1

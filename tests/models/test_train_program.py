@@ -144,6 +144,23 @@ def test_signal_to_one_rank_stops_all_amid_an_epoch_and_resume_loses_nothing(
     assert rows[0] == rows[1]
 
 
+def test_a_full_disk_ends_no_training(digits, train, straight, tmp_path):
+    """The checkpoint before stays, what is missing is said, and nothing half is left."""
+    program = str(Path(__file__).with_name("full_disk.py"))
+    options = ("--anderson=off", "--epochs=2")
+    code, output = start(
+        program, 8, *SMALL, f"--data={digits}", f"--out={tmp_path}", *options,
+        ranks=2, controller="mpi",
+    )  # fmt: skip
+    assert code == 0, output[-4000:]
+    assert "no checkpoint was written to" in output and "File too large" in output
+    assert output.count("measurements in") == 1 and "no summary was written" in output
+    assert "epoch 2/2" in output, "trained to the end"
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 7
+    assert not list(tmp_path.glob(".*partial"))
+    assert_same_state(trained(train, tmp_path, *options, "--resume=auto"), straight[1])
+
+
 def test_signal_in_an_epochs_last_step_finishes_the_epoch(signalled, tmp_path):
     options = ("--anderson=off", "--epochs=3", "--checkpoint-every=3")
     code, output = signalled(tmp_path, 0, 15, "SIGTERM", *options, ranks=1)
