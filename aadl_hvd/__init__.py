@@ -5,10 +5,12 @@
 Neither Horovod nor MPI is needed to import this package or to use `AndersonOptimizer`.
 """
 
+from aadl_hvd import checkpoint
 from aadl_hvd.batch_norm import average_batch_norm, recalibrate_batch_norm
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.errors import (
     AndersonError,
+    CheckpointError,
     CommunicationError,
     ConfigError,
     HistoryMemoryError,
@@ -22,6 +24,7 @@ __all__ = [
     "AndersonConfig",
     "AndersonError",
     "AndersonOptimizer",
+    "CheckpointError",
     "CommunicationError",
     "ConfigError",
     "DistributedAndersonOptimizer",
@@ -30,6 +33,7 @@ __all__ = [
     "ReplicaMismatchError",
     "UnsupportedError",
     "average_batch_norm",
+    "checkpoint",
     "recalibrate_batch_norm",
 ]
 __version__ = "0.1.0"

@@ -15,15 +15,17 @@ Weights are replicated, bit for bit; the history is not. A step that neither sto
 accelerates costs nothing, but for samples of the gradient where the next one accelerates. Which
 collectives a step enters depends on its number alone, until one of them has told all ranks the
 same: a rank whose state differs (a checkpoint loaded there only) makes the history restart
-everywhere and hangs nobody.
+everywhere and hangs nobody. So a loaded history, and with it the number of the step, is a wish
+until a collective that all ranks enter anyhow has shown that all have the same one: see `agree`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,14 +102,17 @@ class FixedPoint(Protocol):
     def skip(self) -> Any:
         """Ends a step without moving; its return value is handed to the user."""
 
-    def reset_momentum(self, undoable: bool) -> Callable[[], None]:
-        """Sets the base optimizer's momentum to zero; the result puts it back if `undoable`."""
+    def reset_momentum(self, undoable: bool) -> Any:
+        """Sets the base optimizer's momentum to zero; for `restore`, None if not undoable."""
 
     def write(self, flat: Tensor) -> None:
         """Sets the weights from a flat vector [>= n]."""
 
-    def snapshot(self) -> Callable[[], None]:
-        """Copies the base optimizer's state; the result puts it back."""
+    def snapshot(self) -> Any:
+        """A copy of the base optimizer's state: plain types and tensors, for `restore`."""
+
+    def restore(self, undo: Any) -> None:
+        """Puts back what `snapshot` or `reset_momentum` returned; it is used up."""
 
     def state_tensors(self) -> list[Tensor]:
         """The base optimizer's state, in an order that is the same on all ranks."""
@@ -132,6 +137,7 @@ class Accelerator:
     Attributes:
         config: the settings.
         stats: counters, see `Stats`.
+        consolidated: the whole history, where and while `checkpoint.consolidate` has left it.
     """
 
     def __init__(
@@ -143,6 +149,9 @@ class Accelerator:
         self._group = ShardGroup(comm) if group is None else group
         self._calls = 0
         self._stepping = False
+        self._agreed = False  # whether `agree` has been called, on all ranks
+        self._wish: dict[str, Any] | None = None  # a loaded history that is not taken in yet
+        self.consolidated: dict[str, Any] | None = None
         self._signature: Hashable = None
         self._average: MovingAverage | None = None
         self._averages: WeightAverages
@@ -174,7 +183,10 @@ class Accelerator:
         Only accelerated steps and those before them do. Before `step` is called it is the step to
         come that is meant, and while it runs, in which a closure may be evaluated, that one.
         """
-        k = self._calls + (not self._stepping) - self.config.warmup_steps
+        calls = self._calls
+        if self._wish is not None and not self._agreed:  # what the next step will go by
+            calls = self._wish["replicated"]["calls"]
+        k = calls + (not self._stepping) - self.config.warmup_steps
         p = self.config.frequency
         return self.config.noise_gate is not None and k >= 0 and (k % p == 0 or (k + 1) % p == 0)
 
@@ -242,6 +254,11 @@ class Accelerator:
         """The ranks that train together."""
         return self._comm
 
+    @property
+    def group(self) -> ShardGroup:
+        """Of these, the ranks that share one history."""
+        return self._group
+
     def mean_over_ranks(self, values: Vector) -> Vector:
         """Mean of a small vector over the ranks that train together. Collective."""
         return self._comm.allreduce(values) / self._comm.size
@@ -249,7 +266,7 @@ class Accelerator:
     def needed_bytes(self, problem: FixedPoint) -> int:
         """What `history_bytes` will be at most."""
         hash(problem.signature)  # up to date with the parameter groups
-        sharding, work = self._share(problem.n), _work_dtype(problem)
+        sharding, work = self.share(problem.n), _work_dtype(problem)
         config, (lo, hi) = self.config, sharding.rows
         narrow = 2 * len(sharding.slots) * (config.history_dtype or work).itemsize
         pairs, window = 4, config.average_window or 0
@@ -293,6 +310,7 @@ class Accelerator:
     def restart(self, cause: Restart = Restart.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
         self.stats.restarts[cause.value] += 1
+        self._wish = self.consolidated = None
         self._trial = None
         self._losses.drop_trial()
         self._noise.clear()
@@ -302,6 +320,125 @@ class Accelerator:
             self._average.clear()
         if cause is not Restart.NONFINITE:
             self._averages.clear()
+
+    def part(self, problem: FixedPoint) -> dict[str, Any]:
+        """This rank's part of all that acceleration goes on from, in host memory.
+
+        Not collective. `checkpoint` says what it looks like, and fits it to other shardings.
+        """
+        self._prepare(problem)
+        if self._wish is not None:
+            return copy.deepcopy(self._wish)
+        history, gram, averages, losses = self._history, self._gram, self._averages, self._losses
+        columns = history.part() | {"products": gram.products()}
+        lo, hi = self._rows
+        names = [f"average {kind}" for kind in averages.kinds]
+        rows = dict(zip(names, averages.part(), strict=False))
+        if (pair := columns.pop("pair")) is not None:
+            rows["pair"] = pair
+        pushed = None
+        if self._average is not None:
+            pushed, rows["iterates"] = self._average.part()
+        undo: dict[str, Any] = {}
+        if self._trial is not None:
+            rows["base"] = self._trial.base_rows.cpu().clone()
+            undo["residual"] = {"norm": self._trial.norm, "undo": _on_host(self._trial.undo)}
+        if losses.trial is not None:
+            rows["base"] = losses.trial[0].cpu().clone()
+            undo["loss"] = {"undo": _on_host(losses.trial[1])}
+        return {
+            "sharding": {
+                "layout": history.sharding.layout,
+                "n": history.sharding.n,
+                "size": history.sharding.size,
+                "rank": history.sharding.rank,
+                "rows": [lo, hi],
+            },
+            "replicated": {
+                "calls": self._calls,
+                "stored": history.stored,
+                "columns": history.columns,
+                "last": history.last,
+                "gram": gram.state(),
+                "averages": averages.state(),
+                "pushed": pushed,
+                "noise": self._noise.share,
+                "losses": losses.state(),
+                "backoff": self._backoff.state(),
+            },
+            "rows": rows,
+            "columns": columns,
+            "undo": undo,
+            "ranks": self._comm.size,
+            "own": {str(self._comm.rank): {"noise": self._noise.part(), "losses": losses.part()}},
+        }
+
+    def load(self, problem: FixedPoint, part: dict[str, Any], claim: int) -> None:
+        """Makes a part that fits this rank's the history to go on from, if all ranks do: a wish.
+
+        Not collective. It comes true in `agree`, which the first step calls; after that, in the
+        next accelerated step, which then does not accelerate; there steps go on being counted as
+        before, and what was on trial is forgotten.
+
+        Args:
+            problem: what is accelerated, as it was when the part was made.
+            part: what `part` returned, of this rank's rows and columns.
+            claim: names the history among all: in [1, 2^36), the same for all its parts.
+        """
+        self._prepare(problem)
+        self._wish, self._history.claim = part, claim
+        if self._comm.size == 1:
+            self._take(continues=True)
+
+    def agree(self, problem: FixedPoint) -> None:
+        """Takes in a loaded history if all ranks have loaded the same; else it restarts on all.
+
+        Collective: one tiny reduction. The first step calls it of itself. After a history was
+        loaded on all ranks in the middle of a run, this makes the very next step go on from it.
+        """
+        if self._wish is not None:
+            self._prepare(problem)
+        self._agreed = True
+        claims = self._comm.allreduce(replicas.riders(self._history.claim))
+        if not replicas.equal(claims, self._comm.size):
+            self.restart(Restart.DESYNCHRONIZED)
+            self._history.generation = 0
+        elif self._wish is not None:
+            self._take(continues=True)
+
+    @torch.no_grad()
+    def _take(self, continues: bool) -> None:
+        """Takes in the wish; `continues`: as if the run had not been interrupted."""
+        part, self._wish = self._wish, None
+        assert part is not None
+        same, rows, columns = part["replicated"], part["rows"], part["columns"]
+        own = part["own"].get(str(self._comm.rank)) if continues else None
+        device = self._weights_device
+        pair = {"pair": rows.get("pair")}
+        self._history.take(columns | pair, same["stored"], same["columns"], same["last"])
+        self._history.generation = 0  # the same on all ranks
+        self._gram.take(same["gram"], columns["products"])
+        averages = same["averages"]
+        known = [rows.get(f"average {kind}") for kind in averages["kinds"]]
+        self._averages.take(averages, [sums for sums in known if sums is not None])
+        if self._average is not None:
+            self._average.clear()
+            if "iterates" in rows:
+                self._average.take(same["pushed"], rows["iterates"])
+        self._noise.take(same["noise"], own and own["noise"], device)
+        self._backoff.take(same["backoff"])
+        self._trial = None
+        if not continues:
+            self._losses.drop_trial()
+            return
+        self._calls = same["calls"]
+        self._losses.take(same["losses"], own and own["losses"])
+        if "base" in rows:
+            self._base_rows = self._vector().copy_(rows["base"])
+            if (trial := part["undo"].get("residual")) is not None:
+                self._trial = Trial(self._base_rows, trial["undo"], trial["norm"])
+            if (trial := part["undo"].get("loss")) is not None:
+                self._losses.try_out(self._base_rows, trial["undo"])
 
     def step(self, problem: FixedPoint) -> Any:
         """One step of the base optimizer, accelerated on every p-th. Collective on those steps.
@@ -317,6 +454,9 @@ class Accelerator:
 
     def _step(self, problem: FixedPoint) -> Any:
         config = self.config
+        self.consolidated = None
+        if not self._agreed:
+            self.agree(problem)
         self.stats.steps += 1
         self._calls += 1  # not `steps`: that may come from a checkpoint, on one rank alone
         k = self._calls - config.warmup_steps
@@ -389,6 +529,8 @@ class Accelerator:
             self.restart(Restart.DESYNCHRONIZED)
             self._history.generation = 0  # from here on the same on all ranks
             return None
+        if self._wish is not None:  # tokens are equal: all ranks have it
+            return self._take(continues=False)
         gram, b, rr = system
         if math.isfinite(rr):
             with stats.timed("average"):
@@ -419,9 +561,9 @@ class Accelerator:
                 self._history.keep(self._history.columns // 2)  # the newest know the way down
             return self._reject(cause)
         observed = self._losses.observed
-        restore: Callable[[], None] | None = None
+        undo = None
         if observed and config.residual == "state":
-            restore = problem.snapshot()  # (lr v) / lr is not v to the last bit
+            undo = problem.snapshot()  # (lr v) / lr is not v to the last bit
         if config.safeguard in ("residual", "loss") or observed:
             if self._base_rows is None:
                 self._base_rows = self._vector()
@@ -441,9 +583,8 @@ class Accelerator:
                 return self._reject(cause)
         if config.momentum == "reset":
             undo = problem.reset_momentum(undoable=observed)
-            restore = undo if observed else restore
         if observed:
-            self._losses.try_out(base_rows, restore)
+            self._losses.try_out(base_rows, undo)
         stats.accelerated += 1
 
     def _checksum(self, problem: FixedPoint) -> int:
@@ -571,10 +712,10 @@ class Accelerator:
             trial = self._losses.verdict(sums, self._comm.size, self._backoff)
             if trial is None:
                 return True
-            base_rows, restore = trial
+            base_rows, undo = trial
             problem.write(self._gather(base_rows))
-            if restore is not None:
-                restore()
+            if undo is not None:
+                problem.restore(undo)
             self._trial = None  # of the same step
             if self._average is not None:
                 self._average.replace_last(base_rows)  # the rejected point was never there
@@ -594,7 +735,7 @@ class Accelerator:
             if cause is None:
                 return True
             problem.write(self._gather(trial.base_rows))
-            trial.restore()
+            problem.restore(trial.undo)
             if self._average is not None:
                 self._average.replace_last(trial.base_rows)  # the rejected point was never there
             self._reject(cause)
@@ -667,13 +808,14 @@ class Accelerator:
         """Where history and averages are."""
         return torch.device(self.config.history_device or problem.device)
 
-    def _share(self, n: int) -> Sharding:
+    def share(self, n: int) -> Sharding:
+        """Which part of a history of n numbers a column is this rank's."""
         group = self._group
         share = group.comm.size, group.comm.rank, group.count, group.index
         return Sharding(self.config.layout, n, self.config.history_depth, *share)
 
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
-        config, sharding = self.config, self._share(n)
+        config, sharding = self.config, self.share(n)
         pinned = device != self._weights_device
         self._history = History(sharding, config.history_dtype or work, work, device, pinned)
         self._gram = Gram(self._history, self._comm)
@@ -687,6 +829,13 @@ class Accelerator:
 def _work_dtype(problem: FixedPoint) -> torch.dtype:
     """Of pairs and products: no narrower than any weight."""
     return torch.float64 if problem.dtype == torch.float64 else torch.float32
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory of nested dicts of tensors and plain types."""
+    if isinstance(value, dict):
+        return {key: _on_host(entry) for key, entry in value.items()}
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 @contextlib.contextmanager

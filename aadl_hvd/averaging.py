@@ -7,6 +7,7 @@ are for evaluation and leave training alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,21 @@ class MovingAverage:
     def replace_last(self, w: Tensor) -> None:
         """Puts `w` in place of the newest iterate (the sequence goes on from the average)."""
         self._iterates[(self._pushed - 1) % self._iterates.shape[0]].copy_(w)
+
+    def part(self) -> tuple[int, Tensor]:
+        """Iterates seen; those of the window from the oldest, [at most t, rows], on the host."""
+        window = self._iterates.shape[0]
+        first = max(0, self._pushed - window)
+        return self._pushed, self._iterates[[i % window for i in range(first, self._pushed)]].cpu()
+
+    def take(self, pushed: int, iterates: Tensor) -> None:
+        """Takes in what `part` returned, of this window or another."""
+        window = self._iterates.shape[0]
+        newest = iterates[-window:]
+        # Places in the ring are kept: the order of a sum decides its last bit.
+        self._pushed = pushed if len(newest) == window else len(newest)
+        for i, w in enumerate(newest, self._pushed - len(newest)):
+            self._iterates[i % window].copy_(w)
 
     def mean(self) -> Tensor:
         """The average of the window, [rows] (Eq. 11)."""
@@ -163,6 +179,38 @@ class WeightAverages:
         average = self._averages[self.kinds.index(kind)]
         return average.mean()[0] if self.count else None
 
+    def state(self) -> dict[str, Any]:
+        """What is the same on every rank, in plain types."""
+        return {
+            "kinds": list(self.kinds),
+            "every": self._every,
+            "gains": self._gains.tolist(),
+            "measured": self._measured,
+            "count": self.count,
+        }
+
+    def part(self) -> list[Tensor]:
+        """Of each kind this rank's rows, [1 or 2, 2, rows], on the host; none if none is known."""
+        return [average.sums.cpu().clone() for average in self._averages] if self.count else []
+
+    def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
+        """Takes in what `state` and `part` returned.
+
+        Returns:
+            Whether they are of these kinds; if not, all averages begin anew.
+        """
+        self.clear()
+        known = state["every"] == self._every and set(self.kinds) <= set(state["kinds"])
+        if not known or not state["count"]:
+            return known
+        places = [state["kinds"].index(kind) for kind in self.kinds]
+        self._gains = np.array(state["gains"], dtype=np.float64)[places]
+        self._measured, self.count = state["measured"], state["count"]
+        for average, place in zip(self._averages, places, strict=True):
+            average.count = self.count
+            average.sums.copy_(part[place])
+        return True
+
     def clear(self) -> None:
         """Forgets everything."""
         self._gains, self._measured, self.count = np.zeros(len(self.kinds)), 0, 0
@@ -184,19 +232,19 @@ class _Average:
         # A window is the second half, going on, and the first half, complete: t/2 to t steps.
         self._half = max(1, round(kind / (2 * every)))
         halves = 1 if self._decay is not None else 2
-        self._sums = torch.zeros((halves, 2, rows), dtype=dtype, device=device)
-        self._now = self._sums[0]
+        self.sums = torch.zeros((halves, 2, rows), dtype=dtype, device=device)
+        self._now = self.sums[0]
         self.count = 0
 
     @property
     def nbytes(self) -> int:
-        return self._sums.numel() * self._sums.element_size()
+        return self.sums.numel() * self.sums.element_size()
 
     def begin(self) -> None:
         """Makes room for an iterate, which `take` is then given chunk by chunk."""
         if self.count == 0:
-            self._sums.zero_()
-        self._now = self._sums[self.count // self._half % 2 if self._decay is None else 0]
+            self.sums.zero_()
+        self._now = self.sums[self.count // self._half % 2 if self._decay is None else 0]
         if self._decay is None and self.count % self._half == 0:
             self._now.zero_()
         self.count += 1
@@ -215,7 +263,7 @@ class _Average:
     def mean(self, rows: slice = slice(None)) -> Tensor:
         """The averages of w and r, [2, rows]."""
         if self._decay is not None:
-            return self._sums[0, :, rows]
+            return self.sums[0, :, rows]
         complete = self._half if self.count > self._half else 0
         inside = (self.count - 1) % self._half + 1
-        return self._sums[:, :, rows].sum(dim=0).div_(complete + inside)
+        return self.sums[:, :, rows].sum(dim=0).div_(complete + inside)

@@ -27,6 +27,7 @@ PARTS = (
     "average",
 )
 _SMOOTHING = 0.9
+_MEASURED = "promised_reduction", "condition", "rank", "noise_variance", "signal", "gate"
 
 
 @dataclasses.dataclass
@@ -126,6 +127,15 @@ class Stats:
             setattr(self, name, int(saved[name]))
         self.rejected.update(saved["rejected"])
         self.restarts.update(saved["restarts"])
+
+    def measured(self) -> dict[str, float]:
+        """What was measured last, or smoothed: what a checkpoint keeps beside the counts."""
+        return {name: getattr(self, name) for name in _MEASURED}
+
+    def load_measured(self, saved: Mapping[str, float]) -> None:
+        """Takes over what `measured` returned."""
+        for name in _MEASURED:
+            setattr(self, name, saved.get(name, getattr(self, name)))
 
     def __str__(self) -> str:
         rejected = ", ".join(f"{cause} {count}" for cause, count in self.rejected.items() if count)

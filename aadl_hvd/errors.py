@@ -21,5 +21,9 @@ class HistoryMemoryError(AndersonError, MemoryError):
     """The history of these settings does not fit into the memory that is free."""
 
 
+class CheckpointError(AndersonError, ValueError):
+    """A checkpoint is damaged, foreign, from a newer version, or of another model."""
+
+
 class CommunicationError(AndersonError, RuntimeError):
     """A collective was called with arguments that it does not take."""

@@ -27,6 +27,8 @@ from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.flatten import FlatLayout
 from aadl_hvd.noise import Deviations, GradientSamples
 
+# The base optimizer's state, or parts of it, by the parameters' places: {"whole", "entries"}.
+Undo = dict[str, Any]
 # Rows of the flat gradient, and the parameters that have none.
 _Gradient = tuple[Tensor, set[int]]
 
@@ -147,18 +149,15 @@ class OptimizerFixedPoint:
         found, self._deviations = self._deviations, None
         return found
 
-    def reset_momentum(self, undoable: bool) -> Callable[[], None]:
-        entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        found = [e[key] for e in entries for key in _MOMENTA if isinstance(e.get(key), Tensor)]
-        saved = [buffer.clone() for buffer in found] if undoable else []
-        for buffer in found:
-            buffer.zero_()
-
-        def restore() -> None:
-            for buffer, values in zip(found, saved, strict=undoable):
-                buffer.copy_(values)
-
-        return restore
+    def reset_momentum(self, undoable: bool) -> Undo | None:
+        undo: Undo = {"whole": False, "entries": {}}
+        for key, entry in self._entries(trainable=True):
+            found = {k: entry[k] for k in _MOMENTA if isinstance(entry.get(k), Tensor)}
+            if undoable and found:
+                undo["entries"][key] = {k: buffer.clone() for k, buffer in found.items()}
+            for buffer in found.values():
+                buffer.zero_()
+        return undo if undoable else None
 
     def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
         w, r = self._staged(out, residual)
@@ -238,19 +237,39 @@ class OptimizerFixedPoint:
     def skip(self) -> Any:
         return self.skip_step()
 
-    def snapshot(self) -> Callable[[], None]:
-        state = self._optimizer.state
-        saved = {key: {k: _copied(v) for k, v in entry.items()} for key, entry in state.items()}
+    def snapshot(self) -> Undo:
+        entries = {key: {k: _copied(v) for k, v in e.items()} for key, e in self._entries()}
+        return {"whole": True, "entries": entries}
 
-        def restore() -> None:
-            for key in list(state):
-                if key not in saved:
-                    del state[key]
-            for key, entry in saved.items():
-                state[key].clear()
-                state[key].update(entry)
+    def restore(self, undo: Undo) -> None:
+        state, keys = self._optimizer.state, self._keys()
+        if undo["whole"]:
+            for key, p in keys.items():
+                if key not in undo["entries"]:
+                    state.pop(p, None)
+        for key, saved in undo["entries"].items():
+            entry = state[keys[key]]
+            # Some of it may lie on the host (step), and what is restored may come from a file.
+            saved = {k: _placed(v, entry.get(k), keys[key]) for k, v in saved.items()}
+            if undo["whole"]:
+                entry.clear()
+            entry.update(saved)
 
-        return restore
+    @property
+    def last_rates(self) -> tuple[float, ...]:
+        """Learning rates when they were not all 0 last: what `signature` goes by where they are."""
+        return self._last_rates
+
+    @last_rates.setter
+    def last_rates(self, rates: tuple[float, ...]) -> None:
+        self._last_rates = rates
+
+    @property
+    def settings(self) -> list[list[float]]:
+        """What stored pairs depend on beside the parameters, in plain types."""
+        signature: Any = self.signature
+        _, decays, rates = signature
+        return [[float(value) for value in values] for values in (decays, rates)]
 
     def state_tensors(self) -> list[Tensor]:
         entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
@@ -261,6 +280,16 @@ class OptimizerFixedPoint:
         return self.evaluate()
 
     # How
+
+    def _keys(self) -> dict[int, Tensor]:
+        """The parameters by their place among all groups', as in a state_dict."""
+        groups = self._optimizer.param_groups
+        return dict(enumerate(p for group in groups for p in group["params"]))
+
+    def _entries(self, trainable: bool = False) -> list[tuple[int, dict[str, Any]]]:
+        state = self._optimizer.state
+        keys = [(key, p) for key, p in self._keys().items() if p.requires_grad or not trainable]
+        return [(key, state[p]) for key, p in keys if p in state]
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
@@ -473,6 +502,12 @@ def _long_run_rate(group: dict[str, Any]) -> float:
 
 def _learning_rate(group: dict[str, Any]) -> float:
     return float(group.get("lr", 1.0))
+
+
+def _placed(value: Any, present: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(present.device if isinstance(present, Tensor) else parameter.device)
 
 
 def _copied(value: Any) -> Any:

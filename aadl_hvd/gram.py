@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aadl_hvd import replicas
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.solve import Matrix, Vector
@@ -18,7 +21,7 @@ class Gram:
     """Keeps R^T R [m, m], float64, the same on every rank, and brings it up to date on demand.
 
     Only rows of slots that were filled since the last assembly are computed. The message has the
-    same length whatever a rank has stored, (m + 1) m + 5 float64 numbers and what rides along, and
+    same length whatever a rank has stored, (m + 1) m + 9 float64 numbers and what rides along, and
     says what it has stored, so that a rank that differs is noticed and waits for nobody.
 
     In the row layout the rows are computed at assembly, in one pass over R. In the column layout
@@ -35,7 +38,8 @@ class Gram:
 
     def message_bytes(self, riders: int) -> int:
         """Length of what a rank hands to the allreduce of `assemble`."""
-        return 8 * ((self._depth + 1) * self._depth + 5 + riders)
+        tokens = 2 * len(self._history.tokens)
+        return 8 * ((self._depth + 1) * self._depth + 1 + tokens + riders)
 
     def stored(self, slot: int, column: Tensor | None) -> None:
         """Takes note of a new column in `slot`, as `History.push` returned it; no communication."""
@@ -62,9 +66,8 @@ class Gram:
         tokens = np.array(self._history.tokens, dtype=np.float64)
         message = np.concatenate([riders, table.reshape(-1), [rr], tokens, tokens**2])
         summed, message = np.split(self._comm.allreduce(message), [len(riders)])
-        numbers, sums, squares = np.split(message, [-4, -2])
-        # Equal tokens, and only they, have no variance; these sums are exact.
-        if (squares * self._comm.size != sums**2).any():
+        numbers, tokens = np.split(message, [-2 * len(tokens)])
+        if not replicas.equal(tokens, self._comm.size):
             return None, summed
         table = numbers[:-1].reshape(m + 1, m)
         for slot, row in zip(self._fresh, table[:k], strict=True):
@@ -84,6 +87,39 @@ class Gram:
         own = self._history.inner([], v)[0].cpu().numpy()
         sums[list(self._history.sharding.slots)] = own
         return self._comm.allreduce(sums)
+
+    def state(self) -> dict[str, Any]:
+        """R^T R of the columns in use [h, h] float64, from the oldest, and what is missing in it.
+
+        The same on every rank: "matrix"; "fresh": columns whose rows have yet to be computed.
+        """
+        live = self._history.live
+        fresh = [live.index(slot) for slot in self._fresh if slot in live]
+        return {"matrix": torch.from_numpy(self._matrix[np.ix_(live, live)]), "fresh": fresh}
+
+    def products(self) -> Tensor | None:
+        """With the column layout [columns held, fresh ones] float64, on the host, else None."""
+        if self._history.sharding.layout == "rows":
+            return None
+        live = self._history.live
+        held = [place for slot in live if (place := self._history.place(slot)) is not None]
+        known = [self._fresh[live[i]] for i in self.state()["fresh"]]
+        rows = [row.cpu()[held] for row in known if row is not None]
+        return torch.stack(rows, dim=1) if rows else torch.zeros((len(held), 0)).double()
+
+    def take(self, state: dict[str, Any], products: Tensor | None) -> None:
+        """Takes in `state` and `products`; the history has taken its columns before."""
+        self.clear()
+        live = self._history.live
+        self._matrix[np.ix_(live, live)] = state["matrix"].numpy()
+        held = [place for slot in live if (place := self._history.place(slot)) is not None]
+        for i, index in enumerate(state["fresh"]):
+            row = None
+            if products is not None and self._history.sharding.layout == "columns":
+                row = torch.zeros(len(self._history.sharding.slots), dtype=torch.float64)
+                row[held] = products[:, i]
+                row = row.to(self._history.device)
+            self._fresh[live[index]] = row
 
     def clear(self) -> None:
         """Forgets everything, together with the history."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class History:
     Attributes:
         stored: pairs stored since the last restart.
         generation: number of restarts.
+        claim: names what this rank has loaded and waits to take in, below 2^36; 0 for nothing.
         columns: h, number of columns that can be used: at most depth.
     """
 
@@ -61,6 +63,7 @@ class History:
         self._pinned = pinned
         self.stored = 0
         self.generation = 0
+        self.claim = 0
         self.columns = 0
         self._place = {slot: i for i, slot in enumerate(sharding.slots)}
         self._mixings = [0.0] * len(self._place)  # c_j
@@ -89,12 +92,12 @@ class History:
         return sum(t.numel() * t.element_size() for t in (self._y, self._r, self._pairs))
 
     @property
-    def tokens(self) -> tuple[int, int]:
+    def tokens(self) -> tuple[int, ...]:
         """Equal on two ranks where the same pairs were stored since the same restart.
 
-        Below 1024, so that squares of their sums over 2^16 ranks are exact in float64.
+        At most 2^18, so that sums of their squares over 2^16 ranks are exact in float64.
         """
-        return self.stored % 1024, self.generation % 1024
+        return self.stored % 1024, self.generation % 1024, *divmod(self.claim, 2**18)
 
     def place(self, slot: int) -> int | None:
         """Index of a slot in this rank's columns; None where another rank holds it."""
@@ -242,7 +245,7 @@ class History:
 
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
-        self.stored = self.columns = 0
+        self.stored = self.columns = self.claim = 0
         self.generation += 1
         self._mixings = [0.0] * len(self._mixings)
         if self._y is not None:
@@ -250,6 +253,69 @@ class History:
             self._r.zero_()
         if self._scales is not None:
             self._scales.fill_(1.0)
+
+    def part(self) -> dict[str, Any]:
+        """This rank's part of the columns in use, copied to host memory.
+
+        Returns:
+            "index": places among the columns in use, from the oldest, of those this rank holds;
+            "y" and "r": [len(index), rows], as stored; "scales": [2, len(index)] of R and Y, None
+            where there are none; "mixings": [len(index)] float64; "pair": the last (w, r),
+            [2, rows], None if none was stored.
+        """
+        lo, hi = self.sharding.rows
+        held = [
+            (i, place)
+            for i, slot in enumerate(self.live)
+            if (place := self.place(slot)) is not None
+        ]
+        places = [place for _, place in held]
+        part: dict[str, Any] = {"index": [i for i, _ in held], "scales": None, "pair": None}
+        for name in ("y", "r"):
+            part[name] = torch.empty((len(held), hi - lo), dtype=self.dtype)
+            for row, place in zip(part[name], places, strict=True):
+                row.copy_(getattr(self, f"_{name}")[place])
+        part["mixings"] = torch.tensor([self._mixings[i] for i in places], dtype=torch.float64)
+        if self._scales is not None:
+            part["scales"] = self._scales[:, places].cpu()
+        if self.stored:
+            part["pair"] = self._pairs[self._last].cpu().clone()
+        return part
+
+    @property
+    def last(self) -> int:
+        """Which of its two places the last pair lies in: products of unaligned vectors differ."""
+        return self._last
+
+    def take(self, part: dict[str, Any], stored: int, columns: int, last: int) -> None:
+        """Takes in what `part` of a history of the same rows and columns returned.
+
+        Args:
+            part: see `part`; dtypes may be others.
+            stored: pairs stored since the last restart.
+            columns: h, number of columns in use, at most depth.
+            last: 0 or 1, see `last`.
+        """
+        self.clear()
+        self._last = last
+        self.stored, self.columns = stored, columns
+        if part["pair"] is None:
+            return
+        if self._y is None:
+            self._allocate()
+        assert self._y is not None
+        self._pairs[self._last].copy_(part["pair"])
+        for row, index in enumerate(part["index"]):
+            place = self._place[self.live[index]]
+            self._mixings[place] = float(part["mixings"][row])
+            for which, (name, stored_as) in enumerate((("r", self._r), ("y", self._y))):
+                column = part[name][row].to(self.device, self.work_dtype)
+                if part["scales"] is not None:
+                    column = column * float(part["scales"][which, row])
+                if self._scales is not None:
+                    self._scales[which, place] = scale = _scale(column.abs().max())
+                    column = column / scale
+                stored_as[place].copy_(column)
 
     def _own(self, gamma: Tensor) -> Tensor:
         return gamma[list(self.sharding.slots)]
@@ -289,8 +355,7 @@ class History:
             dr = r[rows] - last[1, rows]
             y = (w[rows] - last[0, rows]).add_(dr, alpha=mixing)
             largest = torch.maximum(largest, torch.stack([dr.abs().max(), y.abs().max()]))
-        scales = torch.exp2(largest.log2().ceil())
-        return torch.where(scales.isfinite() & (scales > 0.0), scales, 1.0)
+        return _scale(largest)
 
     def _allocate(self) -> None:
         lo, hi = self.sharding.rows
@@ -332,6 +397,12 @@ def chunked_dot(a: Tensor, b: Tensor, part: slice = slice(None)) -> Tensor:
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=a.device)
     return torch.stack(parts).sum(dtype=torch.float64)
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """The powers of two next above numbers; 1 where there is none."""
+    scales = torch.exp2(largest.log2().ceil())
+    return torch.where(scales.isfinite() & (scales > 0.0), scales, 1.0)
 
 
 def _widened(columns: Tensor, memory: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,6 +218,28 @@ class NoiseMeter:
             last = share if self._share is None else self._share
             self._share = self.MEMORY * last + (1.0 - self.MEMORY) * share
         return max(variance, (self._share or 0.0) * squared)
+
+    @property
+    def share(self) -> float | None:
+        """Share of noise in ||r||^2 of late, the same on every rank; None: not known."""
+        return self._share
+
+    def part(self) -> dict[str, Any]:
+        """What this rank's own gradients deviated by, copied to the host."""
+        now = None if self._now is None else (self._now.values.cpu(), self._now.squared.cpu())
+        changes = [(call, change.cpu()) for call, change in self._changes]
+        return {"call": self._call, "now": now, "changes": changes}
+
+    def take(self, share: float | None, part: dict[str, Any] | None, device: torch.device) -> None:
+        """Takes in `share`, and what `part` returned on this rank where that is known."""
+        self.clear()
+        self._share = share
+        if part is None:
+            return
+        self._call = part["call"]
+        if part["now"] is not None:
+            self._now = Deviations(*(tensor.to(device) for tensor in part["now"]))
+        self._changes.extend((call, change.to(device)) for call, change in part["changes"])
 
     def clear(self) -> None:
         """Forgets all steps."""

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import checkpoint
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.comm.base import Communicator, ShardGroup
@@ -37,7 +38,6 @@ from aadl_hvd.safeguard import Restart
 Closure = Callable[[], Any]
 
 _HOROVOD_MODULE = "horovod.torch.optimizer"
-_STATE_FORMAT = 1
 
 
 def AndersonOptimizer(
@@ -383,33 +383,128 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     def state_dict(self: Any) -> dict[str, Any]:
         """The base optimizer's state, with counters and settings under "anderson".
 
-        Not collective. Loads into plain torch as well. The history is not part of it: after
-        loading it rebuilds itself in m stores.
+        Not collective. Loads into plain torch as well. The history is not part of it, but for the
+        rank that `consolidate_state_dict` has just given it: after loading it rebuilds itself in
+        m stores.
         """
         state: dict[str, Any] = inner.state_dict(self)
-        state["anderson"] = {
-            "format": _STATE_FORMAT,
-            "config": self.anderson.config.to_dict(),
-            "counters": self.anderson.stats.counters(),
-        }
+        state["anderson"] = _anderson_state(self)
+        if self.anderson.consolidated is not None:
+            state["anderson"]["history"] = self.anderson.consolidated
         return state
 
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict`, of this class or of plain torch, returned.
+    def consolidate_state_dict(self: Any, to: int = 0) -> dict[str, Any] | None:
+        """`state_dict` with the whole history, on rank `to`; None on the others. Collective.
 
-        Settings are not taken from it: those given at construction hold.
+        Loads into any number of ranks, any layout and depth. The ranks' parts travel through host
+        memory, one rank's at a time: rank `to` needs memory for the whole, 2 m n numbers and what
+        else there is (2 n for the last pair, 2 n or 4 n for each average), the others for one
+        tensor of their own. Until the next step, load, restart or new parameter group
+        `state_dict` on rank `to` holds it, too.
+
+        `to` is a rank of the process set.
+
+        Raises:
+            ConfigError: there is no such rank, or ranks asked for different ones; on every rank.
+            CheckpointError: on every rank, if any could not hand out or take in a part.
         """
-        saved = state_dict.get("anderson")
-        if saved is not None and saved.get("format") != _STATE_FORMAT:
-            raise ConfigError(
-                f"Invalid state_dict['anderson']['format']={saved.get('format')!r}. Must be "
-                f"{_STATE_FORMAT}: it was written by another version of aadl_hvd."
-            )
-        base("load_state_dict")(self, state_dict)
-        self._accelerated.param_groups, self._accelerated.state = self.param_groups, self.state
-        self.anderson.restart(Restart.LOADED)
+        accelerator: Accelerator = self.anderson
+        comm = accelerator.comm
+        everybody = comm.allgather_object(to)
+        if any(other != everybody[0] for other in everybody):
+            raise ConfigError(f"Invalid to={everybody}, by rank. Must be the same on all.")
+        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < comm.size:
+            raise ConfigError(f"Invalid to={to!r}. Must be a rank, 0 to {comm.size - 1}.")
+        problem = self._anderson_problem
+        accelerator.agree(problem)
+        needed = accelerator.group.index == 0
+        history = checkpoint.consolidate(comm, lambda: accelerator.part(problem), to, needed)
+        accelerator.consolidated = history
+        return None if history is None else self.state_dict()
+
+    def sharded_state_dict(self: Any) -> dict[str, Any]:
+        """This rank's part of the history, copied to host memory; the base's state is not in it.
+
+        Not collective. For one file a rank, written in parallel, and for a rank that may outlive
+        others: 2 m n/P numbers, 2 n/P for the last pair, 2 n/P or 4 n/P for each average; where a
+        step is on trial that may have to be undone, the base optimizer's state, too (with
+        `safeguard="residual"`, or losses observed and `residual="state"` or `momentum="reset"`).
+
+        Returns:
+            {"anderson": ...}: plain dicts, lists, numbers and tensors, see `aadl_hvd.checkpoint`.
+            `load_state_dict` takes it on the same rank of as many, alone, after the base
+            optimizer's state, or with it, `{**state, **part}`;
+            `aadl_hvd.checkpoint.merge_shards` makes the whole of all ranks' parts.
+        """
+        state = _anderson_state(self)
+        state["history"] = self.anderson.part(self._anderson_problem)
+        return {"anderson": state}
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, with a history or without, or of plain torch.
+
+        Settings are not taken from it: those given at construction hold. A history is fitted to
+        them, to the number of ranks and to the layout: with a smaller `history_depth` the newest
+        columns are kept. Where that is impossible (another `residual`, other trained parameters,
+        other ratios of the rates where the residual depends on them) it is left out with a
+        warning, and rebuilds itself in m stores. What else does not fit raises an error, and
+        everything stays as it was.
+
+        Not collective: Horovod's usual resume, in which rank 0 alone loads and broadcasts
+        afterwards, must not wait for anybody. So the history, and the number of the step that
+        says when to store and accelerate, come into force only when a collective that all ranks
+        enter anyhow has shown that all have loaded the same: the first `step` of an optimizer has
+        a tiny one for this. If all ranks load, each its own part or all the whole, that step goes
+        on bit for bit as the run that was saved, on as many ranks (on other numbers, to rounding).
+        If only some have, the history restarts on all of them. In the middle of a run the next
+        accelerated step finds out, or `anderson.agree(...)`.
+
+        Raises:
+            CheckpointError: damaged, from a newer version, of another model, or a part that is
+                not this rank's: says what differs.
+        """
+        accelerator: Accelerator = self.anderson
+        problem = self._anderson_problem
+        saved: Any = state_dict.get("anderson")
+        part, left_out = None, ""
         if saved is not None:
-            self.anderson.stats.load_counters(saved["counters"])
+            hash(problem.signature)  # up to date with the parameter groups
+            part, left_out = checkpoint.examined(
+                saved,
+                checkpoint.described(self),
+                accelerator.config.to_dict(),
+                accelerator.share(problem.n),
+                accelerator.comm.size,
+                accelerator.comm.rank,
+            )
+        if saved is None or "param_groups" in state_dict:
+            before = self.state, self.param_groups
+            try:
+                base("load_state_dict")(self, state_dict)
+            except BaseException:
+                self.state, self.param_groups = before
+                raise
+            self._accelerated.param_groups, self._accelerated.state = self.param_groups, self.state
+        accelerator.restart(Restart.LOADED)
+        if part is not None:
+            problem.last_rates = tuple(saved["last_rates"])
+            if problem.settings == saved["settings"]:
+                accelerator.load(problem, part, checkpoint.claim_of(saved["history"]))
+            else:
+                left_out = "learning rates or weight decays are others"
+        if saved:
+            accelerator.stats.load_counters(saved["counters"])
+            accelerator.stats.load_measured(saved.get("measured", {}))
+        if left_out:
+            warnings.warn(
+                f"load_state_dict leaves out the history, which rebuilds itself: {left_out}.",
+                stacklevel=2,
+            )
+
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+        """As in torch; the history restarts in the next step."""
+        base("add_param_group")(self, param_group)
+        self.anderson.consolidated = None
 
     def __repr__(self: Any) -> str:
         return f"{inner.__repr__(self)}\n{self.anderson.config}"
@@ -423,10 +518,27 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         _skip_step,
         _evaluate,
         state_dict,
+        consolidate_state_dict,
+        sharded_state_dict,
         load_state_dict,
+        add_param_group,
         __repr__,
     )
     return {**below, **{f.__name__: f for f in own}}
+
+
+def _anderson_state(optimizer: Any) -> dict[str, Any]:
+    """What a state_dict holds beside the base optimizer's, without the history."""
+    problem = optimizer._anderson_problem
+    return {
+        "format": checkpoint.FORMAT,
+        "config": optimizer.anderson.config.to_dict(),
+        "counters": optimizer.anderson.stats.counters(),
+        "measured": optimizer.anderson.stats.measured(),
+        "parameters": checkpoint.described(optimizer),
+        "settings": problem.settings,
+        "last_rates": list(problem.last_rates),
+    }
 
 
 def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import math
 from collections import deque
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -45,12 +45,12 @@ class Trial:
 
     Attributes:
         base_rows: this rank's block of the weights the base optimizer had reached, [rows].
-        restore: puts the base optimizer's state back to what it was then.
+        undo: the base optimizer's state then, for `FixedPoint.restore`.
         norm: ||r^k|| of the step that was accelerated, in units of the learning rate.
     """
 
     base_rows: Tensor
-    restore: Callable[[], None]
+    undo: Any
     norm: float
 
 
@@ -72,6 +72,15 @@ class Backoff:
     def __init__(self) -> None:
         self._left_out, self._next = 0, self.FIRST
         self._rejected = 0.0
+
+    def state(self) -> list[float]:
+        """All it knows, in plain types."""
+        return [self._left_out, self._next, self._rejected]
+
+    def take(self, state: list[float]) -> None:
+        """Takes in what `state` returned."""
+        left_out, following, self._rejected = state
+        self._left_out, self._next = int(left_out), int(following)
 
     def ready(self) -> bool:
         """Whether this attempt is to be made; counts it if not."""
@@ -124,7 +133,7 @@ class LossWatch:
         self._after_base_step = True
         self._loss = math.nan
         self._tolerance = 0.0
-        self._trial: tuple[Tensor, Callable[[], None] | None] | None = None
+        self._trial: tuple[Tensor, Any] | None = None
 
     @property
     def on_trial(self) -> bool:
@@ -168,22 +177,57 @@ class LossWatch:
         self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
         self._tolerance += self.ROUNDING * abs(self._loss)
 
-    def try_out(self, base_rows: Tensor, restore: Callable[[], None] | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """What is the same on every rank, in plain types."""
+        return {
+            "observed": self.observed,
+            "verdict_due": self.verdict_due,
+            "loss": self._loss,
+            "tolerance": self._tolerance,
+        }
+
+    def part(self) -> dict[str, Any]:
+        """What this rank alone knows of its losses, in plain types."""
+        return {
+            "losses": [[float(loss) for loss in losses] for losses in self._losses],
+            "variances": list(self._variances),
+            "last_difference": self._last_difference,
+        }
+
+    @property
+    def trial(self) -> tuple[Tensor, Any] | None:
+        """What `try_out` was given, where a point is on trial."""
+        return self._trial
+
+    def take(self, state: dict[str, Any], part: dict[str, Any] | None) -> None:
+        """Takes in what `state` returned, and `part` on this rank where that is known.
+
+        What was observed for the step to come stays. A trial has to be put in by `try_out`.
+        """
+        self.observed, self.verdict_due = state["observed"], state["verdict_due"]
+        self._loss, self._tolerance = state["loss"], state["tolerance"]
+        self._trial = None
+        if part is not None:
+            self._losses = [list(losses) for losses in part["losses"]]
+            self._last_difference = part["last_difference"]
+            self._variances.clear()
+            self._variances.extend(part["variances"])
+
+    def try_out(self, base_rows: Tensor, undo: Any) -> None:
         """Puts an accepted point on trial.
 
         Args:
             base_rows: this rank's block of the weights the base optimizer had reached, [rows].
-            restore: puts the base optimizer's momentum back, after the weights, if it was changed.
+            undo: the base optimizer's state or momentum then, for `FixedPoint.restore`, which has
+                to follow the weights; None if it was not changed.
         """
-        self.verdict_due, self._trial = True, (base_rows, restore)
+        self.verdict_due, self._trial = True, (base_rows, undo)
 
     def drop_trial(self) -> None:
         """Forgets the way back; the next verdict will be that nothing is known."""
         self._trial = None
 
-    def verdict(
-        self, sums: Vector, size: int, backoff: Backoff
-    ) -> tuple[Tensor, Callable[[], None] | None] | None:
+    def verdict(self, sums: Vector, size: int, backoff: Backoff) -> tuple[Tensor, Any] | None:
         """Takes the sums of `riders` and `on_trial` in the step after.
 
         Returns:

@@ -138,6 +138,24 @@ def check_sum_tensor(comm):
             same_on_all(comm, result)
 
 
+def check_deliver(comm):
+    """From any rank to any other, and to no third one."""
+    for source in range(comm.size):
+        for to in range(comm.size):
+            for k in (0, 1, 100_000):
+                data = torch.arange(k, dtype=torch.int64).to(torch.uint8) + source
+                result = comm.deliver(data if comm.rank == source else None, source, to)
+                if comm.rank == to:
+                    assert torch.equal(result, data)
+                else:
+                    assert result is None
+    for wrong in (torch.zeros(3), None):
+        if comm.rank == 0:
+            with pytest.raises(CommunicationError, match="uint8"):
+                comm.deliver(wrong, 0, comm.size - 1)
+    check_ranks(comm)
+
+
 def check_refusals(comm):
     """Refused on every rank before anything is sent: nobody is left waiting."""
     for bad in (torch.bfloat16, torch.float16, torch.int64):

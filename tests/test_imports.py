@@ -38,7 +38,7 @@ BESIDE = {
     "sharding": {"errors"},
     "comm.base": {"errors"},
     "comm.horovod": {"comm.local", "comm.mpi"},
-    "gram": {"history"},
+    "gram": {"history", "replicas"},
     "diagnostics": {"safeguard"},
     "fixed_point": {"noise"},
     "averaging": {"history"},

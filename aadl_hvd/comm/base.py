@@ -21,6 +21,7 @@ from aadl_hvd.errors import CommunicationError
 Values = NDArray[np.float64]
 
 REDUCTIONS = ("sum", "max")
+_MESSAGE = 2**28  # bytes; MPI and Horovod count in 32 bits
 TENSOR_DTYPES = (torch.float32, torch.float64)
 
 
@@ -69,6 +70,34 @@ class Communicator(ABC):
         """Sum over ranks of a large tensor [k] float32 or float64; may overwrite it."""
         return self._sum_tensor(_checked_tensor(tensor))
 
+    def deliver(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
+        """Hands bytes of one rank to another; no third one sees them.
+
+        Args:
+            data: [k] uint8 on the host, on rank `source`; None on the others.
+            source: the rank that has them.
+            to: the rank that is to have them.
+
+        Returns:
+            The bytes on rank `to`, None on the others.
+        """
+        given = data is not None and data.dtype == torch.uint8 and data.dim() == 1
+        if given != (self.rank == source):
+            raise CommunicationError(
+                f"Invalid data on rank {self.rank}. Must be a uint8 vector on rank {source} and "
+                "None on all others."
+            )
+        if source == to:
+            return data
+        own_length = np.array([0.0 if data is None else float(len(data))])
+        length = int(self.allreduce(own_length, "max")[0])
+        result = torch.empty(length, dtype=torch.uint8) if self.rank == to else None
+        for lo in range(0, length, _MESSAGE):
+            hi = min(lo + _MESSAGE, length)
+            own, out = (None if x is None else x[lo:hi].contiguous() for x in (data, result))
+            self._deliver(own, out, hi - lo, source, to)
+        return result
+
     @abstractmethod
     def allgather_object(self, item: Any) -> list[Any]:
         """A picklable object of every rank, by rank. Slow: for set-up and checkpoints only."""
@@ -84,6 +113,11 @@ class Communicator(ABC):
 
     @abstractmethod
     def _allgather(self, block: Tensor) -> Tensor: ...
+
+    def _deliver(
+        self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
+    ) -> None:
+        raise NotImplementedError  # a rank alone delivers to itself
 
     @abstractmethod
     def _sum_tensor(self, tensor: Tensor) -> Tensor: ...

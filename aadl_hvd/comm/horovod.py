@@ -88,6 +88,24 @@ class HorovodCommunicator(Communicator):
             block, name=f"{self._name}.allgather.{block.numel()}", process_set=self._process_set
         )
 
+    def _deliver(
+        self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
+    ) -> None:
+        if self.host is not None:
+            return self.host._deliver(data, out, length, source, to)
+        splits = torch.zeros(self.size, dtype=torch.int32)
+        if data is not None:
+            splits[to] = length
+        received, _ = hvd.alltoall(
+            torch.empty(0, dtype=torch.uint8) if data is None else data,
+            splits,
+            name=f"{self._name}.deliver",
+            process_set=self._process_set,
+        )
+        if out is not None:
+            out.copy_(received)
+        return None
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         return hvd.allreduce_(  # type: ignore[no-any-return]
             tensor,

@@ -81,6 +81,14 @@ class MpiCommunicator(Communicator):
         self._comm.Allgather(host.numpy(), result.numpy())
         return result.to(block.device)
 
+    def _deliver(
+        self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
+    ) -> None:
+        if data is not None:
+            self._comm.Send(data.numpy(), dest=to)
+        if out is not None:
+            self._comm.Recv(out.numpy(), source=source)
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         from mpi4py import MPI
 

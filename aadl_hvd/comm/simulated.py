@@ -81,6 +81,13 @@ class SimulatedCommunicator(Communicator):
     def _allgather(self, block: Tensor) -> Tensor:
         return torch.cat(self._exchange(block.clone()))
 
+    def _deliver(
+        self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
+    ) -> None:
+        sent = self._exchange(None if data is None else data.clone())[source]
+        if out is not None:
+            out.copy_(sent)
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         total: Tensor = functools.reduce(torch.add, self._exchange(tensor.clone()))
         return total

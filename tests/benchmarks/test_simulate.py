@@ -126,7 +126,7 @@ def test_within_a_node_the_network_does_not_count():
 
 
 def test_messages():
-    assert model.gram_message(20, 4) == 8 * (21 * 20 + 16 + 4)
+    assert model.gram_message(20, 4) == 8 * (21 * 20 + 20 + 4)
     network = model.Network(SUMMIT, 1536)
     rows = model.talk(network, RESNET50, 20, 4, "rows")
     columns = model.talk(network, RESNET50, 20, 4, "columns")

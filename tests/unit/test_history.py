@@ -253,4 +253,4 @@ def test_message_bytes_is_what_is_sent():
         if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
             gram.stored(*new)
         gram.assemble(torch.randn(6).double(), np.zeros(7))
-    assert comm.sent == (gram.message_bytes(7),) * 3 == (8 * (25 + 7),) * 3
+    assert comm.sent == (gram.message_bytes(7),) * 3 == (8 * (29 + 7),) * 3

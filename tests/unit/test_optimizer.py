@@ -8,7 +8,13 @@ import pytest
 import torch
 from problems import TEXTBOOK
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
+from aadl_hvd import (
+    AndersonConfig,
+    AndersonOptimizer,
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+)
 
 NEVER = AndersonConfig(frequency=10**9)
 OFTEN = AndersonConfig(**TEXTBOOK, frequency=3, history_depth=4, safeguard="none", relaxation=0.3)
@@ -284,7 +290,7 @@ def test_what_is_refused():
         type(opt)(model.parameters(), lr=0.1)
     state = opt.state_dict()
     state["anderson"]["format"] = 99
-    with pytest.raises(ConfigError, match="format"):
+    with pytest.raises(CheckpointError, match="format"):
         opt.load_state_dict(state)
     complex_weight = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(UnsupportedError, match="complex64"):

@@ -1,0 +1,560 @@
+"""What acceleration goes on from, on disk and between machine sizes.
+
+A history travels in parts, plain dicts of tensors on the host and of plain types:
+
+    "sharding"     {"layout", "n", "size", "rank", "rows": [lo, hi]} of whom the part was
+    "replicated"   what is the same on every rank: numbers of steps, R^T R, decisions of late
+    "rows"         {name: tensor [..., hi - lo]}: the last pair, sums of averages, ...
+    "columns"      "index", the columns in use that it holds, counted from the oldest; "y" and "r",
+                   [len(index), hi - lo]; "mixings", "scales", "products": see History and Gram
+    "undo"         the base optimizer's state from before a step that is still on trial
+    "ranks"        how many ranks trained together
+    "own"          {rank: what that rank alone knew of its gradients and losses}
+
+The whole history is the part of a rank alone: all rows of all columns. Slots of the ring buffer
+appear nowhere, so that a part fits any depth, layout and number of ranks whose rows and columns it
+covers (`examined`), and parts of any sharding make the whole (`merge_shards`).
+
+Files are written whole or not at all and hold tensors and plain types alone: reading one runs none
+of its code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadl_hvd.comm.base import Communicator
+from aadl_hvd.diagnostics import Stats
+from aadl_hvd.errors import CheckpointError
+from aadl_hvd.history import chunks
+from aadl_hvd.sharding import Sharding
+
+FORMAT = 2  # of the entry "anderson" of a state_dict; 1 had no history
+_FILE_FORMAT = 1
+_MARK = "aadl_hvd_file"
+_LARGE = 2**16  # bytes from which a tensor travels by itself
+_ELSEWHERE = "tensor sent after this"
+
+History = dict[str, Any]
+_WANTED = {
+    "replicated": {
+        *("calls", "stored", "columns", "last", "gram", "averages", "pushed"),
+        *("noise", "losses", "backoff"),
+    },
+    "columns": {"index", "y", "r", "mixings", "scales", "products"},
+}
+
+
+# Files
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that `path` holds the old one or the new one, whole.
+
+    Args:
+        path: file to write; its folder must exist. Other ranks, other paths.
+        state: tensors, plain Python values, and dicts, lists and tuples of them. `torch.load`
+            reads it, too.
+
+    Raises:
+        OSError: the disk is full, the folder is missing; what was at `path` is still there.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({_MARK: _FILE_FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    # The new name is on disk only when the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `save` wrote, to host memory.
+
+    Raises:
+        CheckpointError: missing, damaged, not written by `save`, or by a newer version.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:  # torch does not look at the checksums it writes
+            if (entry := file.testzip()) is not None:
+                raise CheckpointError(f"cannot read checkpoint {path}: {entry} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"no such checkpoint: {path}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
+    except Exception as error:  # the unpickler trips over garbage in many ways
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"cannot read checkpoint {path}: {why}") from error
+    if not isinstance(state, dict) or _MARK not in state:
+        raise CheckpointError(f"{path} was not written by aadl_hvd.checkpoint.save")
+    _check_format(f"format of {path}", state.pop(_MARK), _FILE_FORMAT)
+    return state
+
+
+# Between shardings
+
+
+def merge_shards(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The whole history from what `sharded_state_dict` returned on all ranks.
+
+    Args:
+        parts: in any order. Where several groups of ranks hold the same, one group's will do.
+
+    Returns:
+        {"anderson": ...}, as each of them: `load_state_dict` takes it at any number of ranks and
+        any layout, alone or in one dict with the base optimizer's state.
+
+    Raises:
+        CheckpointError: rows or columns are missing, or the parts are not of one moment.
+    """
+    whole = _Whole()
+    anderson: dict[str, Any] | None = None
+    with _readable("parts"):
+        for part in parts:
+            anderson = anderson or dict(part["anderson"])
+            whole.add(part["anderson"]["history"])
+    if anderson is None:
+        raise CheckpointError("Invalid parts=[]. Must be what sharded_state_dict() returned.")
+    return {"anderson": anderson | {"history": whole.finished()}}
+
+
+class _Whole:
+    """Parts put together, one after the other."""
+
+    def __init__(self) -> None:
+        self._first: History | None = None
+        self._claim = 0
+        self._rows: dict[str, Tensor] = {}
+        self._columns: dict[str, Any] = {}
+        self._undo: dict[str, Any] = {}
+        self._own: dict[str, Any] = {}
+        self._covered: list[list[tuple[int, int]]] = []  # of every column, and of the rows
+
+    def add(self, part: History) -> None:
+        self._own |= part["own"]
+        if "rows" not in part:
+            return
+        lo, hi = part["sharding"]["rows"]
+        columns, rows = part["columns"], part["rows"]
+        if self._first is None:
+            self._begin(part)
+        assert self._first is not None
+        if claim_of(part) != self._claim:
+            calls = self._first["replicated"]["calls"], part["replicated"]["calls"]
+            raise CheckpointError(
+                f"Invalid parts: after step {calls[0]} of one run and after step {calls[1]} of "
+                "another, or of ranks that differed. Must be of one moment."
+            )
+        self._undo = {name: undo for name, undo in self._undo.items() if name in part["undo"]}
+        self._covered[-1].append((lo, hi))
+        for name in list(self._rows):
+            if name in rows:
+                self._rows[name][..., lo:hi] = rows[name]
+            else:
+                del self._rows[name]  # a rank has lost it
+        if columns["products"] is None:
+            self._columns["products"] = None
+        for row, index in enumerate(columns["index"]):
+            self._covered[index].append((lo, hi))
+            for which, name in enumerate(("r", "y")):
+                self._columns[name][index, lo:hi] = _unscaled(columns, which, name, row)
+            self._columns["mixings"][index] = columns["mixings"][row]
+            if self._columns["products"] is not None:
+                self._columns["products"][index] = columns["products"][row]
+
+    def _begin(self, part: History) -> None:
+        self._first, self._claim = part, claim_of(part)
+        n, h = part["sharding"]["n"], part["replicated"]["columns"]
+        self._rows = {
+            name: tensor.new_empty((*tensor.shape[:-1], n)) for name, tensor in part["rows"].items()
+        }
+        columns, fresh = part["columns"], len(part["replicated"]["gram"]["fresh"])
+        like = columns["y"] if columns["scales"] is None else columns["scales"]
+        self._columns = {
+            "y": like.new_empty((h, n)),
+            "r": like.new_empty((h, n)),
+            "mixings": torch.zeros(h, dtype=torch.float64),
+            "products": torch.zeros((h, fresh), dtype=torch.float64),
+        }
+        self._undo = dict(part["undo"])
+        self._covered = [[] for _ in range(h + 1)]
+
+    def finished(self) -> History:
+        assert self._first is not None
+        first = self._first
+        n, h = first["sharding"]["n"], first["replicated"]["columns"]
+        for index in (h, *range(h)):
+            if missing := _gaps(self._covered[index], n):
+                rows = ", ".join(f"{lo} to {hi - 1}" for lo, hi in missing)
+                what = "" if index == h else f" of column {index}, counted from the oldest,"
+                raise CheckpointError(
+                    f"Invalid parts: rows {rows}{what} of {n} are missing. Must be the parts of "
+                    f"all {first['sharding']['size']} ranks that shared the history."
+                )
+        return {
+            "sharding": {"layout": "rows", "n": n, "size": 1, "rank": 0, "rows": [0, n]},
+            "replicated": first["replicated"],
+            "rows": self._rows,
+            "columns": {"index": list(range(h)), "scales": None, **self._columns},
+            "undo": self._undo,
+            "ranks": first["ranks"],
+            "own": self._own,
+        }
+
+
+def _gaps(covered: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """The rows of n that none of the ranges holds."""
+    missing, end = [], 0
+    for lo, hi in [*sorted(covered), (n, n)]:
+        if lo > end:
+            missing.append((end, lo))
+        end = max(end, hi)
+    return missing
+
+
+def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> History:
+    """The part of a rank, cut out of a part that covers it, such as the whole. A copy.
+
+    With a smaller depth the newest columns are kept.
+
+    Args:
+        history: any part.
+        sharding: whose rows and columns are wanted.
+        ranks: how many ranks train together.
+        rank: this one among them.
+
+    Raises:
+        CheckpointError: of another n, not all rows or columns are there, or it is damaged.
+    """
+    found, same, columns = history["sharding"], history["replicated"], history["columns"]
+    for section, wanted in _WANTED.items():
+        if absent := wanted - history[section].keys():
+            raise CheckpointError(
+                f"Invalid history: it is damaged, {section!r} lacks {sorted(absent)}."
+            )
+    lo, hi = sharding.rows
+    first, last = found["rows"]
+    if found["n"] != sharding.n:
+        raise CheckpointError(
+            f"Invalid history of n={found['n']} numbers. Must have n={sharding.n}, as this model."
+        )
+    if lo < hi and not (first <= lo and hi <= last):
+        raise CheckpointError(
+            f"Invalid history: it is the part of rank {found['rank']} of {found['size']}, rows "
+            f"{first} to {last - 1}, and this rank needs {lo} to {hi - 1}. Must cover them: "
+            "merge_shards makes the whole of all parts."
+        )
+    cut = slice(max(lo - first, 0), max(hi - first, 0))
+    dropped = max(0, same["columns"] - sharding.depth)
+    h = same["columns"] - dropped
+    matrix = same["gram"]["matrix"]
+    if matrix.shape != (h + dropped, h + dropped) or same["stored"] <= h > 0:
+        raise CheckpointError("Invalid history: it is damaged, its numbers contradict each other.")
+    slots = [(same["stored"] - 1 - h + i) % sharding.depth for i in range(h)]
+    index = [i for i, slot in enumerate(slots) if slot in sharding.slots]
+    places = {held - dropped: place for place, held in enumerate(columns["index"])}
+    if absent := [i for i in index if i not in places]:
+        raise CheckpointError(
+            f"Invalid history: it is the part of rank {found['rank']} of {found['size']} and "
+            f"lacks {len(absent)} columns that this rank needs. Must cover them: merge_shards "
+            "makes the whole of all parts."
+        )
+    held = [places[i] for i in index]
+    fresh = [i for i in same["gram"]["fresh"] if i >= dropped]
+    products = None
+    if sharding.layout == "columns":
+        if columns["products"] is not None:
+            kept = [k for k, i in enumerate(same["gram"]["fresh"]) if i >= dropped]
+            products = columns["products"][held][:, kept]
+        else:
+            products = _products(columns, held, [places[i - dropped] for i in fresh])
+    own = history["own"].get(str(rank)) if history["ranks"] == ranks else None
+    part = {
+        "sharding": {
+            "layout": sharding.layout,
+            "n": sharding.n,
+            "size": sharding.size,
+            "rank": sharding.rank,
+            "rows": [lo, hi],
+        },
+        "replicated": copy.deepcopy(same)
+        | {
+            "columns": h,
+            "gram": {
+                "matrix": matrix[dropped:, dropped:].clone(),
+                "fresh": [i - dropped for i in fresh],
+            },
+        },
+        "rows": {name: tensor[..., cut].clone() for name, tensor in history["rows"].items()},
+        "columns": {
+            "index": index,
+            "y": columns["y"][held, cut],
+            "r": columns["r"][held, cut],
+            "mixings": columns["mixings"][held],
+            "scales": None if columns["scales"] is None else columns["scales"][:, held],
+            "products": products,
+        },
+        "undo": copy.deepcopy(history["undo"]),
+        "ranks": ranks,
+        "own": {} if own is None else {str(rank): copy.deepcopy(own)},
+    }
+    lengths = [t.shape[-1] for t in [*part["rows"].values(), part["columns"]["y"]]]
+    if any(length != hi - lo for length in lengths):
+        raise CheckpointError("Invalid history: it is damaged, its tensors are too short.")
+    return part
+
+
+def _unscaled(columns: dict[str, Any], which: int, name: str, row: int) -> Tensor:
+    column: Tensor = columns[name][row]
+    if columns["scales"] is not None:
+        column = column.to(columns["scales"].dtype) * columns["scales"][which, row]
+    return column
+
+
+def _products(columns: dict[str, Any], held: list[int], fresh: list[int]) -> Tensor:
+    """R_held^T R_fresh [held, fresh] float64, where the columns were not held whole before."""
+    products = torch.zeros((len(held), len(fresh)), dtype=torch.float64)
+    for k, new in enumerate(fresh):
+        column = _unscaled(columns, 0, "r", new)
+        for row, place in enumerate(held):
+            other = _unscaled(columns, 0, "r", place)
+            for rows in chunks(column):
+                products[row, k] += torch.dot(other[rows].double(), column[rows].double())
+    return products
+
+
+def claim_of(part: History) -> int:
+    """A number in [1, 2^36) that parts of one moment have in common, and others do not."""
+    digest = hashlib.sha256(repr(_plain(part["replicated"])).encode()).digest()
+    return 1 + int.from_bytes(digest[:8], "big") % (2**36 - 1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return [(key, _plain(value[key])) for key in sorted(value)]
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+# Between ranks
+
+
+def consolidate(
+    comm: Communicator, make_part: Callable[[], History], to: int, needed: bool
+) -> History | None:
+    """The whole history on rank `to`, None on the others. Collective.
+
+    One rank's part at a time is made, sent and forgotten: beside it a rank other than `to` needs
+    no memory.
+
+    Args:
+        comm: the ranks that train together.
+        make_part: makes this rank's part.
+        to: a rank of `comm`.
+        needed: whether this rank's rows are: those of one group of ranks are the whole.
+
+    Raises:
+        CheckpointError: on every rank, if a part could not be made or put in its place.
+    """
+    if comm.size == 1:
+        return make_part()
+    whole, problem, complete = _Whole(), "", True
+    for source in range(comm.size):
+        header: Tensor | None = None
+        tensors: list[Tensor] = []
+        if comm.rank == source:
+            try:
+                part = make_part()
+                header, tensors = _packed(part if needed else {"own": part["own"]})
+            except Exception as error:  # the others are in step with this rank: it must go on
+                problem, header = f"{type(error).__name__}: {error}", torch.zeros(0).byte()
+        header = comm.deliver(header, source, to)
+        count = int(comm.allreduce(torch.tensor([len(tensors)]).double().numpy(), "max")[0])
+        received = []
+        for i in range(count):
+            own = tensors[i].reshape(-1).view(torch.uint8) if comm.rank == source else None
+            received.append(comm.deliver(own, source, to))
+        complete = complete and (header is None or len(header) > 0)
+        if header is not None and complete and not problem:
+            try:
+                whole.add(_unpacked(header, received))
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+        part = {}
+        del tensors, received
+    history = None
+    if comm.rank == to and complete and not problem:
+        try:
+            history = whole.finished()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+    problems = comm.allgather_object(problem)
+    for rank, text in enumerate(problems):
+        if text:
+            raise CheckpointError(f"Rank {rank} could not consolidate the history: {text}")
+    return history
+
+
+def _packed(part: History) -> tuple[Tensor, list[Tensor]]:
+    """A part as bytes, but for its large tensors, which are left out."""
+    large: list[Tensor] = []
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(without, value))
+        if isinstance(value, Tensor) and value.numel() * value.element_size() >= _LARGE:
+            large.append(value.contiguous())
+            name = str(value.dtype).removeprefix("torch.")
+            return {_ELSEWHERE: len(large) - 1, "dtype": name, "shape": list(value.shape)}
+        return value
+
+    buffer = io.BytesIO()
+    torch.save(without(part), buffer)
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8), large
+
+
+def _unpacked(header: Tensor, received: Sequence[Tensor | None]) -> History:
+    def complete(value: Any) -> Any:
+        if isinstance(value, dict) and _ELSEWHERE in value:
+            data = received[value[_ELSEWHERE]]
+            assert data is not None
+            return data.view(getattr(torch, value["dtype"])).reshape(value["shape"])
+        if isinstance(value, dict):
+            return {key: complete(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(complete, value))
+        return value
+
+    part: History = complete(torch.load(io.BytesIO(header.numpy().tobytes()), weights_only=True))
+    return part
+
+
+# Into an optimizer
+
+
+def examined(
+    anderson: Any,
+    parameters: list[list[Any]],
+    config: Mapping[str, Any],
+    sharding: Sharding,
+    ranks: int,
+    rank: int,
+) -> tuple[History | None, str]:
+    """What of a state_dict's entry "anderson" a rank can go on from; changes nothing.
+
+    Args:
+        anderson: the entry.
+        parameters: `described` of the optimizer that loads it.
+        config: `AndersonConfig.to_dict()` of that optimizer.
+        sharding: which rows and columns this rank needs.
+        ranks: how many ranks train together.
+        rank: this one among them.
+
+    Returns:
+        The part to go on from, or None and why there is none, "" where none was saved.
+
+    Raises:
+        CheckpointError: damaged, from a newer version, or of another model: says what differs.
+    """
+    with _readable("state_dict['anderson']"):
+        _check_format("state_dict['anderson']['format']", anderson["format"], FORMAT)
+        rehearsal = Stats()
+        rehearsal.load_counters(anderson["counters"])
+        rehearsal.load_measured(anderson.get("measured", {}))
+        if "parameters" in anderson:
+            _compare(anderson["parameters"], parameters, dtypes=bool(anderson.get("history")))
+        if not anderson.get("history"):
+            return None, ""
+        before = anderson["config"]
+        if before["residual"] != config["residual"]:
+            return None, f"residual={config['residual']!r}, and was {before['residual']!r}"
+        if [p[2] for p in anderson["parameters"]] != [p[2] for p in parameters]:
+            return None, "other parameters are trained (requires_grad)"
+        tuple(anderson["last_rates"]), list(anderson["settings"])
+        part = _fitted(anderson["history"], sharding, ranks, rank)
+        if any(before[name] != config[name] for name in _TRIED_WITH):
+            part["undo"], part["own"] = {}, {}
+            part["rows"].pop("base", None)
+            part["replicated"]["losses"]["verdict_due"] = False
+        return part, ""
+
+
+# What decides how and when a step is judged after the fact.
+_TRIED_WITH = "frequency", "store_every", "warmup_steps", "safeguard", "momentum"
+
+
+def described(optimizer: torch.optim.Optimizer) -> list[list[Any]]:
+    """[shape, dtype, requires_grad] of all parameters of an optimizer, in plain types."""
+    return [
+        [list(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def _compare(saved: list[list[Any]], here: list[list[Any]], dtypes: bool) -> None:
+    if len(saved) != len(here):
+        raise CheckpointError(
+            f"Invalid state_dict of an optimizer with {len(saved)} parameters. Must have "
+            f"{len(here)}, as this one."
+        )
+    different = []
+    for i, ((shape, dtype, _), (own_shape, own_dtype, _)) in enumerate(
+        zip(saved, here, strict=True)
+    ):
+        if shape != own_shape:
+            different.append(f"parameter {i} had shape {tuple(shape)}, has {tuple(own_shape)}")
+        if dtypes and dtype != own_dtype:
+            different.append(f"parameter {i} was {dtype}, is {own_dtype}")
+    if different:
+        more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+        raise CheckpointError(
+            f"Invalid state_dict of another model: {'; '.join(different[:5])}{more}."
+        )
+
+
+def _check_format(what: str, found: Any, newest: int) -> None:
+    if not isinstance(found, int) or not 1 <= found <= newest:
+        raise CheckpointError(
+            f"Invalid {what}={found!r}. Must be at most {newest}: it was written by another "
+            "version of aadl_hvd."
+        )
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """What is not as it should be trips those who read it in many ways."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"Invalid {what}: damaged, or not of aadl_hvd ({type(error).__name__}: {error})."
+        ) from error
