@@ -137,6 +137,7 @@ class Accelerator:
     Attributes:
         config: the settings.
         stats: counters, see `Stats`.
+        agreed: whether `agree` has been called, on all ranks.
         consolidated: the whole history, where and while `checkpoint.consolidate` has left it.
     """
 
@@ -149,7 +150,7 @@ class Accelerator:
         self._group = ShardGroup(comm) if group is None else group
         self._calls = 0
         self._stepping = False
-        self._agreed = False  # whether `agree` has been called, on all ranks
+        self.agreed = False
         self._wish: dict[str, Any] | None = None  # a loaded history that is not taken in yet
         self.consolidated: dict[str, Any] | None = None
         self._signature: Hashable = None
@@ -184,7 +185,7 @@ class Accelerator:
         come that is meant, and while it runs, in which a closure may be evaluated, that one.
         """
         calls = self._calls
-        if self._wish is not None and not self._agreed:  # what the next step will go by
+        if self._wish is not None and not self.agreed:  # what the next step will go by
             calls = self._wish["replicated"]["calls"]
         k = calls + (not self._stepping) - self.config.warmup_steps
         p = self.config.frequency
@@ -398,7 +399,7 @@ class Accelerator:
         """
         if self._wish is not None:
             self._prepare(problem)
-        self._agreed = True
+        self.agreed = True
         claims = self._comm.allreduce(replicas.riders(self._history.claim))
         if not replicas.equal(claims, self._comm.size):
             self.restart(Restart.DESYNCHRONIZED)
@@ -455,7 +456,7 @@ class Accelerator:
     def _step(self, problem: FixedPoint) -> Any:
         config = self.config
         self.consolidated = None
-        if not self._agreed:
+        if not self.agreed:
             self.agree(problem)
         self.stats.steps += 1
         self._calls += 1  # not `steps`: that may come from a checkpoint, on one rank alone

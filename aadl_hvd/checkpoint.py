@@ -78,6 +78,10 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except RuntimeError as error:  # torch trips over the file that it cannot finish
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
     # The new name is on disk only when the folder is.

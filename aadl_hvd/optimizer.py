@@ -309,6 +309,8 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                 f"{'not ' * (model is None)}given. All must ask for the same."
             )
         hash(problem.signature)  # up to date with the parameter groups
+        if not accelerator.agreed:  # averages may have been loaded
+            accelerator.agree(problem)
         restore = problem.hold()
 
         def put_in(kind: float | None) -> bool:

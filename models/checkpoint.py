@@ -1,13 +1,11 @@
-"""Checkpoints on disk: complete or absent, never half, and loaded without running their code."""
+"""Checkpoints of the training program, in files of the library: whole or absent."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from aadl_hvd import CheckpointError, checkpoint
 from models.errors import UserError
 
 FORMAT = 1
@@ -20,25 +18,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         path: File to write; its folder must exist.
         state: Tensors and plain Python values, which `load` can read back.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except RuntimeError as error:  # torch trips over the file that it cannot finish
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-    # The new name is on disk only when the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    checkpoint.save(path, {"format": FORMAT, **state})
 
 
 def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
@@ -56,15 +36,10 @@ def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
             another identity; names each difference.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such checkpoint: {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a checkpoint") from None
-    except Exception as error:  # the unpickler trips over garbage in many ways
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"cannot read checkpoint {path}: {why}") from error
-    if not isinstance(state, dict) or "identity" not in state:
+        state = checkpoint.load(path)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if "identity" not in state:
         raise UserError(f"{path} is no checkpoint of this program")
     if state["format"] != FORMAT:
         raise UserError(f"{path} has format {state['format']}; this program reads {FORMAT}")

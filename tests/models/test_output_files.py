@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from aadl_hvd import checkpoint as library_checkpoint
 from models import checkpoint
 from models.errors import UserError
 from models.metrics import MetricsLog, read_csv
@@ -65,6 +66,9 @@ def test_wrong_checkpoints(tmp_path):
         with pytest.raises(UserError, match="cannot read checkpoint"):
             load(path)
     torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not written by"):
+        load(path)
+    library_checkpoint.save(path, {"weight": torch.zeros(1)})
     with pytest.raises(UserError, match="no checkpoint of this program"):
         load(path)
 

@@ -337,6 +337,21 @@ def test_history_of_one_rank_alone_restarts_everywhere():
         assert results[0][1].accelerated >= 3
 
 
+def test_loaded_averages_are_there_before_the_first_step():
+    def program(comm):
+        run = Run(comm).train(20)
+        state = everybodys(comm, run.opt.consolidate_state_dict())[0]
+        with run.opt.averaged_weights(which=0.9) as kind:
+            assert kind == 0.9
+            expected = run.weights()
+        new = Run(comm).resumed(run.model.state_dict(), state)
+        with new.opt.averaged_weights(which=0.9) as kind:
+            assert kind == 0.9
+            assert torch.equal(new.weights(), expected)
+
+    run_ranks(2, program)
+
+
 @pytest.mark.parametrize("agree", [False, True])
 def test_loaded_in_the_middle_of_a_run_on_all_ranks(agree):
     """In force at once if asked for; else in the next accelerated step."""
