@@ -69,7 +69,7 @@ def outcome(model, opt):
 def folder(tmp_path_factory):
     """The same on all ranks."""
     path = str(tmp_path_factory.mktemp("checkpoints")) if hvd.rank() == 0 else None
-    return hvd.broadcast_object(path, root_rank=0)
+    return hvd.broadcast_object(path, root_rank=0, name="folder")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -103,7 +103,7 @@ def test_50_steps_are_20_and_a_file_and_30(name, optimizer, folder):
     for state in (saved["optimizer"], base | own, base | merged):
         model, opt = built(optimizer, SETTINGS[name])
         model.load_state_dict(saved["model"])
-        opt.load_state_dict(state)
+        opt.load_state_dict(copy.deepcopy(state))  # torch keeps its tensors as they are
         train(model, opt, 20, 50)
         assert_same_bits(outcome(model, opt), expected)
     assert_replicas_equal(model)
@@ -181,13 +181,13 @@ def test_history_loaded_on_some_ranks_only(who, fresh):
     settings = {"safeguard": "residual", "average_window": 3, "noise_gate": None}
     model, opt = built("SGD", settings)
     train(model, opt, 0, 19)
-    state = copy.deepcopy(hvd.broadcast_object(opt.consolidate_state_dict(0), root_rank=0))
+    state = copy.deepcopy(hvd.broadcast_object(opt.consolidate_state_dict(0), 0, name="state"))
     if fresh:
         model, opt = built("SGD", settings)
     else:
         train(model, opt, 19, 22)
     if loads:
-        opt.load_state_dict(state)
+        opt.load_state_dict(copy.deepcopy(state))  # torch keeps its tensors as they are
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(opt, root_rank=0)
     before = opt.anderson.stats.restarts["desynchronized"]
@@ -206,7 +206,7 @@ def test_errors_on_every_rank(folder):
     if hvd.size() > 1:
         with pytest.raises(ConfigError, match="by rank"):
             opt.consolidate_state_dict(hvd.rank())
-        part = hvd.broadcast_object(opt.sharded_state_dict(), root_rank=0)
+        part = hvd.broadcast_object(opt.sharded_state_dict(), 0, name="part")
         if hvd.rank():
             with pytest.raises(CheckpointError, match=f"rank 0 of {hvd.size()}, rows 0 to"):
                 opt.load_state_dict(part)

@@ -142,7 +142,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("observe", [False, True], ids=["", "observe"])
 def test_resume_is_bitwise(name, ranks, observe, tmp_path):
@@ -241,7 +241,7 @@ def whole_of(states):
 
 
 @pytest.mark.parametrize("layouts", list(itertools.product(("rows", "columns"), repeat=2)))
-@pytest.mark.parametrize("sizes", [(1, 3), (2, 3), (3, 2), (4, 1), (3, 4)])
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 2), (2, 4)])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_resharding(layouts, sizes, dtype):
     """The whole is the same before and after; the next steps are the same to rounding."""
