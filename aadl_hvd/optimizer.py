@@ -545,6 +545,8 @@ def _anderson_state(optimizer: Any) -> dict[str, Any]:
 
 def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]:
     """What Horovod's own methods need on top; `horovods` holds these."""
+    from horovod.common.exceptions import HorovodInternalError
+
     adasum = "_starting_models" in horovods["__init__"].__code__.co_names
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
@@ -590,7 +592,13 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
     def synchronize(self: Any) -> None:
         """As in Horovod; parameters that joined after the construction are reduced too."""
         _register_new_parameters(self)
-        horovods["synchronize"](self)
+        comm: Communicator = self.anderson.comm
+        try:
+            comm.attend(functools.partial(_gradients_come, self))
+            horovods["synchronize"](self)
+        except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
+            comm.explain(error)
+            raise
         if self.anderson.measures_noise and self._anderson_problem.samples is not None:
             with torch.no_grad():
                 self._anderson_problem.samples.take_mean()
@@ -670,6 +678,15 @@ def _synchronized(optimizer: Any, closure: Closure) -> Any:
     if not optimizer._synchronized:
         optimizer.synchronize()
     return loss
+
+
+def _gradients_come(optimizer: Any) -> bool:
+    """Whether the first of the reductions that were begun is done: then no rank is missing."""
+    from horovod.torch import poll
+
+    handles = (handle for handle, _ in optimizer._handles.values() if isinstance(handle, int))
+    first = next(handles, None)
+    return first is None or poll(first)
 
 
 def _take_samples(optimizer: Any, parameters: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ Values = NDArray[np.float64]
 REDUCTIONS = ("sum", "max")
 _MESSAGE = 2**28  # bytes; MPI and Horovod count in 32 bits
 TENSOR_DTYPES = (torch.float32, torch.float64)
+
+# At the end of errors about ranks that do different things.
+ADVICE = (
+    "All ranks must call step(), averaged_weights() and whatever else of the optimizer is "
+    "collective equally often and in the same order: look for a call that only some ranks make, "
+    "as in `if hvd.rank() == 0` or after `continue`."
+)
 
 
 class Communicator(ABC):
@@ -97,6 +105,17 @@ class Communicator(ABC):
             own, out = (None if x is None else x[lo:hi].contiguous() for x in (data, result))
             self._deliver(own, out, hi - lo, source, to)
         return result
+
+    def attend(self, done: Callable[[], bool]) -> None:  # noqa: B027
+        """May wait until `done`, in something collective that other ranks, in error, do not enter.
+
+        Called once by every rank whenever they wait for each other outside of this communicator:
+        for gradients. Where a rank can know that another one waits for it here meanwhile, so that
+        neither would ever go on, it raises.
+        """
+
+    def explain(self, error: Exception) -> None:  # noqa: B027
+        """Adds to an error of the transport what is known of ranks that have left, as notes."""
 
     @abstractmethod
     def allgather_object(self, item: Any) -> list[Any]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.mpi_ops import is_homogeneous
 from torch import Tensor
 
-from aadl_hvd.comm.base import Communicator, ShardGroup, Values
+from aadl_hvd.comm.base import ADVICE, Communicator, ShardGroup, Values
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
-from aadl_hvd.errors import ConfigError
+from aadl_hvd.errors import CommunicationError, ConfigError
 
 _instances = itertools.count()
 
@@ -44,6 +47,15 @@ class HorovodCommunicator(Communicator):
         newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
         self._name = f"aadl_hvd.{int(newest)}"
 
+    def attend(self, done: Callable[[], bool]) -> None:
+        if self.host is not None:
+            self.host.attend(done)
+
+    def explain(self, error: Exception) -> None:
+        if self.host is not None:
+            self.host.explain(error)
+        error.add_note("If another rank has left or was killed: what it says itself tells why.")
+
     def allgather_object(self, item: Any) -> list[Any]:
         # hvd.allgather_object knows no process sets.
         data = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
@@ -56,37 +68,38 @@ class HorovodCommunicator(Communicator):
     def _allreduce_sum(self, values: Values) -> Values:
         if self.host is not None:
             return self.host.allreduce(values, "sum")
-        return self._reduce(values, hvd.Sum, "sum")
+        return self._reduce(values, hvd.Sum)
 
     def _allreduce_max(self, values: Values) -> Values:
         if self.host is not None:
             return self.host.allreduce(values, "max")
-        return self._reduce(values, hvd.Max, "max")
-
-    def _reduce(self, values: Values, op: Any, name: str) -> Values:
-        result = hvd.allreduce(
-            torch.from_numpy(values),
-            op=op,
-            name=f"{self._name}.{name}.{values.size}",
-            process_set=self._process_set,
-        )
-        return np.asarray(result)
+        return self._reduce(values, hvd.Max)
 
     def _broadcast(self, values: Values) -> Values:
         if self.host is not None:
             return self.host.broadcast(values)
-        result = hvd.broadcast(
-            torch.from_numpy(values),
-            root_rank=self._root,
-            name=f"{self._name}.broadcast.{values.size}",
-            process_set=self._process_set,
-        )
+        return self._small(hvd.broadcast, values, root_rank=self._root)
+
+    def _reduce(self, values: Values, op: Any) -> Values:
+        return self._small(hvd.allreduce, values, op=op)
+
+    def _small(self, operation: Callable[..., Tensor], values: Values, **options: Any) -> Values:
+        # One name for all: ranks that are in different operations are told so by Horovod, where
+        # with different names they would wait for each other.
+        with self._explained():
+            result = operation(
+                torch.from_numpy(values),
+                name=f"{self._name}.small",
+                process_set=self._process_set,
+                **options,
+            )
         return np.asarray(result)
 
     def _allgather(self, block: Tensor) -> Tensor:
-        return hvd.allgather(  # type: ignore[no-any-return]
-            block, name=f"{self._name}.allgather.{block.numel()}", process_set=self._process_set
-        )
+        with self._explained():
+            return hvd.allgather(  # type: ignore[no-any-return]
+                block, name=f"{self._name}.allgather", process_set=self._process_set
+            )
 
     def _deliver(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
@@ -107,12 +120,22 @@ class HorovodCommunicator(Communicator):
         return None
 
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
-        return hvd.allreduce_(  # type: ignore[no-any-return]
-            tensor,
-            op=hvd.Sum,
-            name=f"{self._name}.tensor.{tensor.numel()}",
-            process_set=self._process_set,
-        )
+        with self._explained():
+            return hvd.allreduce_(  # type: ignore[no-any-return]
+                tensor, op=hvd.Sum, name=f"{self._name}.sum", process_set=self._process_set
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except HorovodInternalError as error:
+            if "Mismatched" in str(error):
+                raise CommunicationError(
+                    f"Ranks are in different operations: {error}. {ADVICE}"
+                ) from None
+            self.explain(error)
+            raise  # as it is: Horovod elastic waits for it
 
     @property
     def _root(self) -> int:

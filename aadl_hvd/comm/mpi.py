@@ -1,25 +1,63 @@
-"""Ranks of an MPI communicator, through mpi4py, on host memory."""
+"""Ranks of an MPI communicator, through mpi4py, on host memory.
+
+Small vectors travel up and down a binomial tree in messages of our own, and waiting for one is a
+loop and no call of MPI's that nobody can leave. So a rank that waits for another learns that it
+has gone, and why; and messages that belong to different operations are refused, not added up.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.comm.base import Communicator, Values
+from aadl_hvd.comm.base import ADVICE, Communicator, Values
+from aadl_hvd.errors import CommunicationError
+
+_VALUES, _LEFT, _WAITS = 1, 2, 3  # tags
+
+SPINS = 2000  # looks at a message that is due, each 0.2 microseconds, before time is given away
+NAP = 1e-4  # seconds
+ASK = 1.0  # seconds after which a rank that keeps others waiting is told so
+GRACE = 0.1  # seconds that the last word of a rank may take
+
+_KINDS = ("sum", "maximum", "broadcast")
+_COMBINE: dict[str, Callable[..., Any]] = {"sum": np.add, "maximum": np.maximum}
+_LENGTHS, _NUMBERS = 2**24, 2**24
 
 
 class MpiCommunicator(Communicator):
     """All of the seam's operations on an mpi4py intra-communicator.
 
-    With Horovod on MPI it carries the tiny reductions: about a microsecond in place of the
+    With Horovod on MPI it carries the tiny reductions: about 4 microseconds in place of the
     millisecond that Horovod's negotiation takes.
+
+    A rank that waits in one raises `CommunicationError` as soon as another rank's program has
+    ended, by an error or not; when MPI is shut down; when the other rank is in another operation;
+    or, after a second, when that one waits for the gradients of a later step. A rank that is
+    merely late is waited for; after HOROVOD_STALL_CHECK_TIME_SECONDS (60) a warning names it, and
+    HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, if set, ends the wait, as in Horovod's own collectives.
+
+    Large tensors and objects go through MPI's collectives, without all that: in training Horovod
+    carries them.
 
     Args:
         ranks: processes of MPI's world, in the order of this communicator's ranks. Collective
             over these and nobody else. `world_rank` must not be None on any of them.
+
+    Attributes:
+        left: what ranks said that have left, by rank.
     """
 
     def __init__(self, ranks: list[int]) -> None:
@@ -28,8 +66,17 @@ class MpiCommunicator(Communicator):
         world = MPI.COMM_WORLD
         # A communicator of its own: its messages cannot meet those of the user or of Horovod.
         self._comm = world.Create_group(world.Get_group().Incl(ranks))
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # as exceptions
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
+        self._parent, self._children = _neighbours(self.rank, self.size)
+        self._lines: dict[int, _Line] = {}
+        self._number = self._gradients = 0  # operations and waits for gradients entered
+        self._talking = self._closed = self._all_know = False
+        self._sent: list[Any] = []
+        self._lock = threading.Lock()  # a notice is looked for and taken by one thread at a time
+        self.left: dict[int, str] = {}
+        _watch(self)
 
     @staticmethod
     def world_rank() -> int | None:
@@ -53,27 +100,26 @@ class MpiCommunicator(Communicator):
     def allgather_object(self, item: Any) -> list[Any]:
         return list(self._comm.allgather(item))
 
-    def _allreduce_sum(self, values: Values) -> Values:
-        # MPI only recommends that Allreduce gives all ranks the same bits; this ensures it.
-        from mpi4py import MPI
+    def attend(self, done: Callable[[], bool]) -> None:
+        self._gradients += 1
+        started = time.monotonic()
+        while not done():
+            time.sleep(NAP)
+            if time.monotonic() - started > ASK:
+                self._answer()
 
-        return self._reduce(values, MPI.SUM)
+    def explain(self, error: Exception) -> None:
+        for rank, said in self.left.items():
+            error.add_note(f"Rank {rank} has left: {said}")
+
+    def _allreduce_sum(self, values: Values) -> Values:
+        return self._talk("sum", values)
 
     def _allreduce_max(self, values: Values) -> Values:
-        from mpi4py import MPI
-
-        return self._reduce(values, MPI.MAX)
-
-    def _reduce(self, values: Values, op: Any) -> Values:
-        result = np.empty_like(values)
-        self._comm.Reduce(values, result, op=op, root=0)
-        self._comm.Bcast(result, root=0)
-        return result
+        return self._talk("maximum", values)
 
     def _broadcast(self, values: Values) -> Values:
-        result = values.copy()
-        self._comm.Bcast(result, root=0)
-        return result
+        return self._talk("broadcast", values)
 
     def _allgather(self, block: Tensor) -> Tensor:
         host = block.cpu()
@@ -97,3 +143,279 @@ class MpiCommunicator(Communicator):
         self._comm.Reduce(host, result, op=MPI.SUM, root=0)
         self._comm.Bcast(result, root=0)
         return torch.from_numpy(result).to(tensor.device)
+
+    def _talk(self, kind: str, values: Values) -> Values:
+        """Combines vectors on their way to rank 0, or takes rank 0's, and hands that to all.
+
+        The same bits on every rank, and in every run.
+        """
+        self._talking = True  # `_use`, in line: it would take a microsecond
+        try:
+            if self._closed or self.left:
+                self._give_up()
+            self._number += 1
+            code = _code(self._number, kind, len(values))
+            line = self._lines.get(len(values))
+            if line is None:
+                line = _Line(self._comm, self._parent, self._children, len(values))
+                self._lines[len(values)] = line
+            line.own[0] = code
+            line.own_values[:] = values
+            if kind != "broadcast":
+                self._collect(line, code, _COMBINE[kind])
+            return self._hand_on(line, code)
+        except Exception as error:
+            if not _is_truncated(error):
+                raise
+            raise CommunicationError(
+                f"A message longer than expected came to rank {self.rank} in {_words(code)}. "
+                f"{ADVICE}"
+            ) from None
+        finally:
+            self._talking = False
+
+    def _collect(self, line: _Line, code: float, combine: Callable[..., Any]) -> None:
+        for request, *_ in line.from_children:
+            request.Start()
+        for request, rank, message, values in line.from_children:
+            self._receive(request, rank, message, code)
+            combine(line.own_values, values, out=line.own_values)
+        if line.to_parent is not None:
+            line.to_parent.Start()
+
+    def _hand_on(self, line: _Line, code: float) -> Values:
+        if line.from_parent is not None:
+            request, rank, message, _ = line.from_parent
+            request.Start()
+            self._receive(request, rank, message, code)
+        for request, _ in line.to_children:
+            request.Start()
+        for request, rank in line.to_children:
+            self._finish(request, rank)
+        if line.to_parent is not None and self._parent is not None:
+            self._finish(line.to_parent, self._parent)
+        return line.result.copy()
+
+    def _receive(self, request: Any, rank: int, message: Any, code: float) -> None:
+        self._finish(request, rank)
+        if message[0] != code:
+            raise CommunicationError(
+                f"Rank {rank} is in {_words(message[0])}, and this one, rank {self.rank}, in "
+                f"{_words(code)}. {ADVICE}"
+            )
+
+    def _finish(self, request: Any, rank: int) -> None:
+        for _ in range(SPINS):
+            if request.Test():
+                return
+        started, asked, warned = time.monotonic(), False, False
+        warn_after, end_after = _stall_seconds()
+        while not request.Test():
+            if self._closed or self._probe(_LEFT):
+                self._give_up()
+            waited = time.monotonic() - started
+            time.sleep(NAP if waited > 100 * NAP else 0.0)
+            if waited > ASK and not asked:
+                asked = True
+                here = np.array([self._number, self._gradients], np.float64)
+                self._sent.append(self._comm.Isend(here, rank, _WAITS))
+            if waited > warn_after and not warned:
+                warned = True
+                warnings.warn(
+                    f"Rank {self.rank} has waited for rank {rank} for {waited:.0f} s in an "
+                    "operation of the Anderson optimizer.",
+                    stacklevel=2,
+                )
+            if waited > end_after:
+                raise CommunicationError(
+                    f"Rank {self.rank} has waited for rank {rank} for {waited:.0f} s, longer than "
+                    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS."
+                )
+
+    def _answer(self) -> None:
+        """Raises if another rank waits for this one in vain while this one waits for gradients."""
+        from mpi4py import MPI
+
+        with self._use():
+            while not self._closed and self._probe(_WAITS, status := MPI.Status()):
+                there = np.empty(2)
+                self._comm.Recv(there, status.source, _WAITS)
+                number, gradients = there.astype(int)
+                # This rank has not begun what that one is in; nor that one what this rank is in,
+                # which it cannot before.
+                if number > self._number and gradients < self._gradients:
+                    raise CommunicationError(
+                        f"Rank {status.source} waits for this one, rank {self.rank}, in operation "
+                        f"{number} of the Anderson optimizer, having waited for gradients "
+                        f"{gradients} times; this one does so for the {self._gradients}th time, "
+                        f"after {self._number} operations. {ADVICE}"
+                    )
+
+    def _give_up(self) -> NoReturn:
+        deadline = time.monotonic() + GRACE
+        while not self.left and time.monotonic() < deadline:
+            self._take_notices()
+        if not self.left:
+            raise CommunicationError(
+                "MPI is shut down: another rank has left, or called hvd.shutdown(). What it says "
+                "itself tells why."
+            )
+        rank, said = next(iter(self.left.items()))
+        raise CommunicationError(f"Rank {rank} has left: {said}")
+
+    @contextlib.contextmanager
+    def _use(self) -> Iterator[None]:
+        """MPI is not shut down within; whether it is, is to be asked within."""
+        self._talking = True
+        try:
+            yield
+        finally:
+            self._talking = False
+
+    def _probe(self, tag: int, status: Any = None) -> bool:
+        from mpi4py import MPI
+
+        return bool(self._comm.Iprobe(MPI.ANY_SOURCE, tag, status))
+
+    # Leaving
+
+    def _take_notices(self) -> None:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        with self._lock:
+            while not MPI.Is_finalized() and self._probe(_LEFT, status):
+                notice = bytearray(status.Get_count(MPI.BYTE))
+                self._comm.Recv([notice, MPI.BYTE], status.source, _LEFT)
+                self._all_know = self._all_know or notice[:1] == b"!"
+                self.left[status.source] = notice[1:].decode(errors="replace")
+
+    def leave(self, error: BaseException | None) -> None:
+        """Tells those who might wait for this rank that it will not come; they learn it first hand.
+
+        Args:
+            error: why; None: its program has come to its end. Then only its neighbours in the tree
+                are told: if they still wait for it, it is an error, and they tell the rest.
+        """
+        from mpi4py import MPI
+
+        if self._closed or self._all_know or MPI.Is_finalized():
+            return
+        said = "its program has ended." if error is None else f"{type(error).__name__}: {error}"
+        notice = ("." if error is None else "!") + said[:500]
+        neighbours = [*self._children, *([] if self._parent is None else [self._parent])]
+        everybody = [rank for rank in range(self.size) if rank != self.rank]
+        for rank in neighbours if error is None else everybody:
+            self._sent.append(self._comm.Isend([notice.encode(), MPI.BYTE], rank, _LEFT))
+
+    def close(self) -> None:
+        """MPI is about to be finalized, by another thread than the one that talks here."""
+        self._closed = True  # first: who talks after that looks at it
+        while self._talking:
+            time.sleep(NAP)
+        self._take_notices()
+
+
+class _Line:
+    """Memory and requests for messages of one length between a rank and its neighbours.
+
+    A message is a header and `length` numbers. Requests are MPI's persistent ones: to start one
+    takes a third of the time that mpi4py needs to look at its arguments.
+
+    Attributes:
+        own: what goes up, [1 + length]; own_values without the header.
+        result: what came down, [length].
+        from_children, from_parent: request, rank, message and its values.
+        to_children: request and rank.
+        to_parent: request; None on rank 0, as is from_parent.
+    """
+
+    def __init__(self, comm: Any, parent: int | None, children: list[int], length: int) -> None:
+        def receiver(rank: int) -> tuple[Any, int, Any, Values]:
+            memory = np.empty(1 + length)
+            return comm.Recv_init(memory, rank, _VALUES), rank, _view(memory), memory[1:]
+
+        own = np.empty(1 + length)
+        self.own, self.own_values = _view(own), own[1:]
+        self.from_children = [receiver(rank) for rank in children]
+        self.to_parent = self.from_parent = None
+        down = own
+        if parent is not None:
+            self.to_parent = comm.Send_init(own, parent, _VALUES)
+            self.from_parent = receiver(parent)
+            down = np.asarray(self.from_parent[2])
+        self.result: Values = down[1:]
+        # Those with the most behind them first.
+        to_children = [(comm.Send_init(down, rank, _VALUES), rank) for rank in children]
+        self.to_children = to_children[::-1]
+
+
+def _neighbours(rank: int, size: int) -> tuple[int | None, list[int]]:
+    """Parent (None on rank 0) and children, the nearest first, in a binomial tree."""
+    span = rank & -rank if rank else size
+    children = [rank + 2**i for i in range(span.bit_length()) if 2**i < span]
+    return (rank - span if rank else None), [child for child in children if child < size]
+
+
+def _view(array: Values) -> Any:
+    """Its items are floats, read and written in half the time that an array needs."""
+    view: Any = memoryview
+    return view(array)
+
+
+def _code(number: int, kind: str, length: int) -> float:
+    """An operation as one number, exact in float64."""
+    return float((number % _NUMBERS * len(_KINDS) + _KINDS.index(kind)) * _LENGTHS + length)
+
+
+def _words(code: float) -> str:
+    rest, length = divmod(int(code), _LENGTHS)
+    number, kind = divmod(rest, len(_KINDS))
+    return f"its operation {number}, a {_KINDS[kind]} of {length} numbers"
+
+
+def _is_truncated(error: Exception) -> bool:
+    from mpi4py import MPI
+
+    return isinstance(error, MPI.Exception) and error.Get_error_class() == MPI.ERR_TRUNCATE
+
+
+def _stall_seconds() -> tuple[float, float]:
+    """When Horovod would warn of a collective that does not begin, and when it would end it."""
+    if os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0"):
+        return np.inf, np.inf
+    warn = float(os.environ.get("HOROVOD_STALL_CHECK_TIME_SECONDS") or 60.0)
+    end = float(os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS") or 0.0)
+    return warn, end if end > 0.0 else np.inf
+
+
+_communicators: weakref.WeakSet[MpiCommunicator] = weakref.WeakSet()
+_watched: list[int] = []  # this process, once it watches
+
+
+def _watch(communicator: MpiCommunicator) -> None:
+    """Sees to it that a communicator hears of this program's end and of MPI's."""
+    from mpi4py import MPI
+
+    _communicators.add(communicator)
+    if _watched:
+        return
+    _watched.append(os.getpid())
+    # Hooks run in the reverse order: this one before Horovod's, which shuts MPI down.
+    atexit.register(_leave)
+    # The standard's own hook on MPI_Finalize. Horovod calls that, in a thread of its own, when any
+    # rank shuts Horovod down; a call of MPI after it would abort the process.
+    keyval = MPI.Comm.Create_keyval(delete_fn=_close)
+    MPI.COMM_SELF.Set_attr(keyval, None)
+
+
+def _leave() -> None:
+    if os.getpid() not in _watched:
+        return  # a fork
+    for communicator in list(_communicators):
+        communicator.leave(getattr(sys, "last_value", None))
+
+
+def _close(*_: Any) -> None:
+    for communicator in list(_communicators):
+        communicator.close()
