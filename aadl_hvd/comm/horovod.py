@@ -67,17 +67,17 @@ class HorovodCommunicator(Communicator):
 
     def _allreduce_sum(self, values: Values) -> Values:
         if self.host is not None:
-            return self.host.allreduce(values, "sum")
+            return self.host._allreduce_sum(values)  # they are checked
         return self._reduce(values, hvd.Sum)
 
     def _allreduce_max(self, values: Values) -> Values:
         if self.host is not None:
-            return self.host.allreduce(values, "max")
+            return self.host._allreduce_max(values)
         return self._reduce(values, hvd.Max)
 
     def _broadcast(self, values: Values) -> Values:
         if self.host is not None:
-            return self.host.broadcast(values)
+            return self.host._broadcast(values)
         return self._small(hvd.broadcast, values, root_rank=self._root)
 
     def _reduce(self, values: Values, op: Any) -> Values:
