@@ -143,10 +143,11 @@ class WeightAverages:
 
         The sum is over rows `part` alone.
         """
-        if not self.count:
-            return np.zeros(len(self.kinds))
         if not self._averages:
             return np.zeros(0)
+        if not self.count:  # nothing to compare with, but `push` is to know if w is finite
+            largest = float(w.abs().max()) if w.numel() else 0.0
+            return np.full(len(self.kinds), 0.0 * largest)
         # 1/2 <r + avg r, avg w - w>; chunks outside, so that w and r are read once.
         zero = w.new_zeros(len(self._averages), dtype=torch.float64)
         parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]

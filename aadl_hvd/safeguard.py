@@ -165,8 +165,12 @@ class LossWatch:
     def _note_spread(self, difference: float) -> None:
         # Successive differences of a smooth curve are nearly equal, whatever its slope.
         last, self._last_difference = self._last_difference, difference
-        if last is not None and math.isfinite(difference - last):
-            self._variances.append((difference - last) ** 2 / 4.0)
+        if last is None:
+            return
+        # A product, for a power of floats raises where it overflows, and on this rank alone.
+        square = (difference - last) * (difference - last)
+        if math.isfinite(square):
+            self._variances.append(square / 4.0)
 
     def event(self, sums: Vector, size: int) -> None:
         """Takes the sums of `riders` in an accelerated step."""

@@ -11,45 +11,52 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def start(program, *arguments, ranks=1, controller="gloo", limit=150, **environment):
-    """Runs a program on some ranks, without a launcher on one; its exit code and all its output.
+def run_command(command, limit, environment=None, errors=subprocess.STDOUT):
+    """Runs a command; its exit code, its output, and its errors (None: among the output).
 
-    A run that does not end within `limit` seconds is killed and fails the test.
-
-    Args:
-        program: a file, a module, or "-m", "-c" and the like, after which `arguments` say more.
-        arguments: of the program.
-        ranks: how many; 0 is one rank under the launcher.
-        controller: "gloo" or "mpi" under horovodrun, "mpirun" without it.
-        limit: seconds.
-        environment: variables to add.
+    One that does not end within `limit` seconds is killed, with all it has started, and fails the
+    test.
     """
-    binaries = Path(sys.executable).parent
-    variables = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment)
-    variables["PATH"] = f"{binaries}{os.pathsep}{variables['PATH']}"
-    words = [] if program.startswith("-") or program.endswith(".py") else ["-m"]
-    command = [sys.executable, *words, program, *map(str, arguments)]
-    if ranks != 1:
-        command = [*_launcher(max(ranks, 1), controller), *command]
     process = subprocess.Popen(
-        command,
+        list(map(str, command)),
         cwd=ROOT,
-        env=variables,
+        env=dict(os.environ, OMP_NUM_THREADS="1") | (environment or {}),
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=errors,
         text=True,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        found = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"no end after {limit} s: {' '.join(command)}\n{output[-6000:]}")
-    return process.returncode, output
+        found = process.communicate()
+        text = "".join(part or "" for part in found)
+        pytest.fail(f"no end after {limit} s: {' '.join(process.args)}\n{text[-6000:]}")
+    return process.returncode, *found
 
 
-def _launcher(ranks, controller):
+def start(program, *arguments, ranks=1, controller=None, hosts=None, limit=150, **environment):
+    """Runs a Python program on some ranks; its exit code and all its output.
+
+    Args:
+        program: a file, a module, or an option of Python such as -m, the rest in `arguments`.
+        arguments: of the program.
+        ranks: how many.
+        controller: "gloo" or "mpi", under horovodrun; "mpirun", under that; None: no launcher for
+            one rank, else "gloo".
+        hosts: as for horovodrun -H.
+        limit: see `run_command`.
+        environment: variables to add.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    words = [] if program.startswith("-") or program.endswith(".py") else ["-m"]
+    command = [sys.executable, *words, program, *arguments]
     if controller == "mpirun":
-        return ["mpirun", "--oversubscribe", "-np", str(ranks)]
-    return ["horovodrun", "-np", str(ranks), f"--{controller}"]
+        command = ["mpirun", "--oversubscribe", "-np", ranks, *command]
+    elif controller is not None or ranks > 1:
+        on = ["-H", hosts] if hosts else []
+        command = ["horovodrun", "-np", ranks, f"--{controller or 'gloo'}", *on, *command]
+    variables = {"PYTHONPATH": str(ROOT), "PATH": path} | environment
+    code, output, _ = run_command(command, limit, variables)
+    return code, output

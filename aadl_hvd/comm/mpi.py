@@ -110,6 +110,7 @@ class MpiCommunicator(Communicator):
                 self._answer()
 
     def explain(self, error: Exception) -> None:
+        self._hear()
         for rank, said in self.left.items():
             error.add_note(f"Rank {rank} has left: {said}")
 
@@ -258,9 +259,7 @@ class MpiCommunicator(Communicator):
                     )
 
     def _give_up(self) -> NoReturn:
-        deadline = time.monotonic() + GRACE
-        while not self.left and time.monotonic() < deadline:
-            self._take_notices()
+        self._hear()
         if not self.left:
             raise CommunicationError(
                 "MPI is shut down: another rank has left, or called hvd.shutdown(). What it says "
@@ -268,6 +267,16 @@ class MpiCommunicator(Communicator):
             )
         rank, said = next(iter(self.left.items()))
         raise CommunicationError(f"Rank {rank} has left: {said}")
+
+    def _hear(self) -> None:
+        """Waits a little for the last word of another rank."""
+        deadline = time.monotonic() + GRACE
+        talking = self._talking  # then MPI waits with its end
+        while not self.left and time.monotonic() < deadline:
+            with contextlib.nullcontext() if talking else self._use():
+                if talking or not self._closed:
+                    self._take_notices()
+            time.sleep(NAP)
 
     @contextlib.contextmanager
     def _use(self) -> Iterator[None]:

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import run_command
 
 import benchmarks.convergence.__main__ as convergence
 from benchmarks.convergence import summary
@@ -20,7 +18,6 @@ from benchmarks.convergence.results import Results, plain
 from models.errors import UserError
 from models.problems import PROBLEMS
 
-ROOT = Path(__file__).parents[2]
 main = convergence.main
 
 
@@ -342,31 +339,13 @@ def test_what_is_there_is_kept_or_left_out(monkeypatch, tmp_path, capsys):
 # On real ranks
 
 
-def start(*words, limit=120):
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.convergence", *map(str, words)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        pytest.fail(f"no end after {limit} s\n{errors[-4000:]}")
-    assert process.returncode == 0, errors[-4000:]
-    return output, errors
-
-
 @pytest.mark.timeout(300)
 def test_a_quick_run_on_two_ranks(tmp_path):
     words = ["--quick", "--out", tmp_path, "--problems"]
-    output, errors = start(*words, "quadratic", "digits_mlp-100-nesterov")
+    command = [sys.executable, "-m", "benchmarks.convergence", *words]
+    command += ["quadratic", "digits_mlp-100-nesterov"]
+    code, output, errors = run_command(command, limit=120, errors=subprocess.PIPE)
+    assert code == 0, errors[-4000:]
     assert "20/20" in errors and "done" in errors
     content = json.loads((tmp_path / "results.json").read_text())
     assert len(content["runs"]) == 2 * len(USUAL_CONTENDERS) * 2

@@ -1,6 +1,7 @@
-"""A plain training loop in which something happens to the last rank: FAULT [OPTIMIZER].
+"""A plain training loop in which something befalls the last rank: FAULT [STEP].
 
-Steps are counted from 1 and every second one is accelerated. What happens, happens in step 11.
+Every second step is accelerated, and what happens, happens in or just before one. Prints what it
+was when it happened, and what became of the training.
 """
 
 import os
@@ -9,28 +10,29 @@ import sys
 import time
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 
-STEPS, FAULTY = 24, 11
-fault = sys.argv[1]
-name = sys.argv[2] if len(sys.argv) > 2 else "anderson"
+STEPS = 16
+FAULT = sys.argv[1]
+AT = int(sys.argv[2]) if len(sys.argv) > 2 else 10
 
 hvd.init()
 LAST = hvd.rank() == hvd.size() - 1
 
 
-def here(what, step):
-    """Whether it is this that happens, and now and here; says when."""
-    happens = fault == what and LAST and step == FAULTY
-    if happens:
-        print(f"FAULT at {time.time():.3f}", flush=True)
-    return happens
-
-
-class NoMoreImages(Exception):
+class DamagedImage(Exception):
     pass
+
+
+def here(what, step):
+    """Whether it is this that happens, now and on this rank."""
+    happens = what == FAULT and step == AT and LAST
+    if happens:
+        print(f"rank {hvd.rank()}: {what} at {time.time():.3f}", flush=True)
+    return happens
 
 
 class Images(torch.utils.data.IterableDataset):
@@ -38,108 +40,98 @@ class Images(torch.utils.data.IterableDataset):
         generator = torch.Generator().manual_seed(100 + hvd.rank())
         x, y = torch.randn(12, 3, generator=generator), torch.randn(12, 2, generator=generator)
         for step in range(1, STEPS + 1):
-            if here("loader", step) or here("loader observed", step):
-                raise NoMoreImages("image 7 is damaged")
-            if here("ends", step) or here("ends observed", step):
+            if here("loader raises", step):
+                raise DamagedImage("image 7")
+            if here("data ends", step):
                 return
             yield x, y
 
 
+def kill_itself(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 torch.manual_seed(7)
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-opt = torch.optim.SGD(model.parameters(), lr=0.05)
-if name == "horovod":
-    opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters())
-else:
-    config = AndersonConfig(
-        frequency=2,
-        noise_gate=None,
-        safeguard="loss" if fault == "second closure" else "none",
-    )
-    opt = DistributedAndersonOptimizer(opt, model.named_parameters(), anderson=config)
+opt = DistributedAndersonOptimizer(
+    torch.optim.SGD(model.parameters(), lr=0.05),
+    model.named_parameters(),
+    anderson=AndersonConfig(frequency=2, noise_gate=None, safeguard="none"),
+)
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-scaler = torch.amp.GradScaler("cpu", enabled="scaler" in fault, init_scale=2.0**10)
-evaluations = 0
+scaler = torch.amp.GradScaler("cpu", enabled="scaler" in FAULT, init_scale=2.0**10)
 
 
-def kill(*_):
-    if LAST:
-        print(f"FAULT at {time.time():.3f}", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+def one_step(step, x, y):
+    """Zeroes gradients, computes and reduces them, takes the step."""
 
-
-def train():
-    step = 0
-    for x, y in torch.utils.data.DataLoader(Images(), batch_size=None):
-        step += 1
-
-        def closure(step=step, x=x, y=y):
-            global evaluations
-            evaluations += 1
-            if here("closure", step) or (here("second closure", step + 1) and evaluations % 3 == 2):
-                raise NoMoreImages("closure")
-            opt.zero_grad()
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            return loss
-
-        if "closure" in fault:
-            evaluations = 0
-            opt.step(closure)
-            continue
+    def closure():
         opt.zero_grad()
         loss = (model(x) - y).square().mean()
-        if here("nan", step):
+        if here("closure raises", step):
+            raise DamagedImage("image 7")
+        if here("loss is NaN", step):
             loss = loss * float("nan")
         if here("scaler", step) or here("scaler alone", step):
             loss = loss * float("inf")
         scaler.scale(loss).backward()
-        if here("between", step + 1):
-            raise NoMoreImages("between backward and step")
-        if "observed" in fault:
-            opt.observe(loss)
-        if fault == "scaler alone":
-            scaler.step(opt)
-            scaler.update()
-            continue
-        opt.synchronize()  # from here on others wait in the next reduction of our own
-        if here("raises", step + 1):
-            raise NoMoreImages("before step")
-        if here("leaves", step + 1):
-            sys.exit(0)
-        if here("exit 0", step + 1):
-            os._exit(0)
-        if here("exit 1", step + 1):
-            os._exit(1)
-        if here("kill", step + 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if here("shutdown", step + 1):
-            hvd.shutdown()
-            return step
-        if here("skip", step + 1):
-            continue
-        if fault == "kill amid" and step + 1 == FAULTY:
-            opt.anderson._gather_point = kill
-        if here("slow", step + 1):
-            time.sleep(5)
-        scaler.unscale_(opt)
-        with opt.skip_synchronize():
-            scaler.step(opt)
+        return loss
+
+    if "closure" in FAULT:
+        opt.step(closure)
+        return
+    closure()
+    if here("raises after backward", step):
+        raise DamagedImage("image 7")
+    if FAULT == "scaler alone":  # and not as Horovod's documentation has it
+        scaler.step(opt)
         scaler.update()
-        if fault == "averaged alone" and hvd.rank() == 0 and step == FAULTY:
-            print(f"FAULT at {time.time():.3f}", flush=True)
-            with opt.averaged_weights():
-                pass
-    return step
+        return
+    opt.synchronize()  # from here on other ranks wait in the next reduction of the acceleration
+    if here("raises", step):
+        raise DamagedImage("image 7")
+    if here("leaves", step):
+        sys.exit(0)
+    if here("exits", step):
+        os._exit(0)
+    if here("is killed", step):
+        kill_itself()
+    if here("is killed amid the step", step):
+        opt.anderson._gather_point = kill_itself
+    if here("shuts down", step):
+        hvd.shutdown()
+        time.sleep(2)
+        sys.exit(0)
+    if here("skips", step):
+        return
+    if here("mixes", step):
+        opt.anderson.comm.broadcast(np.zeros(3))
+    if here("is late", step):
+        time.sleep(2.5)
+    scaler.unscale_(opt)
+    with opt.skip_synchronize():
+        scaler.step(opt)
+    scaler.update()
+    if FAULT == "averages alone" and step == AT and hvd.rank() == 0:
+        print(f"rank 0: {FAULT} at {time.time():.3f}", flush=True)
+        with opt.averaged_weights():
+            pass
 
 
+step = 0
 try:
-    steps = train()
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    if fault in ("nan", "scaler", "slow"):
-        equal = len({w.numpy().tobytes() for w in hvd.allgather(flat[None])}) == 1
-        print(f"rank {hvd.rank()} did {steps} steps, replicas equal: {equal}", flush=True)
+    for x, y in torch.utils.data.DataLoader(Images(), batch_size=None):
+        step += 1
+        good = [p.detach().clone() for p in model.parameters()]
+        one_step(step, x, y)
+        if not all(p.isfinite().all() for p in model.parameters()):
+            with torch.no_grad():
+                torch._foreach_copy_(list(model.parameters()), good)
 finally:
-    print(f"rank {hvd.rank()} ends at {time.time():.3f}", flush=True)
-if name != "horovod":
-    print(opt.anderson.stats.counters())
+    print(f"rank {hvd.rank() if hvd.is_initialized() else 'X'} ends at {time.time():.3f}")
+    sys.stdout.flush()
+weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+equal = len({w.numpy().tobytes() for w in hvd.allgather(weights[None])}) == 1
+accelerated = opt.anderson.stats.accelerated
+if hvd.rank() == 0:
+    print(f"{step} steps, {accelerated} accelerated, replicas are {'' if equal else 'not '}equal")

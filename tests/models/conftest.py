@@ -1,8 +1,5 @@
-"""Image folders whose pictures tell which file they came from, and a way to start the programs."""
+"""Image folders whose pictures tell which file they came from."""
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,33 +36,3 @@ def numbers(images, options):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp("data") / "digits", size=16)
-
-
-def start(module_or_file, *arguments, ranks=1, controller="gloo", limit=150):
-    """Runs a program, under horovodrun unless on one rank; its exit code and all its output.
-
-    A run that does not end within `limit` seconds fails the test.
-    """
-    binaries = Path(sys.executable).parent
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    program = [module_or_file] if module_or_file.endswith(".py") else ["-m", module_or_file]
-    command = [sys.executable, *program, *map(str, arguments)]
-    if ranks > 1:
-        command = ["horovodrun", "-np", str(ranks), f"--{controller}", *command]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"no end after {limit} s: {' '.join(command)}\n{output[-4000:]}")
-    return process.returncode, output

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import start
+from launching import start
 
 from aadl_hvd import AndersonConfig
 from models.demo import Run, _table

@@ -2,7 +2,7 @@
 
 import horovod.torch as hvd
 import pytest
-from conftest import ROOT, start
+from launching import ROOT, start
 
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, start
+from launching import ROOT, start
 
 from models import networks
 from models.data import LoaderOptions, list_images, open_loader
