@@ -75,6 +75,7 @@ class MpiCommunicator(Communicator):
         self._number = self._gradients = 0  # operations and waits for gradients entered
         self._talking = self._closed = self._all_know = False
         self._sent: list[Any] = []
+        self._questions: dict[int, tuple[float, int]] = {}
         self._lock = threading.Lock()  # a notice is looked for and taken by one thread at a time
         self.left: dict[int, str] = {}
         _watch(self)
@@ -168,7 +169,7 @@ class MpiCommunicator(Communicator):
                     if test():
                         break
                 else:
-                    self._wait(test, rank)
+                    self._wait(test, rank, code)
                 if message[0] != code:
                     self._refuse(rank, message[0], code)
                 line.combine(line.own_values, others, out=line.own_values)
@@ -179,7 +180,7 @@ class MpiCommunicator(Communicator):
                     if test():
                         break
                 else:
-                    self._wait(test, rank)
+                    self._wait(test, rank, code)
                 if message[0] != code:
                     self._refuse(rank, message[0], code)
             for start in line.send_down:
@@ -190,7 +191,7 @@ class MpiCommunicator(Communicator):
                     if test():
                         break
                 else:
-                    self._wait(test, rank)
+                    self._wait(test, rank, code)
             return result
         except Exception as error:
             if not _is_truncated(error):
@@ -213,7 +214,7 @@ class MpiCommunicator(Communicator):
             f"{_words(here)}. {ADVICE}"
         )
 
-    def _wait(self, test: Callable[[], bool], rank: int) -> None:
+    def _wait(self, test: Callable[[], bool], rank: int, code: float) -> None:
         """Waits for a message from or to a rank, and looks around meanwhile."""
         started, asked, warned = time.monotonic(), False, False
         warn_after, end_after = _stall_seconds()
@@ -224,8 +225,12 @@ class MpiCommunicator(Communicator):
             time.sleep(NAP if waited > 100 * NAP else 0.0)
             if waited > ASK and not asked:
                 asked = True
-                here = np.array([self._number, self._gradients], np.float64)
+                here = np.array([code, self._gradients], np.float64)
                 self._sent.append(self._comm.Isend(here, rank, _WAITS))
+            if asked:
+                for other, (there, _) in self._take_questions().items():
+                    if there != code and there // _STEP == self._number:
+                        self._refuse(other, there, code)  # each waits for the other to begin
             if waited > warn_after and not warned:
                 warned = True
                 warnings.warn(
@@ -239,23 +244,31 @@ class MpiCommunicator(Communicator):
                     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS."
                 )
 
-    def _answer(self) -> None:
-        """Raises if another rank waits for this one in vain while this one waits for gradients."""
+    def _take_questions(self) -> dict[int, tuple[float, int]]:
+        """Which operation (as in headers) other ranks waited for this one in, when they asked, and
+        how many times they had waited for gradients before.
+        """
         from mpi4py import MPI
 
+        while self._probe(_WAITS, status := MPI.Status()):
+            question = np.empty(2)
+            self._comm.Recv(question, status.source, _WAITS)
+            self._questions[status.source] = float(question[0]), int(question[1])
+        return self._questions
+
+    def _answer(self) -> None:
+        """Raises if another rank waits for this one in vain while this one waits for gradients."""
         with self._use():
-            while not self._closed and self._probe(_WAITS, status := MPI.Status()):
-                there = np.empty(2)
-                self._comm.Recv(there, status.source, _WAITS)
-                number, gradients = there.astype(int)
+            if self._closed:
+                return
+            for rank, (code, gradients) in self._take_questions().items():
                 # This rank has not begun what that one is in; nor that one what this rank is in,
                 # which it cannot before.
-                if number > self._number and gradients < self._gradients:
+                if code >= (self._number + 1) * _STEP and gradients < self._gradients:
                     raise CommunicationError(
-                        f"Rank {status.source} waits for this one, rank {self.rank}, in operation "
-                        f"{number} of the Anderson optimizer, having waited for gradients "
-                        f"{gradients} times; this one does so for the {self._gradients}th time, "
-                        f"after {self._number} operations. {ADVICE}"
+                        f"Rank {rank} waits for this one, rank {self.rank}, in {_words(code)}, "
+                        f"having waited for gradients {gradients} times; this one does so for the "
+                        f"{self._gradients}th time, after {self._number} operations. {ADVICE}"
                     )
 
     def _give_up(self) -> NoReturn:

@@ -445,3 +445,41 @@ def test_nothing_else_is_touched():
         torch.set_float32_matmul_precision("highest")
     expected = textbook(problem, problem.start, 12)
     assert np.abs(path - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_averages_do_not_begin_with_a_bad_weight(ranks, bad):
+    """In the first step that they see, where there is nothing yet to compare it with."""
+    problem = Problem(SEVERAL)
+    config = AndersonConfig(**SETTINGS | {"averages": (0.9, 6)})
+
+    def program(comm):
+        path, opt = problem.run(config, P - 1, comm)
+        spoilt = path[-1].copy()
+        spoilt[12] = bad  # without weight decay: w is bad and r is not
+        write(opt, spoilt)
+        problem.set_gradient(opt, problem.gradient(P - 1, path[-1]))
+        opt.step()
+        write(opt, path[-1])
+        problem.run(config, 12, opt=opt, first=P)
+        means = []
+        for kind in config.averages:
+            with opt.averaged_weights(which=kind) as chosen:
+                assert chosen == kind
+                means.append(flat(opt))
+        return tuple(means)
+
+    for mean in on_ranks(ranks, program):
+        assert np.isfinite(mean).all()
+
+
+def test_losses_that_overflow():
+    """A diverging run: it ends as the base optimizer's would, not by an error of our own."""
+    problem = Problem(SEVERAL)
+    opt = problem.optimizer(AndersonConfig(**SETTINGS))
+    for k in range(20):
+        problem.set_gradient(opt, problem.gradient(k, flat(opt)))
+        opt.observe((-1.0) ** k * 10.0 ** (15 * k))
+        opt.step()
+    assert counts(opt)["accelerated"] > 0
