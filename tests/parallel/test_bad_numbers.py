@@ -69,7 +69,8 @@ def test_bad_gradient_on_one_rank(settings, bad):
         if k == max(spoilt):
             middle = opt.anderson.stats.accelerated
     stats = opt.anderson.stats
-    assert stats.restarts["nonfinite"] == stats.rejected["nonfinite"] == 3, stats
+    if not math.isfinite(bad):  # a huge number is one, until something of it overflows
+        assert stats.restarts["nonfinite"] == stats.rejected["nonfinite"] == 3, stats
     assert stats.accelerated > middle > 0, stats
     if settings == "moving average":
         assert stats.averaged > 0
