@@ -78,20 +78,17 @@ class HorovodCommunicator(Communicator):
     def _broadcast(self, values: Values) -> Values:
         if self.host is not None:
             return self.host._broadcast(values)
-        return self._small(hvd.broadcast, values, root_rank=self._root)
+        return self._reduce(values if self.rank == 0 else np.zeros_like(values), hvd.Sum)
 
     def _reduce(self, values: Values, op: Any) -> Values:
-        return self._small(hvd.allreduce, values, op=op)
-
-    def _small(self, operation: Callable[..., Tensor], values: Values, **options: Any) -> Values:
-        # One name for all: ranks that are in different operations are told so by Horovod, where
-        # with different names they would wait for each other.
+        # One name and one kind for all: ranks that are in different operations are told so by
+        # Horovod, which to names of its own for each would answer by waiting.
         with self._explained():
-            result = operation(
+            result = hvd.allreduce(
                 torch.from_numpy(values),
+                op=op,
                 name=f"{self._name}.small",
                 process_set=self._process_set,
-                **options,
             )
         return np.asarray(result)
 
@@ -136,11 +133,6 @@ class HorovodCommunicator(Communicator):
                 ) from None
             self.explain(error)
             raise  # as it is: Horovod elastic waits for it
-
-    @property
-    def _root(self) -> int:
-        ranks = self._process_set.ranks
-        return int(ranks[0]) if ranks is not None else 0
 
 
 def horovod_communicator(process_set: Any) -> Communicator:

@@ -100,7 +100,7 @@ def test_bad_samples_of_a_good_gradient(at):
             opt.step()
         if k == 2 * P:
             assert opt.anderson.stats.accelerated == 0
-            assert opt.anderson.stats.rejected["noise"] == 1
+            assert opt.anderson.stats.rejected["noise"] >= 1
     stats = opt.anderson.stats
     assert stats.accelerated > 0 and math.isfinite(stats.batch_factor), stats
     assert_replicas_equal(model)
