@@ -141,6 +141,7 @@ def DistributedAndersonOptimizer(
         HistoryMemoryError: on every rank, if the history of any does not fit into free memory.
     """
     import horovod.torch as hvd
+    from horovod.torch.optimizer import DistributedOptimizer  # whatever hvd's name now stands for
 
     from aadl_hvd.comm.horovod import horovod_communicator, shard_group
 
@@ -154,7 +155,7 @@ def DistributedAndersonOptimizer(
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
 
     inner = type(optimizer)
-    distributed = hvd.DistributedOptimizer(
+    distributed = DistributedOptimizer(
         _stand_in(optimizer),
         named_parameters=named_parameters,
         compression=hvd.Compression.none if compression is None else compression,

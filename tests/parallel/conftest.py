@@ -10,28 +10,32 @@ import torch
 SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ["HOROVOD_SIZE"])
 # Of several hosts Gloo can only make process sets with the same number of ranks on each.
 SEVERAL_HOSTS = int(os.environ.get("HOROVOD_CROSS_SIZE", 1)) > 1
-# A proper subset, which does not begin at rank 0. Horovod wants to know of it from the start.
-ALL_BUT_RANK_0 = hvd.ProcessSet(range(1, SIZE)) if SIZE > 1 and not SEVERAL_HOSTS else None
 # Halves, or ranks by themselves where there are no two of one size.
 HALF = SIZE // 2 if SIZE % 2 == 0 else 1
-GROUPS = [range(lo, lo + HALF) for lo in range(0, SIZE, HALF)]
-SHARD_GROUPS = {
-    tuple(ranks): hvd.ProcessSet(ranks)
-    for ranks in GROUPS
-    if ranks != range(1, SIZE) and not SEVERAL_HOSTS
+GROUPS = [tuple(range(lo, lo + HALF)) for lo in range(0, SIZE, HALF)]
+# Proper subsets, one of which does not begin at rank 0.
+ALL_BUT_RANK_0, ALL_BUT_THE_LAST = tuple(range(1, SIZE)), tuple(range(SIZE - 1))
+# Horovod wants to know of them from the start, and each of them once.
+PROCESS_SETS = {
+    ranks: hvd.ProcessSet(ranks)
+    for ranks in (ALL_BUT_RANK_0, ALL_BUT_THE_LAST, *GROUPS)
+    if SIZE > 1 and not SEVERAL_HOSTS
 }
 
 
 def pytest_configure(config):
-    sets = [ALL_BUT_RANK_0, *SHARD_GROUPS.values()]
-    hvd.init(process_sets=sets if ALL_BUT_RANK_0 is not None else None)
+    hvd.init(process_sets=list(PROCESS_SETS.values()) or None)
+
+
+def process_set(ranks):
+    if ranks not in PROCESS_SETS:
+        pytest.skip("needs two ranks on one host")
+    return PROCESS_SETS[ranks]
 
 
 @pytest.fixture(scope="session")
 def shard_groups():
-    if ALL_BUT_RANK_0 is None:
-        pytest.skip("needs two ranks on one host")
-    return [SHARD_GROUPS.get(tuple(ranks), ALL_BUT_RANK_0) for ranks in GROUPS]
+    return [process_set(ranks) for ranks in GROUPS]
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +46,12 @@ def nodes():
 
 @pytest.fixture(scope="session")
 def all_but_rank_0():
-    if ALL_BUT_RANK_0 is None:
-        pytest.skip("needs two ranks on one host")
-    return ALL_BUT_RANK_0
+    return process_set(ALL_BUT_RANK_0)
+
+
+@pytest.fixture(scope="session")
+def all_but_the_last():
+    return process_set(ALL_BUT_THE_LAST)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -59,7 +59,9 @@ def round_gradients(model):
     def rounded(gradient):
         if gradient.is_sparse:
             values = rounded(gradient._values())
-            return torch.sparse_coo_tensor(gradient._indices(), values, gradient.shape)
+            return torch.sparse_coo_tensor(
+                gradient._indices(), values, gradient.shape, check_invariants=False
+            )
         return torch.round(gradient * 64) / 64  # few enough digits for float16, too
 
     for p in model.parameters():
@@ -115,7 +117,7 @@ def assert_same_bits(found, expected, what=""):
         assert found == expected, f"{what}: {found} and {expected}"
 
 
-def compare_with_horovod(make_model, make_optimizer, run, config=NEVER, arguments=None):
+def compare_with_horovod(make_model, make_optimizer, run, config=NEVER, arguments=None, exact=True):
     """Trains a copy with Horovod's optimizer and one with ours; weights and state must be equal.
 
     Args:
@@ -124,6 +126,7 @@ def compare_with_horovod(make_model, make_optimizer, run, config=NEVER, argument
         run: (model, wrapped optimizer) -> anything, compared as well.
         config: settings under which nothing is accelerated.
         arguments: (model) -> keyword arguments for both wrappers.
+        exact: bit for bit; False: to rounding, for what Horovod alone does not repeat.
     """
     first = make_model()
     second = copy.deepcopy(first)
@@ -142,8 +145,9 @@ def compare_with_horovod(make_model, make_optimizer, run, config=NEVER, argument
         result = run(model, opt)
         state = opt.state_dict()
         found.append((result, state["state"], state["param_groups"]))
-    assert_same_bits(list(second.parameters()), list(first.parameters()), "weights")
-    assert_same_bits(found[1], found[0], "results and state")
+    check = assert_same_bits if exact else torch.testing.assert_close
+    check(list(second.parameters()), list(first.parameters()))
+    check(found[1], found[0])
     assert not torch.equal(flat(second), start), "nothing was trained"
     assert flat(second).isfinite().all()
     assert opt.anderson.stats.accelerated == 0
