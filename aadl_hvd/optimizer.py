@@ -111,10 +111,11 @@ def DistributedAndersonOptimizer(
     Collective over the process set: configuration and parameter shapes are compared across ranks
     here.
 
-    Differences from Horovod's own, all of them repairs: `zero_grad` takes `set_to_none`; state,
-    defaults and step hooks of the given optimizer are kept, as are schedulers made before; step
-    hooks fire once; parameters that join later (`add_param_group`, unfreezing) are reduced; with
-    a closure, gradients are reduced after it and before the update.
+    Differences from Horovod's own, all of them repairs: `zero_grad` takes `set_to_none`; state
+    (but for what `hvd.broadcast_optimizer_state` made up for a fresh optimizer), defaults and step
+    hooks of the given optimizer are kept, as are schedulers made before; step hooks fire once;
+    parameters that join later (`add_param_group`, unfreezing) are reduced; with a closure,
+    gradients are reduced after it and before the update.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that Horovod takes.
@@ -153,6 +154,8 @@ def DistributedAndersonOptimizer(
     _compare_ranks(comm, optimizer, config)
     group = shard_group(comm, process_set, config.shard_group)
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
+    if all(comm.allgather_object(_only_initialised(optimizer))):
+        _start_anew(optimizer)
 
     inner = type(optimizer)
     distributed = DistributedOptimizer(
@@ -845,6 +848,34 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
             "Invalid optimizer: it is a hvd.DistributedOptimizer. Pass the plain torch optimizer "
             "to DistributedAndersonOptimizer, with the arguments you gave to Horovod."
         )
+
+
+def _only_initialised(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all that ever stepped this optimizer is `hvd.broadcast_optimizer_state`.
+
+    Called before the wrapping, it takes a step on gradients of zeros where there is no state, and
+    leaves the gradients. One rank cannot know: where another loaded a checkpoint, state is real.
+    """
+    trainable = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    steps = [float(state.get("step", 1)) for state in optimizer.state.values()]
+    return bool(steps) and max(steps) <= 1 and all(_is_zero(p.grad) for p in trainable)
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    if gradient is None:
+        return False
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return not values.any()
+
+
+def _start_anew(optimizer: torch.optim.Optimizer) -> None:
+    """The state of an optimizer that has not stepped, which is what Horovod's own starts from."""
+    try:
+        fresh = type(optimizer)(optimizer.param_groups)  # type: ignore[call-arg]
+    except TypeError:  # a class that asks for more than parameters, which Horovod cannot wrap
+        return
+    optimizer.state.clear()
+    optimizer.state.update(fresh.state)
 
 
 def _compare_ranks(

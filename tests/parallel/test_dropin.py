@@ -324,6 +324,44 @@ def test_loops(loop, name):
         assert opt.anderson.stats.restarts["changed"] == 1
 
 
+@pytest.mark.parametrize("name", ["momentum", "AdamW", "NAdam", "Adagrad", "SparseAdam"])
+def test_broadcast_before_the_wrapping(name):
+    """As in Horovod's first example: its step on gradients of zeros leaves no state behind."""
+
+    def optimizer(model):
+        if name == "SparseAdam":
+            opt = torch.optim.SparseAdam(model.parameters(), lr=0.05)
+        else:
+            cls, settings = OPTIMIZERS[name]
+            opt = cls(model.parameters(), **settings | {"weight_decay": 0.1})
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(opt, root_rank=0)
+        assert opt.state
+        return opt
+
+    if name == "SparseAdam":
+        compare_with_horovod(lambda: Sparse(dense=False), optimizer, train_sparse)
+    else:
+        compare_with_horovod(network, optimizer, lambda m, opt: train(m, opt, batches(STEPS)))
+
+
+@pytest.mark.parametrize("name", ["momentum", "Adam"])
+def test_checkpoint_loaded_by_rank_0_before_the_wrapping(name):
+    """Its state goes to all ranks and stays; Horovod's own forgets it."""
+    model = exact_network()
+    opt = built(name, model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    train(model, opt, [(torch.randn(5, 3, generator=generator), torch.ones(5, 2))])
+    saved = opt.state_dict()
+    model = exact_network()
+    opt = built(name, model.parameters())
+    if hvd.rank() == 0:
+        opt.load_state_dict(saved)
+    hvd.broadcast_optimizer_state(opt, root_rank=0)
+    opt = DistributedAndersonOptimizer(opt, model.named_parameters(), anderson=NEVER)
+    assert_same_bits(opt.state_dict()["state"], saved["state"])
+
+
 def test_tied_weights():
     def model():
         net = network()
