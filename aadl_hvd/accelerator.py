@@ -139,6 +139,8 @@ class Accelerator:
         stats: counters, see `Stats`.
         agreed: whether `agree` has been called, on all ranks.
         consolidated: the whole history, where and while `checkpoint.consolidate` has left it.
+        stepped_apart: whether this rank's base optimizer has stepped by itself. If some ranks'
+            have, they get weights and state of those whose has not.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class Accelerator:
         self._losses = LossWatch()
         self._backoff = Backoff()
         self._were_equal = False  # whether all ranks have ever been seen with the same weights
+        self.stepped_apart = False
         self._warned = False
         self._weights_device = torch.device("cpu")
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
@@ -525,11 +528,9 @@ class Accelerator:
         ready = self._backoff.ready()
         if not replicas.equal(same, self._comm.size):
             return self._unequal(problem, checksum)
-        self._were_equal = True
+        self._were_equal, self.stepped_apart = True, False
         if system is None:
-            self.restart(Restart.DESYNCHRONIZED)
-            self._history.generation = 0  # from here on the same on all ranks
-            return None
+            return self._restart_equal()
         if self._wish is not None:  # tokens are equal: all ranks have it
             return self._take(continues=False)
         gram, b, rr = system
@@ -596,7 +597,14 @@ class Accelerator:
 
     def _unequal(self, problem: FixedPoint, checksum: int) -> None:
         """Ranks hold different weights: what to do about it, on all of them."""
-        root, others = replicas.outliers(self._comm.allgather_object(checksum))
+        found = self._comm.allgather_object((checksum, self.stepped_apart))
+        self.stepped_apart = False
+        staying = [rank for rank, (_, apart) in enumerate(found) if not apart]
+        if 0 < len(staying) < len(found) and len({found[rank][0] for rank in staying}) == 1:
+            self._resync(problem, staying[0])
+            self._were_equal = True
+            return self._restart_equal()
+        root, others = replicas.outliers([number for number, _ in found])
         named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
         what = f"Weights of {named} differ from those of rank {root} in step {self.stats.steps}"
         if self._were_equal and self.config.on_desync == "error":
@@ -604,8 +612,7 @@ class Accelerator:
                 f"{what}, and were equal before: a fault of the machine, or one rank changed them "
                 "by itself. Go on from a checkpoint, or choose on_desync='resync'."
             )
-        self.restart(Restart.DESYNCHRONIZED)
-        self._history.generation = 0  # from here on the same on all ranks
+        self._restart_equal()
         if self._were_equal:
             warnings.warn(f"{what}: these ranks get weights and state of rank {root}", stacklevel=6)
             self._resync(problem, root)
@@ -616,6 +623,10 @@ class Accelerator:
                 "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training.",
                 stacklevel=6,
             )
+
+    def _restart_equal(self) -> None:
+        self.restart(Restart.DESYNCHRONIZED)
+        self._history.generation = 0  # from here on the same on all ranks
 
     def _resync(self, problem: FixedPoint, root: int) -> None:
         """Gives all ranks the weights and the base optimizer's state of one. Collective."""

@@ -661,6 +661,10 @@ def _keeping_gradient(inner: Any) -> Any:
 
     def step(self: Any, closure: Closure | None = None) -> Any:
         keep = self._anderson_problem.keep_gradient
+        if "base_step" not in vars(self._anderson_problem):
+            # hvd.broadcast_optimizer_state, which steps on zero gradients where there is no state:
+            # weight decay moves the weights of ranks that have loaded no checkpoint.
+            self.anderson.stepped_apart = True
 
         def evaluate() -> Any:
             loss = closure()  # type: ignore[misc]

@@ -84,3 +84,25 @@ def test_never_equal_as_without_a_broadcast():
     assert opt.anderson.stats.accelerated > 0
     assert_replicas_equal(model)
     assert torch.isfinite(flat(model)).all()
+
+
+def test_a_checkpoint_of_rank_0_alone(made):
+    """Where no state was loaded, its broadcast decays the weights that were broadcast before it."""
+    model, opt = made()
+    opt.param_groups[0]["weight_decay"] = 0.1
+    if hvd.rank() == 0:
+        for p in model.parameters():
+            opt.state[p]["momentum_buffer"] = torch.ones_like(p)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(opt, root_rank=0)
+    start = flat(network())
+    assert torch.equal(flat(model), start) == (hvd.rank() == 0)
+    train(model, opt, DATA[:3])
+    assert_replicas_equal(model)
+    train(model, opt, DATA[:6])
+    assert opt.anderson.stats.restarts["desynchronized"] == 1
+    assert opt.anderson.stats.accelerated > 0
+    if LAST:
+        flip(model)
+    with pytest.raises(ReplicaMismatchError, match="were equal before"):
+        train(model, opt, DATA[:3])
