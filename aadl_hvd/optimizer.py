@@ -136,7 +136,8 @@ def DistributedAndersonOptimizer(
         `anderson`, see `AndersonOptimizer`.
 
     Raises:
-        ConfigError: `anderson` is not an `AndersonConfig`, or does not go with Adasum.
+        ConfigError: `anderson` is not an `AndersonConfig`, or does not go with Adasum;
+            `compression` compresses nothing.
         UnsupportedError: as for `AndersonOptimizer`.
         ReplicaMismatchError: on every rank, if ranks differ in parameters or settings.
         HistoryMemoryError: on every rank, if the history of any does not fit into free memory.
@@ -150,7 +151,7 @@ def DistributedAndersonOptimizer(
     process_set = hvd.global_process_set if process_set is None else process_set
     adasum = op == hvd.Adasum and hvd.size() > 1
     comm = horovod_communicator(process_set)
-    config = _accepted_by_all(comm, lambda: _accept(optimizer, anderson, adasum))
+    config = _accepted_by_all(comm, lambda: _accept(optimizer, anderson, compression, adasum))
     _compare_ranks(comm, optimizer, config)
     group = shard_group(comm, process_set, config.shard_group)
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
@@ -211,6 +212,8 @@ def _stand_in(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     class StandIn(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
             vars(self).update(_attributes(optimizer))
+            if self.defaults.get("differentiable"):  # there is no graph through a reduction
+                self.defaults = self.defaults | {"differentiable": False}
 
     return StandIn(None)
 
@@ -221,6 +224,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     def base(name: str) -> Any:
         return below.get(name, getattr(inner, name))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self: Any, closure: Closure | None = None) -> Any:
         """One step of the base optimizer, accelerated on every p-th."""
         if closure is None and self.anderson.config.safeguard == "loss":
@@ -809,10 +813,18 @@ def _adasum_config(config: AndersonConfig, explicit: bool) -> AndersonConfig:
 
 
 def _accept(
-    optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None, adasum: bool
+    optimizer: torch.optim.Optimizer,
+    anderson: AndersonConfig | None,
+    compression: Any,
+    adasum: bool,
 ) -> AndersonConfig:
     """The settings, if they and the optimizer can be distributed."""
     config = _checked_config(anderson)
+    if compression is not None and not hasattr(compression, "compress"):
+        raise ConfigError(
+            f"Invalid compression={compression!r}. Must be hvd.Compression.none or .fp16, or have "
+            "their methods; an AndersonConfig goes by keyword: anderson=AndersonConfig(...)."
+        )
     if adasum:
         config = _adasum_config(config, explicit=anderson is not None)
     _check_optimizer(optimizer)

@@ -48,6 +48,8 @@ OPTIMIZERS = {
     "Adamax": (torch.optim.Adamax, {"lr": 0.01}),
     "ASGD": (torch.optim.ASGD, {"lr": 0.1, "t0": 2}),
     "Rprop": (torch.optim.Rprop, {"lr": 0.01}),
+    "SGD differentiable": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "differentiable": True}),
+    "Adam differentiable": (torch.optim.Adam, {"lr": 0.01, "differentiable": True}),
 }
 CONFIGS = {
     "step": AndersonConfig(frequency=10**9, residual="step"),
@@ -360,6 +362,43 @@ def test_checkpoint_loaded_by_rank_0_before_the_wrapping(name):
     hvd.broadcast_optimizer_state(opt, root_rank=0)
     opt = DistributedAndersonOptimizer(opt, model.named_parameters(), anderson=NEVER)
     assert_same_bits(opt.state_dict()["state"], saved["state"])
+
+
+def test_compiled_step():
+    """Horovod's is traced, and Adam with it, which then rounds otherwise; ours stays as it is."""
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        model = exact_network()
+        config = AndersonConfig(frequency=2, noise_gate=None, safeguard="none", relaxation=0.2)
+        opt = DistributedAndersonOptimizer(built("Adam", model.parameters()), anderson=config)
+        step = torch.compile(lambda opt=opt: opt.step(), backend="eager") if compiled else opt.step
+        for x, y in batches(4):
+            opt.zero_grad()
+            loss_of(model, x, y).backward()
+            step()
+        assert opt.anderson.stats.accelerated == 2
+        found.append(flat(model))
+    assert torch.equal(*found)
+
+
+def test_state_of_rank_0_sent_as_an_object():
+    """As in the documentation of hvd.broadcast_object; counters and schedule are the same after."""
+    model = exact_network()
+    opt = DistributedAndersonOptimizer(built("Adam", model.parameters()), anderson=NEVER)
+    train(model, opt, batches(STEPS))
+    saved = opt.state_dict() if hvd.rank() == 0 else {}
+    saved = hvd.broadcast_object(saved, root_rank=0)
+    second = exact_network()
+    second.load_state_dict(model.state_dict())
+    config = AndersonConfig(frequency=2, noise_gate=None, safeguard="none", relaxation=0.2)
+    opt = DistributedAndersonOptimizer(built("Adam", second.parameters()), anderson=config)
+    opt.load_state_dict(saved)
+    assert_same_bits(opt.state_dict()["state"], saved["state"])
+    train(second, opt, batches(6))
+    assert opt.anderson.stats.steps == STEPS + 6
+    assert opt.anderson.stats.accelerated == 3
+    assert_replicas_equal(second)
 
 
 def test_tied_weights():

@@ -1,7 +1,5 @@
 """Mistakes of users on real ranks: an error that says what is wrong, on every rank, and no hang."""
 
-import pathlib
-
 import horovod.torch as hvd
 import pytest
 import torch
@@ -207,34 +205,6 @@ def test_copies_of_a_distributed_optimizer_are_refused():
             copied(opt)
 
 
-SCRIPTS = sorted((pathlib.Path(__file__).parent / "scripts").glob("*.py"))
-
-
-def test_there_are_scripts():
-    assert len(SCRIPTS) == 3
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("optimizer", ["hvd.DistributedOptimizer", "DistributedAndersonOptimizer"])
-def test_scripts_written_for_horovod(script, optimizer):
-    """Only the name of the class is exchanged."""
-    source = script.read_text()
-    name = "hvd.DistributedOptimizer("
-    assert source.count(name) == 1
-    source = source.replace(name, f"{optimizer}(")
-    scope = {"__name__": "__main__", "DistributedAndersonOptimizer": DistributedAndersonOptimizer}
-    exec(compile(source, str(script), "exec"), scope)
-    first, last = scope["history"][0], scope["history"][-1]
-    assert last < first
-    assert_replicas_equal(scope["model"])
-    if optimizer != name[:-1]:
-        stats = scope["optimizer"].anderson.stats
-        # Mini-batches, where points are mostly noise; each attempt is decided in some way.
-        decided = {cause: stats.rejected[cause] for cause in ("descent", "noise")}
-        assert stats.accelerated + sum(decided.values()) >= 3, stats
-    assert isinstance(scope["optimizer"], torch.optim.SGD)
-
-
 @pytest.mark.parametrize("wrong", ["settings", "wrapped twice"])
 def test_refused_on_one_rank_alone(wrong):
     """The others do not wait for it: they are told which rank, and why."""
@@ -249,3 +219,11 @@ def test_refused_on_one_rank_alone(wrong):
     with pytest.raises(own if LAST else ReplicaMismatchError, match=reason) as error:
         DistributedAndersonOptimizer(optimizer, anderson=anderson)
     assert LAST or f"Rank {hvd.size() - 1} refused" in str(error.value)
+
+
+@pytest.mark.parametrize("compression", [AndersonConfig(), "fp16"], ids=["settings", "a name"])
+def test_settings_in_the_place_of_the_compression(compression):
+    """Horovod's own is content, and fails in the first backward pass."""
+    model = layered(4)
+    with pytest.raises(ConfigError, match=r"compression=.*anderson=AndersonConfig"):
+        DistributedAndersonOptimizer(sgd(model), model.named_parameters(), compression)
