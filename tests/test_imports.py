@@ -100,7 +100,8 @@ def own_imports(path):
 
 
 LIBRARY = sorted(PACKAGE.rglob("*.py"))
-PROGRAMS = sorted([*(ROOT / "models").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+FOLDERS = "models", "benchmarks", "examples"
+PROGRAMS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def test_something_is_looked_at():
