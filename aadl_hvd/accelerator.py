@@ -405,8 +405,7 @@ class Accelerator:
         self.agreed = True
         claims = self._comm.allreduce(replicas.riders(self._history.claim))
         if not replicas.equal(claims, self._comm.size):
-            self.restart(Restart.DESYNCHRONIZED)
-            self._history.generation = 0
+            self._restart_equal()
         elif self._wish is not None:
             self._take(continues=True)
 
