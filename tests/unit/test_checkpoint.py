@@ -93,7 +93,9 @@ class Run:
                 averages[kind] = self.weights()
         state = self.opt.state_dict()
         state = {key: state[key] for key in ("state", "param_groups")}
-        return self.weights(), averages, state, stats.counters(), stats.measured()
+        part = self.opt.sharded_state_dict()["anderson"]["history"]
+        part = {name: part[name] for name in ("replicated", "own", "rows")}
+        return self.weights(), averages, state, stats.counters(), stats.measured(), part
 
 
 def assert_same(found, expected):
