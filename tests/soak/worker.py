@@ -38,6 +38,10 @@ def main():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
     truth = torch.randn(16, 4)
+    factor = 1.0  # of all gradients in this step
+
+    for p in model.parameters():  # before Horovod reduces them, which is while backward() runs
+        p.register_hook(lambda gradient: gradient * factor)
     opt = DistributedAndersonOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
         named_parameters=model.named_parameters(),
@@ -77,6 +81,10 @@ def main():
             if fault == "signal":
                 os.kill(os.getpid(), random.Random(step).choice(SIGNALS))
 
+        factor = {"inf on all": math.inf, "nan on all": math.nan, "zero gradients": 0.0}.get(
+            fault, math.nan if fault == "nan on one" and here else 1.0
+        )
+
         def closure(fault=fault, here=here, step=step):
             opt.zero_grad()
             loss = (model(x) - y).square().mean()
@@ -85,13 +93,6 @@ def main():
             loss.backward()
             if fault == "raise in closure" and here:
                 raise RuntimeError(f"fault of step {step}")
-            for p in model.parameters():
-                if (fault == "nan on one" and here) or fault == "nan on all":
-                    p.grad[0] = math.nan
-                if fault == "inf on all":
-                    p.grad[0] = math.inf
-                if fault == "zero gradients":
-                    p.grad.zero_()
             return loss
 
         before = [p.detach().clone() for p in model.parameters()]
