@@ -185,6 +185,33 @@ def check_many_in_a_row(comm):
         assert gathered[-1] == i + comm.size - 1
 
 
+def check_exchange(comm):
+    """Bytes of any length to some of the ranks, itself included, and none to others."""
+
+    def data(source, to):
+        generator = np.random.default_rng([source, to])
+        return torch.from_numpy(generator.integers(256, size=1 + 70 * source + to, dtype=np.uint8))
+
+    for hops in (0, 1, 2):  # to a rank further on; in the last round to two, but not from rank 0
+        sources = range(hops == 2, comm.size)
+        targets = {rank: {(rank + h) % comm.size for h in {hops, 0}} for rank in sources}
+        outgoing = {to: data(comm.rank, to) for to in targets.get(comm.rank, ())}
+        arrived = comm.exchange(outgoing)
+        assert arrived.keys() == {rank for rank in sources if comm.rank in targets[rank]}
+        for source, found in arrived.items():
+            assert torch.equal(found, data(source, comm.rank))
+    assert comm.exchange({}) == {}
+    nothing = torch.empty(0, dtype=torch.uint8)
+    assert comm.exchange({comm.size - 1: nothing}) == {}
+
+
+def check_exchange_in_several_messages(comm):
+    """Longer ones than the transport can take at once."""
+    everything = {to: torch.arange(10 * to + comm.rank).byte() for to in range(comm.size)}
+    for source, found in comm.exchange(everything, most=3).items():
+        assert torch.equal(found, torch.arange(10 * comm.rank + source).byte())
+
+
 def check_copy(comm):
     """deepcopy of what holds a communicator shares it."""
     import copy

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,27 @@ class Communicator(ABC):
             self._deliver(own, out, hi - lo, source, to)
         return result
 
+    def exchange(self, outgoing: Mapping[int, Tensor], most: int = _MESSAGE) -> dict[int, Tensor]:
+        """Hands bytes from every rank to any others, all at once.
+
+        Args:
+            outgoing: by destination, [k] uint8 on the host; may differ between ranks, or be empty.
+            most: bytes that go to one rank at a time.
+
+        Returns:
+            What came, by source. What has no bytes does not arrive.
+        """
+        longest = max((len(data) for data in outgoing.values()), default=0)
+        longest = int(self.allreduce(np.array([float(longest)]), "max")[0])
+        arrived: dict[int, list[Tensor]] = {}
+        nothing = torch.empty(0, dtype=torch.uint8)
+        for lo in range(0, longest, most):
+            data = [outgoing.get(rank, nothing)[lo : lo + most] for rank in range(self.size)]
+            for source, part in enumerate(self._alltoall(data)):
+                if len(part):
+                    arrived.setdefault(source, []).append(part)
+        return {source: torch.cat(parts) for source, parts in arrived.items()}
+
     def attend(self, done: Callable[[], bool]) -> None:  # noqa: B027
         """May wait until `done`, in something collective that other ranks, in error, do not enter.
 
@@ -137,6 +158,10 @@ class Communicator(ABC):
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
         raise NotImplementedError  # a rank alone delivers to itself
+
+    @abstractmethod
+    def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
+        """Bytes by destination to bytes by source."""
 
     @abstractmethod
     def _sum_tensor(self, tensor: Tensor) -> Tensor: ...

@@ -116,6 +116,15 @@ class HorovodCommunicator(Communicator):
             out.copy_(received)
         return None
 
+    def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
+        joined, lengths = hvd.alltoall(
+            torch.cat(data),
+            torch.tensor([len(part) for part in data], dtype=torch.int32),
+            name=f"{self._name}.alltoall",
+            process_set=self._process_set,
+        )
+        return list(joined.split(lengths.tolist()))
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         with self._explained():
             return hvd.allreduce_(  # type: ignore[no-any-return]

@@ -1,12 +1,13 @@
-"""A group of one rank."""
+"""A group of one rank, and ranks that have yet to meet."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from aadl_hvd.comm.base import Communicator, Values
+from aadl_hvd.errors import UnsupportedError
 
 
 class LocalCommunicator(Communicator):
@@ -30,5 +31,33 @@ class LocalCommunicator(Communicator):
     def _allgather(self, block: Tensor) -> Tensor:
         return block
 
+    def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
+        return data
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         return tensor
+
+
+class PendingCommunicator(Communicator):
+    """Ranks of an elastic job before they have met: a new one must not wait for the others yet.
+
+    Every operation raises `UnsupportedError`.
+    """
+
+    rank = 0
+    size = 1
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise UnsupportedError(
+            "Invalid use of an optimizer in an elastic job, whose ranks have not met. Must be "
+            "given to aadl_hvd.elastic.TorchState first, and used inside the function that "
+            "hvd.elastic.run wraps."
+        )
+
+    allgather_object = _refuse
+    _allreduce_sum = _refuse
+    _allreduce_max = _refuse
+    _broadcast = _refuse
+    _allgather = _refuse
+    _alltoall = _refuse
+    _sum_tensor = _refuse

@@ -138,6 +138,10 @@ class MpiCommunicator(Communicator):
         if out is not None:
             self._comm.Recv(out.numpy(), source=source)
 
+    def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
+        arrived = self._comm.alltoall([part.numpy() for part in data])
+        return [torch.from_numpy(part) for part in arrived]
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         from mpi4py import MPI
 

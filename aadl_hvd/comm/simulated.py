@@ -88,6 +88,10 @@ class SimulatedCommunicator(Communicator):
         if out is not None:
             out.copy_(sent)
 
+    def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
+        sent = self._exchange([part.clone() for part in data])
+        return [parts[self.rank] for parts in sent]
+
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         total: Tensor = functools.reduce(torch.add, self._exchange(tensor.clone()))
         return total
