@@ -5,6 +5,8 @@
 Neither Horovod nor MPI is needed to import this package or to use `AndersonOptimizer`.
 """
 
+from typing import Any
+
 from aadl_hvd import checkpoint
 from aadl_hvd.batch_norm import average_batch_norm, recalibrate_batch_norm
 from aadl_hvd.config import AndersonConfig
@@ -37,3 +39,12 @@ __all__ = [
     "recalibrate_batch_norm",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`aadl_hvd.elastic` imports Horovod: only when it is asked for."""
+    if name == "elastic":
+        import importlib
+
+        return importlib.import_module("aadl_hvd.elastic")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

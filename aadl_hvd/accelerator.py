@@ -35,6 +35,7 @@ from torch import Tensor
 from aadl_hvd import memory, replicas, safeguard
 from aadl_hvd.averaging import MovingAverage, WeightAverages
 from aadl_hvd.comm.base import Communicator, ShardGroup
+from aadl_hvd.comm.local import PendingCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.diagnostics import Stats
 from aadl_hvd.errors import (
@@ -148,17 +149,27 @@ class Accelerator:
     ) -> None:
         self.config = config
         self.stats = Stats()
-        self._comm = comm
-        self._group = ShardGroup(comm) if group is None else group
-        self._calls = 0
         self._stepping = False
+        self._average: MovingAverage | None = None
+        self._averages: WeightAverages
+        self._base_rows: Tensor | None  # where the base step of the last accelerated one is kept
+        self.connect(comm, ShardGroup(comm) if group is None else group, calls=0)
+
+    def connect(self, comm: Communicator, group: ShardGroup, calls: int) -> None:
+        """Goes on with other ranks, and knows nothing but the settings and what `stats` counts.
+
+        Not collective.
+
+        Args:
+            comm: the ranks that train together from now on.
+            group: those of them that share one history.
+            calls: number of the last step, the same on all of them.
+        """
+        self._comm, self._group, self._calls = comm, group, calls
         self.agreed = False
         self._wish: dict[str, Any] | None = None  # a loaded history that is not taken in yet
         self.consolidated: dict[str, Any] | None = None
         self._signature: Hashable = None
-        self._average: MovingAverage | None = None
-        self._averages: WeightAverages
-        self._base_rows: Tensor | None  # where the base step of the last accelerated one is kept
         self._trial: Trial | None = None
         self._noise = NoiseMeter()
         self._losses = LossWatch()
@@ -391,7 +402,7 @@ class Accelerator:
         """
         self._prepare(problem)
         self._wish, self._history.claim = part, claim
-        if self._comm.size == 1:
+        if self._comm.size == 1 and not isinstance(self._comm, PendingCommunicator):
             self._take(continues=True)
 
     def agree(self, problem: FixedPoint) -> None:

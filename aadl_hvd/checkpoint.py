@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import os
@@ -146,26 +147,38 @@ def merge_shards(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class _Whole:
-    """Parts put together, one after the other."""
+    """Parts put together, one after the other.
 
-    def __init__(self) -> None:
+    Args:
+        rows: half-open range of those wanted; None: all.
+        index: columns wanted, counted from the oldest; None: all.
+    """
+
+    def __init__(
+        self, rows: tuple[int, int] | None = None, index: Sequence[int] | None = None
+    ) -> None:
+        self._wanted, self._index = rows, index
         self._first: History | None = None
         self._claim = 0
         self._rows: dict[str, Tensor] = {}
         self._columns: dict[str, Any] = {}
         self._undo: dict[str, Any] = {}
         self._own: dict[str, Any] = {}
-        self._covered: list[list[tuple[int, int]]] = []  # of every column, and of the rows
+        self._covered: list[list[tuple[int, int]]] = []  # of every column wanted, and of the rows
 
     def add(self, part: History) -> None:
         self._own |= part["own"]
         if "rows" not in part:
             return
-        lo, hi = part["sharding"]["rows"]
         columns, rows = part["columns"], part["rows"]
         if self._first is None:
             self._begin(part)
-        assert self._first is not None
+        assert self._first is not None and self._wanted is not None and self._index is not None
+        first, last = part["sharding"]["rows"]
+        lo, hi = max(first, self._wanted[0]), min(last, self._wanted[1])
+        hi = max(lo, hi)
+        here = slice(lo - self._wanted[0], hi - self._wanted[0])
+        there = slice(lo - first, hi - first)
         if claim_of(part) != self._claim:
             calls = self._first["replicated"]["calls"], part["replicated"]["calls"]
             raise CheckpointError(
@@ -176,22 +189,30 @@ class _Whole:
         self._covered[-1].append((lo, hi))
         for name in list(self._rows):
             if name in rows:
-                self._rows[name][..., lo:hi] = rows[name]
+                self._rows[name][..., here] = rows[name][..., there]
             else:
                 del self._rows[name]  # a rank has lost it
         if columns["products"] is None:
             self._columns["products"] = None
+        places = {index: place for place, index in enumerate(self._index)}
         for row, index in enumerate(columns["index"]):
-            self._covered[index].append((lo, hi))
+            if (place := places.get(index)) is None:
+                continue
+            self._covered[place].append((lo, hi))
             for which, name in enumerate(("r", "y")):
-                self._columns[name][index, lo:hi] = _unscaled(columns, which, name, row)
-            self._columns["mixings"][index] = columns["mixings"][row]
+                column = _unscaled(columns, which, name, row)
+                self._columns[name][place, here] = column[there]
+            self._columns["mixings"][place] = columns["mixings"][row]
             if self._columns["products"] is not None:
-                self._columns["products"][index] = columns["products"][row]
+                self._columns["products"][place] = columns["products"][row]
 
     def _begin(self, part: History) -> None:
         self._first, self._claim = part, claim_of(part)
-        n, h = part["sharding"]["n"], part["replicated"]["columns"]
+        if self._wanted is None:
+            self._wanted = 0, part["sharding"]["n"]
+        if self._index is None:
+            self._index = range(part["replicated"]["columns"])
+        n, h = self._wanted[1] - self._wanted[0], len(self._index)
         self._rows = {
             name: tensor.new_empty((*tensor.shape[:-1], n)) for name, tensor in part["rows"].items()
         }
@@ -207,32 +228,33 @@ class _Whole:
         self._covered = [[] for _ in range(h + 1)]
 
     def finished(self) -> History:
-        assert self._first is not None
+        assert self._first is not None and self._wanted is not None and self._index is not None
         first = self._first
-        n, h = first["sharding"]["n"], first["replicated"]["columns"]
-        for index in (h, *range(h)):
-            if missing := _gaps(self._covered[index], n):
+        n, h = first["sharding"]["n"], len(self._index)
+        for place in (h, *range(h)):
+            if missing := _gaps(self._covered[place], self._wanted):
                 rows = ", ".join(f"{lo} to {hi - 1}" for lo, hi in missing)
-                what = "" if index == h else f" of column {index}, counted from the oldest,"
+                index = -1 if place == h else self._index[place]
+                what = "" if place == h else f" of column {index}, counted from the oldest,"
                 raise CheckpointError(
                     f"Invalid parts: rows {rows}{what} of {n} are missing. Must be the parts of "
                     f"all {first['sharding']['size']} ranks that shared the history."
                 )
         return {
-            "sharding": {"layout": "rows", "n": n, "size": 1, "rank": 0, "rows": [0, n]},
+            "sharding": {"layout": "rows", "n": n, "size": 1, "rank": 0, "rows": [*self._wanted]},
             "replicated": first["replicated"],
             "rows": self._rows,
-            "columns": {"index": list(range(h)), "scales": None, **self._columns},
+            "columns": {"index": [*self._index], "scales": None, **self._columns},
             "undo": self._undo,
             "ranks": first["ranks"],
             "own": self._own,
         }
 
 
-def _gaps(covered: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """The rows of n that none of the ranges holds."""
-    missing, end = [], 0
-    for lo, hi in [*sorted(covered), (n, n)]:
+def _gaps(covered: list[tuple[int, int]], wanted: tuple[int, int]) -> list[tuple[int, int]]:
+    """The rows wanted that none of the ranges holds."""
+    (end, last), missing = wanted, []
+    for lo, hi in [*sorted(covered), (last, last)]:
         if lo > end:
             missing.append((end, lo))
         end = max(end, hi)
@@ -277,8 +299,7 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
     matrix = same["gram"]["matrix"]
     if matrix.shape != (h + dropped, h + dropped) or same["stored"] <= h > 0:
         raise CheckpointError("Invalid history: it is damaged, its numbers contradict each other.")
-    slots = [(same["stored"] - 1 - h + i) % sharding.depth for i in range(h)]
-    index = [i for i, slot in enumerate(slots) if slot in sharding.slots]
+    index = [i - dropped for i in _columns_wanted(same["stored"], same["columns"], sharding)]
     places = {held - dropped: place for place, held in enumerate(columns["index"])}
     if absent := [i for i in index if i not in places]:
         raise CheckpointError(
@@ -329,6 +350,13 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
     if any(length != hi - lo for length in lengths):
         raise CheckpointError("Invalid history: it is damaged, its tensors are too short.")
     return part
+
+
+def _columns_wanted(stored: int, columns: int, sharding: Sharding) -> list[int]:
+    """Of columns in use, counted from the oldest, those that fall to a rank."""
+    h = min(columns, sharding.depth)
+    slots = [(stored - 1 - h + i) % sharding.depth for i in range(h)]
+    return [columns - h + i for i, slot in enumerate(slots) if slot in sharding.slots]
 
 
 def _unscaled(columns: dict[str, Any], which: int, name: str, row: int) -> Tensor:
@@ -393,7 +421,8 @@ def consolidate(
         if comm.rank == source:
             try:
                 part = make_part()
-                header, tensors = _packed(part if needed else {"own": part["own"]})
+                rest, tensors = take_apart(part if needed else {"own": part["own"]})
+                header = bytes_of(rest)
             except Exception as error:  # the others are in step with this rank: it must go on
                 problem, header = f"{type(error).__name__}: {error}", torch.zeros(0).byte()
         header = comm.deliver(header, source, to)
@@ -405,7 +434,7 @@ def consolidate(
         complete = complete and (header is None or len(header) > 0)
         if header is not None and complete and not problem:
             try:
-                whole.add(_unpacked(header, received))
+                whole.add(put_together(from_bytes(header), received))
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
         part = {}
@@ -423,8 +452,176 @@ def consolidate(
     return history
 
 
-def _packed(part: History) -> tuple[Tensor, list[Tensor]]:
-    """A part as bytes, but for its large tensors, which are left out."""
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What a rank can say of a part it holds, without handing it out."""
+
+    claim: str
+    at: int  # of the rank that holds it: rank and place among its parts
+    place: int
+    rows: tuple[int, int]
+    index: frozenset[int]
+    stored: int
+    columns: int
+    size: int  # of whom the part was
+    rank: int
+
+
+# Pieces of parts: from which part, for which rank, rows, columns.
+_Piece = tuple[_Held, int, tuple[int, int], frozenset[int]]
+_ROWS = -1  # stands for what a part holds beside columns
+
+
+def redistribute(
+    comm: Communicator, parts: Sequence[History], sharding: Sharding
+) -> tuple[History | None, str]:
+    """Each rank's part of a history from what the ranks hold of it under any sharding. Collective.
+
+    Pieces travel through host memory, straight to the rank that needs them: it needs memory for
+    its own part, and a rank that holds parts as much again as it holds.
+
+    Args:
+        comm: the ranks that go on together.
+        parts: what this rank holds, of itself or of others. The first of rank 0 says which history
+            it is: parts of other moments are of no use.
+        sharding: which rows and columns this rank needs.
+
+    Returns:
+        A part that `load_state_dict` takes on this rank, and "". Or, on every rank, None, and why:
+        "" if nothing is stored.
+    """
+    held = [
+        _Held(
+            claim=f"{claim_of(part)} {sorted(part['rows'])} {sorted(part['undo'])}",
+            at=comm.rank,
+            place=place,
+            rows=(part["sharding"]["rows"][0], part["sharding"]["rows"][1]),
+            index=frozenset(part["columns"]["index"]),
+            stored=part["replicated"]["stored"],
+            columns=part["replicated"]["columns"],
+            size=part["sharding"]["size"],
+            rank=part["sharding"]["rank"],
+        )
+        for place, part in enumerate(parts)
+    ]
+    everybody = comm.allgather_object((held, sharding))
+    said = [part for parts_there, _ in everybody for part in parts_there]
+    first = next(iter(everybody[0][0]), None)
+    if first is None or not first.stored:
+        return None, ""
+    known = [part for part in said if part.claim == first.claim]
+    plan = _plan(known, [wanted for _, wanted in everybody])
+    if plan is None:
+        gone = sorted(set(range(first.size)) - {part.rank for part in known})
+        other = any(part.stored and part.claim != first.claim for part in said)
+        return None, (
+            f"the part of {_named(gone)} of {first.size} that shared it is lost"
+            + (", or of another moment" if other else "")
+        )
+
+    problem = ""
+    outgoing: dict[int, list[History]] = {}
+    pieces: list[History] = []
+    packed: dict[int, Tensor] = {}
+    try:
+        for part, to, rows, index in plan:
+            if part.at == comm.rank:
+                outgoing.setdefault(to, []).append(_cut(parts[part.place], rows, index))
+        pieces = outgoing.pop(comm.rank, [])
+        packed = {to: bytes_of(sent) for to, sent in outgoing.items()}
+    except Exception as error:  # the others are in step with this rank: it must go on
+        problem = f"{type(error).__name__}: {error}"
+    del outgoing
+    incoming = comm.exchange(packed)
+    history = None
+    try:
+        for data in incoming.values():
+            pieces += from_bytes(data)
+        whole = _Whole(sharding.rows, _columns_wanted(first.stored, first.columns, sharding))
+        for piece in pieces:
+            whole.add(piece)
+        history = whole.finished()
+    except Exception as error:
+        problem = problem or f"{type(error).__name__}: {error}"
+    for rank, text in enumerate(comm.allgather_object(problem)):
+        if text:
+            return None, f"rank {rank} could not hand out or take in a part: {text}"
+    return history, ""
+
+
+def _plan(known: Sequence[_Held], wanted: Sequence[Sharding]) -> list[_Piece] | None:
+    """Which pieces go where, the same on every rank; None if nobody has some of them.
+
+    A rank takes what it has itself, and the rest from those that come after it, so that several
+    that hold the same each hand out some of it.
+    """
+    plan: list[_Piece] = []
+    for to, sharding in enumerate(wanted):
+        columns = _columns_wanted(known[0].stored, known[0].columns, sharding)
+        gaps = [(*sharding.rows, frozenset([_ROWS, *columns]))]
+        turned = [p for p in known if p.at >= to] + [p for p in known if p.at < to]
+        if sharding.rows[0] == sharding.rows[1]:  # more ranks than rows
+            plan.append((turned[0], to, sharding.rows, gaps.pop()[2]))
+        for part in turned:
+            if not gaps:
+                break
+            left = []
+            for lo, hi, index in gaps:
+                first, last = max(lo, part.rows[0]), min(hi, part.rows[1])
+                found = index & (part.index | {_ROWS})
+                if first >= last or not found:
+                    left.append((lo, hi, index))
+                    continue
+                plan.append((part, to, (first, last), found))
+                rest = (lo, first, index), (last, hi, index), (first, last, index - found)
+                left += [gap for gap in rest if gap[0] < gap[1] and gap[2]]
+            gaps = left
+        if gaps:
+            return None
+    return plan
+
+
+def _cut(part: History, rows: tuple[int, int], index: frozenset[int]) -> History:
+    """Some rows and columns of a part; shares its memory where it can."""
+    columns, (first, last) = part["columns"], part["sharding"]["rows"]
+    cut = slice(max(rows[0] - first, 0), max(min(rows[1], last) - first, 0))
+    held = [place for place, i in enumerate(columns["index"]) if i in index]
+    picked = {
+        name: columns[name][held] for name in ("mixings", "products") if columns[name] is not None
+    }
+    return part | {
+        "sharding": part["sharding"] | {"rows": [*rows]},
+        "rows": {name: tensor[..., cut].clone() for name, tensor in part["rows"].items()},
+        "columns": {"products": None}
+        | picked
+        | {
+            "index": [columns["index"][place] for place in held],
+            "y": columns["y"][held, cut],
+            "r": columns["r"][held, cut],
+            "scales": None if columns["scales"] is None else columns["scales"][:, held],
+        },
+        "own": {},
+    }
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def bytes_of(value: Any) -> Tensor:
+    """Nested containers of tensors and plain types as [k] uint8."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+
+
+def from_bytes(data: Tensor) -> Any:
+    """What `bytes_of` was given."""
+    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+
+
+def take_apart(value: Any) -> tuple[Any, list[Tensor]]:
+    """Nested containers with places in place of large tensors, and these."""
     large: list[Tensor] = []
 
     def without(value: Any) -> Any:
@@ -438,25 +635,20 @@ def _packed(part: History) -> tuple[Tensor, list[Tensor]]:
             return {_ELSEWHERE: len(large) - 1, "dtype": name, "shape": list(value.shape)}
         return value
 
-    buffer = io.BytesIO()
-    torch.save(without(part), buffer)
-    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8), large
+    return without(value), large
 
 
-def _unpacked(header: Tensor, received: Sequence[Tensor | None]) -> History:
-    def complete(value: Any) -> Any:
-        if isinstance(value, dict) and _ELSEWHERE in value:
-            data = received[value[_ELSEWHERE]]
-            assert data is not None
-            return data.view(getattr(torch, value["dtype"])).reshape(value["shape"])
-        if isinstance(value, dict):
-            return {key: complete(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(map(complete, value))
-        return value
-
-    part: History = complete(torch.load(io.BytesIO(header.numpy().tobytes()), weights_only=True))
-    return part
+def put_together(value: Any, received: Sequence[Tensor | None]) -> Any:
+    """What `take_apart` was given, of the bytes [k] uint8 of its large tensors."""
+    if isinstance(value, dict) and _ELSEWHERE in value:
+        data = received[value[_ELSEWHERE]]
+        assert data is not None
+        return data.view(getattr(torch, value["dtype"])).reshape(value["shape"])
+    if isinstance(value, dict):
+        return {key: put_together(entry, received) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(put_together(entry, received) for entry in value)
+    return value
 
 
 # Into an optimizer

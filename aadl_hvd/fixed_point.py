@@ -84,6 +84,13 @@ class OptimizerFixedPoint:
         self._sampling = samples, factor, wanted
         self._make_samples()
 
+    def sample_no_gradients(self) -> None:
+        """Ends what `sample_gradients` began."""
+        self._sampling = self.samples = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     # What is accelerated
 
     @property

@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
+import logging
 import math
 import os
 import sys
@@ -29,7 +31,7 @@ from aadl_hvd import checkpoint
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.comm.base import Communicator, ShardGroup
-from aadl_hvd.comm.local import LocalCommunicator
+from aadl_hvd.comm.local import LocalCommunicator, PendingCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.errors import AndersonError, ConfigError, ReplicaMismatchError, UnsupportedError
 from aadl_hvd.fixed_point import OptimizerFixedPoint
@@ -37,6 +39,7 @@ from aadl_hvd.safeguard import Restart
 
 Closure = Callable[[], Any]
 
+_log = logging.getLogger("aadl_hvd")
 _HOROVOD_MODULE = "horovod.torch.optimizer"
 
 
@@ -150,13 +153,22 @@ def DistributedAndersonOptimizer(
     op = hvd.Average if op is None else op
     process_set = hvd.global_process_set if process_set is None else process_set
     adasum = op == hvd.Adasum and hvd.size() > 1
-    comm = horovod_communicator(process_set)
+    elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+    # A rank that joins an elastic job is alone here: the others are about to meet it in sync().
+    comm: Communicator = LocalCommunicator() if elastic else horovod_communicator(process_set)
     config = _accepted_by_all(comm, lambda: _accept(optimizer, anderson, compression, adasum))
+    if elastic:
+        _check_elastic(config, process_set)
     _compare_ranks(comm, optimizer, config)
     group = shard_group(comm, process_set, config.shard_group)
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
     if all(comm.allgather_object(_only_initialised(optimizer))):
         _start_anew(optimizer)
+    if elastic:
+        comm = PendingCommunicator()
+        group = ShardGroup(comm)
+        # It registers itself, for those who use Horovod's own TorchState; it is a layer above.
+        importlib.import_module("aadl_hvd.elastic")
 
     inner = type(optimizer)
     distributed = DistributedOptimizer(
@@ -179,13 +191,42 @@ def DistributedAndersonOptimizer(
     namespace = _methods(inner, horovods) | _distributed_methods(inner, horovods)
     distributed.__class__ = type(inner.__name__, (_keeping_gradient(inner),), namespace)
     # When Horovod sets up its reductions at all: the condition in its __init__.
-    alone = hvd.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1"
+    alone = hvd.size() == 1 and not elastic
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
-    factor = comm.size if op == hvd.Sum else 1
-    made = _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, factor)
-    made.anderson.check_memory(made._anderson_problem)
-    made.anderson.compare_replicas(made._anderson_problem)  # if equal now, they must stay it
+    summed = op == hvd.Sum
+    made = _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, summed)
+    if not elastic:
+        made.anderson.check_memory(made._anderson_problem)
+        made.anderson.compare_replicas(made._anderson_problem)  # if equal now, they must stay it
     return made
+
+
+def meet(optimizer: Any) -> tuple[Communicator, ShardGroup]:
+    """The ranks of an elastic job as they are now, for `connect`. Collective over all of them.
+
+    Args:
+        optimizer: what `DistributedAndersonOptimizer` returned.
+
+    Raises:
+        ReplicaMismatchError: on every rank, if ranks differ in parameters or settings.
+    """
+    from aadl_hvd.comm.horovod import horovod_communicator, shard_group
+
+    comm = horovod_communicator(optimizer.process_set)
+    config = optimizer.anderson.config
+    _compare_ranks(comm, optimizer, config)
+    try:
+        return comm, shard_group(comm, optimizer.process_set, config.shard_group)
+    except ConfigError as error:  # on every rank; nodes come and go, and training must go on
+        if comm.rank == 0:
+            _log.warning("elastic: all ranks share one history for now. %s", error)
+        return comm, ShardGroup(comm)
+
+
+def connect(optimizer: Any, comm: Communicator, group: ShardGroup, calls: int) -> None:
+    """Goes on with the ranks that `meet` returned; see `Accelerator.connect`. Not collective."""
+    optimizer.anderson.connect(comm, group, calls)
+    _measure_noise(optimizer)
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -740,7 +781,7 @@ def _attach(
     comm: Communicator,
     group: ShardGroup,
     passes: int,
-    factor: int = 1,
+    summed: bool = False,
 ) -> Any:
     starting = getattr(accelerated, "_starting_models", None)
 
@@ -751,19 +792,28 @@ def _attach(
 
     accelerated._accelerated = optimizer
     accelerated._averaged = False
-    accelerated._anderson_passes = passes
+    accelerated._anderson_passes, accelerated._anderson_summed = passes, summed
     accelerated._anderson_problem = OptimizerFixedPoint(
         accelerated, config.residual, before if starting is not None else None
     )
     accelerated.anderson = Accelerator(config, comm, group)
-    if config.noise_gate is not None and starting is None:
-        if comm.size > 1:
-            accelerated._anderson_problem.sample_gradients(1, factor)
-        elif passes > 1:
-            wanted = functools.partial(_measures_noise, weakref.ref(accelerated))
-            accelerated._anderson_problem.sample_gradients(passes, passes, wanted)
+    _measure_noise(accelerated)
     accelerated._patch_step_function()
     return accelerated
+
+
+def _measure_noise(accelerated: Any) -> None:
+    """Has gradients sampled, as the number of ranks asks for."""
+    problem: OptimizerFixedPoint = accelerated._anderson_problem
+    ranks, passes = accelerated.anderson.comm.size, accelerated._anderson_passes
+    problem.sample_no_gradients()
+    if accelerated.anderson.config.noise_gate is None or hasattr(accelerated, "_starting_models"):
+        return
+    if ranks > 1:
+        problem.sample_gradients(1, ranks if accelerated._anderson_summed else 1)
+    elif passes > 1:
+        wanted = functools.partial(_measures_noise, weakref.ref(accelerated))
+        problem.sample_gradients(passes, passes, wanted)
 
 
 def _measures_noise(optimizer: Any) -> bool:
@@ -892,6 +942,19 @@ def _start_anew(optimizer: torch.optim.Optimizer) -> None:
         return
     optimizer.state.clear()
     optimizer.state.update(fresh.state)
+
+
+def _check_elastic(config: AndersonConfig, process_set: Any) -> None:
+    """Process sets end with the ranks they were made for."""
+    if process_set.process_set_id != 0:
+        raise UnsupportedError(
+            f"Invalid process_set={process_set} in an elastic job. Must be the global one."
+        )
+    if not isinstance(config.shard_group, str):
+        raise ConfigError(
+            f"Invalid shard_group={config.shard_group} in an elastic job. Must be 'world' or "
+            "'node'."
+        )
 
 
 def _compare_ranks(

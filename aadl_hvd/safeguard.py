@@ -35,6 +35,7 @@ class Restart(enum.Enum):
     CHANGED = "changed"
     # Ranks had not stored the same (one loaded a checkpoint), or did not hold the same weights.
     DESYNCHRONIZED = "desynchronized"
+    RANKS = "ranks"  # elastic: parts went with a rank that is gone
     LOADED = "loaded"  # load_state_dict
     REQUESTED = "requested"  # restart() was called
 

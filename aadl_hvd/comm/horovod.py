@@ -37,7 +37,7 @@ class HorovodCommunicator(Communicator):
     """
 
     def __init__(self, process_set: Any, host: Communicator | None = None) -> None:
-        self._process_set = process_set
+        self._set = process_set
         self.rank = process_set.rank()
         self.size = process_set.size()
         self.host = host
@@ -46,6 +46,16 @@ class HorovodCommunicator(Communicator):
         built = torch.tensor([next(_instances)])
         newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
         self._name = f"aadl_hvd.{int(newest)}"
+
+    @property
+    def _process_set(self) -> Any:
+        # Horovod's own elastic state does not call sync() where hosts were only removed.
+        if self._set.size() != self.size:
+            raise HorovodInternalError(
+                f"Horovod was initialised anew: {self._set.size()} ranks, and {self.size} before. "
+                "Call sync() of the elastic state; aadl_hvd.elastic.TorchState does."
+            )
+        return self._set
 
     def attend(self, done: Callable[[], bool]) -> None:
         if self.host is not None:

@@ -54,10 +54,10 @@ class PendingCommunicator(Communicator):
             "hvd.elastic.run wraps."
         )
 
-    allgather_object = _refuse
-    _allreduce_sum = _refuse
-    _allreduce_max = _refuse
-    _broadcast = _refuse
-    _allgather = _refuse
-    _alltoall = _refuse
-    _sum_tensor = _refuse
+    allgather_object: Any = _refuse
+    _allreduce_sum: Any = _refuse
+    _allreduce_max: Any = _refuse
+    _broadcast: Any = _refuse
+    _allgather: Any = _refuse
+    _alltoall: Any = _refuse
+    _sum_tensor: Any = _refuse

@@ -114,7 +114,8 @@ def assert_same_bits(found, expected, what=""):
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert_same_bits(a, b, f"{what}.{i}")
     else:
-        assert found == expected, f"{what}: {found} and {expected}"
+        both_nan = found != found and expected != expected
+        assert found == expected or both_nan, f"{what}: {found} and {expected}"
 
 
 def compare_with_horovod(make_model, make_optimizer, run, config=NEVER, arguments=None, exact=True):
