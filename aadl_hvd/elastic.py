@@ -31,6 +31,8 @@ from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.optimizer import connect, meet
 from aadl_hvd.safeguard import Restart
 
+__all__ = ["TorchState"]
+
 _log = logging.getLogger("aadl_hvd")
 
 
