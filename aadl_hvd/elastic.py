@@ -167,7 +167,7 @@ def _of_rank_0(value: Any) -> Any:
 
 def _log_history(own: dict[str, Any], ranks: int, lost: str) -> None:
     columns, calls = own["replicated"]["columns"], own["replicated"]["calls"]
-    where = f"elastic: {ranks} ranks, {own['ranks']} before, after step {calls}:"
+    where = f"elastic: {ranks} rank{'s' * (ranks > 1)}, {own['ranks']} before, after step {calls}:"
     if lost:
         _log.warning("%s the history restarts, %s", where, lost)
     elif own["replicated"]["stored"]:

@@ -2,35 +2,41 @@
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from launching import run_command
 
-PROGRAM = Path(__file__).with_name("program.py")
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 200  # seconds; 25 where nothing else runs
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory):
+def run_elastic(folder, hosts, ranks, *program):
+    """The output of a program that ended well on hosts that the file `hosts` in a folder names."""
     import horovod.torch as hvd
 
     if not hvd.gloo_built():
         pytest.skip("this Horovod was built without Gloo")
-    folder = tmp_path_factory.mktemp("elastic")
-    # One machine by three names: Horovod never comes back to a host on which a rank has failed.
-    (folder / "hosts").write_text("localhost:1\n127.0.0.1:1\n127.0.1:1\n")
+    (folder / "hosts").write_text("".join(f"{host}\n" for host in hosts))
     script = folder / "discover.sh"
     script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
     script.chmod(0o755)
-    command = ["horovodrun", "-np", 3, "--min-np", 2, "--max-np", 3, "--network-interfaces", "lo"]
-    command += ["--host-discovery-script", script, sys.executable, PROGRAM, folder]
+    command = ["horovodrun", "-np", ranks, "--min-np", 2, "--max-np", 3]
+    command += ["--network-interfaces", "lo", "--host-discovery-script", script]
     environment = {"PYTHONPATH": str(ROOT)}
-    code, output, _ = run_command(command, TIME_LIMIT, environment)
+    code, output, _ = run_command([*command, sys.executable, *program], TIME_LIMIT, environment)
     assert code == 0, output[-8000:]
     return output
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elastic")
+    # One machine by three names: Horovod never comes back to a host on which a rank has failed.
+    hosts = "localhost:1", "127.0.0.1:1", "127.0.1:1"
+    return run_elastic(folder, hosts, 3, Path(__file__).with_name("program.py"), folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +105,11 @@ def test_the_log_says_what_became_of_the_history(output, phases):
         "6 columns resharded"
         for now, before, step in ((3, 2, steps[1]), (2, 3, steps[2]))
     ]
+
+
+def test_the_example_runs(tmp_path):
+    example = ROOT / "examples" / "digits_elastic.py"
+    output = run_elastic(tmp_path, ["localhost:2"], 2, example, "--epochs", 6)
+    found = re.findall(r"epoch (\d+): 2 ranks, accuracy ([\d.]+)%", output)
+    assert [int(epoch) for epoch, _ in found] == list(range(1, 7)), output[-4000:]
+    assert float(found[-1][1]) > 80.0

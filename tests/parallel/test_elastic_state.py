@@ -72,15 +72,16 @@ def test_restore_puts_back_what_this_rank_had(settings):
         shares = {tuple(part["sharding"]["rows"]) for part in parts}
         assert len(shares) == hvd.size(), "ranks hold the same: nothing is tested"
     ends = []
-    for _ in range(2):
+    for in_sync in (False, False, True):
         train(state.model, state.optimizer, DATA[20:35])
         state.batch = 35
         ends.append(everything(state)["weights"])
         state.restore()
-        assert_same_bits(everything(state, bool(before["part"]["own"])), before, "restored")
-        state.sync()
-        before["part"]["own"] = {}
-        assert_same_bits(everything(state, own=False), before, "in sync")
+        assert_same_bits(everything(state), before, "restored")
+        if in_sync:
+            state.sync()
+            before["part"]["own"] = {}
+            assert_same_bits(everything(state, own=False), before, "in sync")
     train(state.model, state.optimizer, DATA[20:35])
     if settings != "default":  # there what this rank knew of its own noise is forgotten
         assert torch.equal(flat(state.model), ends[0])
@@ -147,7 +148,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
         assert_same_bits(after[name], before[name], name)
     stats = state.optimizer.anderson.stats
     assert stats.restarts["ranks"] == 1
-    assert stats.steps == 20
+    assert stats.steps == after["part"]["replicated"]["calls"] == 20  # says what steps are next
     assert state.optimizer.anderson.columns == 0
     train(state.model, state.optimizer, DATA[20:])
     assert stats.accelerated > before["anderson"]["counters"]["accelerated"]
@@ -184,6 +185,20 @@ def test_the_history_outlives_a_host_whose_end_is_known(settings, monkeypatch, c
     found, expected = state.optimizer.anderson.stats, undisturbed.optimizer.anderson.stats
     assert found.counters() == expected.counters()
     assert found.accelerated > 5
+
+
+def test_parts_are_handed_to_other_hosts():
+    """To different ranks, where there are as many."""
+
+    def chosen(hosts):
+        return [aadl_hvd.elastic._elsewhere(hosts, rank) for rank in range(len(hosts))]
+
+    assert chosen("aabb") == [2, 3, 0, 1]
+    assert chosen("abc") == [1, 2, 0]
+    assert chosen("aaab") == [3, 3, 3, 0]
+    assert chosen("aaabbcc") == [3, 4, 5, 5, 6, 0, 1]
+    assert chosen("aa") == [None, None]
+    assert chosen("a") == [None]
 
 
 def test_horovods_own_state_does_the_same(monkeypatch):
