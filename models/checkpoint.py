@@ -21,6 +21,35 @@ def save(path: Path, state: dict[str, Any]) -> None:
     checkpoint.save(path, {"format": FORMAT, **state})
 
 
+def part_of(path: Path, step: int, rank: int) -> Path:
+    """Where a rank's part of the history is that belongs to the checkpoint `path` of a step."""
+    return path.with_name(f"{path.stem}.{step}.{rank}.part")
+
+
+def save_part(path: Path, part: dict[str, Any]) -> None:
+    """Writes what `sharded_state_dict` returned."""
+    checkpoint.save(path, part)
+
+
+def load_part(path: Path) -> dict[str, Any]:
+    """Reads what `save_part` wrote.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        return checkpoint.load(path)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def remove_parts(path: Path, rank: int, *, but: Path | None) -> None:
+    """Removes a rank's parts that belong to checkpoints `path` of other steps."""
+    for part in path.parent.glob(f"{path.stem}.*.{rank}.part"):
+        if part != but:
+            part.unlink(missing_ok=True)
+
+
 def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
     """Reads a checkpoint to the CPU.
 

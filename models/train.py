@@ -119,7 +119,7 @@ def run(settings: Settings) -> bool:
     )
     _seed(settings.seed + 1 + hvd.rank())
     identity = _identity(settings, train_images)
-    epoch, best = _resume(settings, folder, trainer, train_loader, identity)
+    epoch, best, moved = _resume(settings, folder, trainer, train_loader, identity)
 
     chief = hvd.rank() == 0
     log = None
@@ -142,7 +142,6 @@ def run(settings: Settings) -> bool:
         progress.say(f"going on after step {trainer.step}")
 
     totals = {"seconds": 0.0, "data_seconds": 0.0, "steps": 0, "images": 0}
-    moved = 0
     interval: Interval | None = None
     validation: Validation | None = None
     averaged: tuple[str, Validation] | None = None
@@ -163,9 +162,8 @@ def run(settings: Settings) -> bool:
             epoch += not amid
             if stopped and epoch < settings.epochs:  # at once: the scheduler may not wait
                 average_batch_norm(trainer.model, mean_over_ranks)
-                state = _state(identity, epoch, best, trainer, train_loader)
-                if chief:
-                    kept = _keep(folder / LAST, state, progress.say)
+                state = _state(identity, epoch, best, moved, trainer, train_loader)
+                kept = _save(folder / LAST, state, trainer, progress.say)
             if amid:
                 break
             final = epoch == settings.epochs
@@ -193,11 +191,10 @@ def run(settings: Settings) -> bool:
                 if log is not None:
                     log.write("epochs", _epoch_row(interval, epoch, validation, averaged))
             if saving:
-                state = _state(identity, epoch, best, trainer, train_loader)
-                if chief:
-                    kept = _keep(folder / LAST, state, progress.say)
-                    if improved:
-                        _keep(folder / BEST, state, progress.say)
+                state = _state(identity, epoch, best, moved, trainer, train_loader)
+                kept = _save(folder / LAST, state, trainer, progress.say)
+                if chief and improved:
+                    _keep(folder / BEST, state | {"history": False}, progress.say)
     finally:
         progress.close()
         if log is not None:
@@ -373,7 +370,12 @@ def _identity(settings: Settings, images: ImageList) -> dict[str, Any]:
 
 
 def _state(
-    identity: dict[str, Any], epoch: int, best: float, trainer: Trainer, loader: Loader
+    identity: dict[str, Any],
+    epoch: int,
+    best: float,
+    moved: int,
+    trainer: Trainer,
+    loader: Loader,
 ) -> dict[str, Any]:
     """What a checkpoint holds; collective, since every rank has its own part."""
     own = {
@@ -386,12 +388,38 @@ def _state(
         "identity": identity,
         "epoch": epoch,
         "best": best,
+        "moved": moved,
         "step": trainer.step,
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "ranks": gather(own),
     }
+
+
+def _save(path: Path, state: dict[str, Any], trainer: Trainer, say: Callable[[str], None]) -> bool:
+    """Writes a checkpoint and each rank's part of the history beside it; whether. Collective.
+
+    The parts come first and carry the step in their names: the checkpoint there is, new or old,
+    always finds its own.
+    """
+    own, problem = None, None
+    if hasattr(trainer.optimizer, "anderson"):
+        own = checkpoint.part_of(path, trainer.step, hvd.rank())
+        try:
+            checkpoint.save_part(own, trainer.optimizer.sharded_state_dict())
+        except OSError as error:
+            problem = f"rank {hvd.rank()}: {error}"
+    problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        say(f"warning: this checkpoint is without the history: {problems[0]}")
+    state["history"] = own is not None and not problems
+    kept: bool = on_rank0(lambda: _keep(path, state, say))
+    if kept:
+        checkpoint.remove_parts(path, hvd.rank(), but=own if state["history"] else None)
+    elif own is not None:
+        own.unlink(missing_ok=True)
+    return kept
 
 
 def _keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool:
@@ -404,23 +432,40 @@ def _keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool
     return True
 
 
+def _own_history(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a checkpoint's history; nothing if any rank has none. Collective."""
+    part, problem = {}, None
+    try:
+        part = checkpoint.load_part(checkpoint.part_of(path, state["step"], hvd.rank()))
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text is not None]
+    if problems and hvd.rank() == 0:
+        print(f"warning: the history has to rebuild itself: {problems[0]}", flush=True)
+    return {} if problems else part
+
+
 def _resume(
     settings: Settings,
     folder: Path,
     trainer: Trainer,
     loader: Loader,
     identity: dict[str, Any],
-) -> tuple[int, float]:
-    """Restores everything on every rank from what rank 0 reads; epochs done and best top-1."""
+) -> tuple[int, float, int]:
+    """Restores everything on every rank from what rank 0 reads.
+
+    Returns:
+        Epochs done, best top-1, and what `_settle_batch_norm` returned last.
+    """
     if settings.resume is None:
-        return 0, 0.0
+        return 0, 0.0, 0
     auto = settings.resume == "auto"
     path = folder / LAST if auto else Path(settings.resume)
     state = on_rank0(
         lambda: None if auto and not path.exists() else checkpoint.load(path, expected=identity)
     )
     if state is None:
-        return 0, 0.0
+        return 0, 0.0, 0
     ranks = state["ranks"]
     if len(ranks) != hvd.size():
         raise UserError(f"{path} was written by {len(ranks)} ranks, this run has {hvd.size()}")
@@ -432,7 +477,8 @@ def _resume(
         problem = f"{path}: {error}"
     fail_together(problem)
     trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    history = _own_history(path, state) if state.get("history") else {}
+    trainer.optimizer.load_state_dict(state["optimizer"] | history)
     if state["scaler"]:  # empty where the checkpoint was written without fp16
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.step = state["step"]
@@ -440,7 +486,7 @@ def _resume(
     if own["cuda"] is not None and trainer.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"])
     random.setstate(own["python"])
-    return state["epoch"], state["best"]
+    return state["epoch"], state["best"], state["moved"]
 
 
 def _opening(

@@ -203,22 +203,41 @@ def test_without_checkpoints_a_signal_kills_as_ever(signalled, tmp_path):
 
 
 def test_anderson_trains_and_resumes(train, tmp_path, digits):
-    """On MPI, with torch's loader; the history is rebuilt after a resume, the counts go on."""
+    """On MPI, with torch's loader: bit for bit the uninterrupted run, history and all."""
     options = ("--anderson=default", "--loader=torch", "--workers=0", "--anderson-frequency=3")
+    options += ("--anderson-noise-gate=0",)
+    (tmp_path / "straight").mkdir()
+    straight = trained(train, tmp_path / "straight", *options, "--epochs=2", controller="mpi")
     first = trained(train, tmp_path, *options, "--epochs=1", controller="mpi")
-    assert first["optimizer"]["anderson"]["counters"]["stored"] == 7
+    assert 0 < first["optimizer"]["anderson"]["counters"]["stored"] <= 7
+    assert {path.name for path in tmp_path.glob("*.part")} == {"last.7.0.part", "last.7.1.part"}
     code, output = train(
         tmp_path, *options, "--epochs=2", "--resume=auto", ranks=2, controller="mpi"
     )
     assert code == 0, output[-4000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["acceleration"]["stored"] == 14
+    stored = straight["optimizer"]["anderson"]["counters"]["stored"]
+    assert summary["acceleration"]["stored"] == stored > 10
     attempts = summary["acceleration"]["accelerated"] + sum(
         summary["acceleration"]["rejected"].values()
     )
     assert attempts > 0 and summary["acceleration"]["seconds"] > 0
     rows = read_csv(tmp_path / "steps.csv")
-    assert [row["step"] for row in rows][-1] == 14 and rows[-1]["aa_stored"] == 14
+    assert [row["step"] for row in rows][-1] == 14 and rows[-1]["aa_stored"] == stored
+    assert summary["acceleration"]["accelerated"] > 0
+    resumed = torch.load(tmp_path / "last.pt", weights_only=True)
+    for kind in ("model", "optimizer"):
+        assert_same_state(resumed[kind], straight[kind])
+    assert {path.name for path in tmp_path.glob("*.part")} == {"last.14.0.part", "last.14.1.part"}
+
+
+def test_a_lost_part_of_the_history_is_said_and_rebuilt(train, tmp_path):
+    options = ("--anderson=default", "--anderson-frequency=3")
+    trained(train, tmp_path, *options, "--epochs=1")
+    (tmp_path / "last.7.1.part").unlink()
+    code, output = train(tmp_path, *options, "--epochs=2", "--resume=auto")
+    assert code == 0, output[-4000:]
+    assert "the history has to rebuild itself" in output and "last.7.1.part" in output
 
 
 def test_one_rank_without_a_launcher_and_settings_from_a_file(train, tmp_path):
