@@ -336,6 +336,14 @@ class Accelerator:
         if cause is not Restart.NONFINITE:
             self._averages.clear()
 
+    @property
+    def has_part(self) -> bool:
+        """Whether `part` is of use: not while ranks have yet to meet, unless one was loaded.
+
+        Until then this rank's share is the whole, which no rank should have to hold.
+        """
+        return not isinstance(self._comm, PendingCommunicator) or self._wish is not None
+
     def part(self, problem: FixedPoint) -> dict[str, Any]:
         """This rank's part of all that acceleration goes on from, in host memory.
 

@@ -85,13 +85,14 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         """Copies what this rank has."""
         accelerator: Accelerator = self.value.anderson
         self._ranks = accelerator.comm, accelerator.group
-        # The base's state where it is, as Horovod keeps it; the part comes from host memory.
-        self._saved = copy.deepcopy(_state(self.value)) | self.value.sharded_state_dict()
+        # The base's state where it is, as Horovod keeps it; the part comes in host memory.
+        self._saved = copy.deepcopy(_state(self.value))
+        self._saved["anderson"]["history"] = _part(self.value)
 
     def restore(self) -> None:
         """Puts back what this rank had, under the sharding of then."""
         self._handed = []
-        connect(self.value, *self._ranks, self._saved["anderson"]["history"]["replicated"]["calls"])
+        connect(self.value, *self._ranks, _calls(self._saved["anderson"]["history"]))
         # Not the copy itself: torch would go on in its tensors.
         self.value.load_state_dict(copy.deepcopy(self._saved))
 
@@ -100,16 +101,16 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         optimizer = self.value
         own = _part(optimizer)
         comm, group = meet(optimizer)
-        state, calls = _of_rank_0((_state(optimizer), own["replicated"]["calls"]))
+        state, calls = _of_rank_0((_state(optimizer), _calls(own)))
         connect(optimizer, comm, group, calls)
         problem, accelerator = optimizer._anderson_problem, optimizer.anderson
-        parts = [own, *self._handed]
+        parts = [part for part in (own, *self._handed) if part is not None]
         history, lost = checkpoint.redistribute(comm, parts, accelerator.share(problem.n))
         state["anderson"]["history"] = history
         optimizer.load_state_dict(state)
         if lost:
             accelerator.stats.restarts[Restart.RANKS.value] += 1
-        if hvd.rank() == 0:
+        if hvd.rank() == 0 and own is not None:
             _log_history(own, comm.size, lost)
         accelerator.check_memory(problem)
         accelerator.compare_replicas(problem)  # equal now, they must stay it
@@ -142,9 +143,16 @@ def _state(optimizer: Any) -> dict[str, Any]:
     return state
 
 
-def _part(optimizer: Any) -> dict[str, Any]:
+def _part(optimizer: Any) -> dict[str, Any] | None:
+    """This rank's part, a copy in host memory; None if it has none yet."""
+    if not optimizer.anderson.has_part:
+        return None
     part: dict[str, Any] = optimizer.sharded_state_dict()["anderson"]["history"]
     return part
+
+
+def _calls(part: dict[str, Any] | None) -> int:
+    return 0 if part is None else int(part["replicated"]["calls"])
 
 
 def _of_rank_0(value: Any) -> Any:

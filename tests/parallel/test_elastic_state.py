@@ -7,7 +7,15 @@ import horovod.torch as hvd
 import pytest
 import torch
 from horovod.common.exceptions import HostsUpdatedInterrupt
-from training import assert_replicas_equal, assert_same_bits, flat, full_batch, network, train
+from training import (
+    assert_replicas_equal,
+    assert_same_bits,
+    flat,
+    full_batch,
+    network,
+    round_gradients,
+    train,
+)
 
 import aadl_hvd
 from aadl_hvd import AndersonConfig, ConfigError, DistributedAndersonOptimizer, UnsupportedError
@@ -19,6 +27,7 @@ SETTINGS = {
     "columns": {"layout": "columns", "noise_gate": None, "safeguard": "none"},
     "undo": {"safeguard": "residual", "residual": "state", "average_window": 3, "noise_gate": None},
 }
+ANY_STEP = {"safeguard": "none", "noise_gate": None}  # is accelerated
 DATA = full_batch(40)
 needs_two_ranks = pytest.mark.skipif(hvd.size() == 1, reason="needs two ranks")
 
@@ -30,6 +39,8 @@ def elastic_job(monkeypatch):
 
 def make(settings=None, adam=False):
     model = network()
+    if hvd.size() > 2:  # where Horovod alone differs from itself in the last bit
+        round_gradients(model)
     if adam:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     else:
@@ -117,14 +128,14 @@ def test_restore_in_the_middle_of_a_backward_pass():
 def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
     """It starts where rank 0 is, bit for bit; what was lost with the one before it is gone."""
     elastic_job(monkeypatch)
-    state = make_state({"safeguard": "none"}, adam)
+    state = make_state(ANY_STEP, adam)
     state.sync()
     train(state.model, state.optimizer, DATA[:20])
     state.commit()
     before = everything(state)
     if hvd.rank() == hvd.size() - 1:
         torch.manual_seed(99)
-        state = make_state({"safeguard": "none"}, adam)  # waits for nobody
+        state = make_state(ANY_STEP, adam)  # waits for nobody
         with torch.no_grad():
             for p in state.model.parameters():
                 p.normal_()
@@ -230,6 +241,8 @@ def test_before_the_ranks_have_met(monkeypatch):
             opt.step()
         state = opt.state_dict()
         opt.load_state_dict(state)
+        aadl_hvd.elastic.TorchState(model=model, optimizer=opt).restore()
+        assert opt.anderson.history_bytes == 0  # its share would be the whole
 
 
 def test_a_checkpoint_loaded_before_the_ranks_meet(monkeypatch):
