@@ -42,7 +42,8 @@ SETTINGS = {
 
 def built(optimizer, settings, **arguments):
     model = network()
-    round_gradients(model)  # or three ranks would not give the same bits twice
+    # Or three ranks would not give the same bits twice; too few digits are noise to the gate.
+    round_gradients(model, bits=18)
     opt = DistributedAndersonOptimizer(
         OPTIMIZERS[optimizer](model.parameters()),
         named_parameters=model.named_parameters(),
