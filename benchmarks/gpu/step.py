@@ -271,9 +271,12 @@ def _accelerated(
         if not distributed:
             return AndersonOptimizer(optimizer, anderson=config)
         from aadl_hvd import DistributedAndersonOptimizer
+        from aadl_hvd.elastic import TorchState
 
         named = list(model.named_parameters(prefix="accelerated"))
-        return DistributedAndersonOptimizer(optimizer, named, anderson=config)
+        made = DistributedAndersonOptimizer(optimizer, named, anderson=config)
+        TorchState(model=model, optimizer=made).sync()  # where the ranks of an elastic run meet
+        return made
 
     return wrap
 
