@@ -97,6 +97,7 @@ def train(state):
                 stored=stats.stored,
                 columns=opt.anderson.columns,
                 accelerated=stats.accelerated,
+                descent=stats.rejected["descent"],
                 restarts=stats.restarts,
             )
         if state.since > AFTER:

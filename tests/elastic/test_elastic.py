@@ -77,8 +77,9 @@ def test_the_history_is_resharded_where_its_parts_survive(phases):
     killed, joined, left = (phase[0] for phase in phases[1:])
     assert killed["columns"] == 0
     assert killed["restarts"]["ranks"] == 1
-    for after in (joined, left):
-        assert after["columns"] >= 3  # of 6, half of which a rejected point may have cost since
+    for before, after in ((phases[1][-1], joined), (phases[2][-1], left)):
+        rejected = after["descent"] > before["descent"]  # in this very step: the older half goes
+        assert after["columns"] == (3 if rejected else 6)
         assert after["restarts"]["ranks"] == 1
 
 
