@@ -13,7 +13,6 @@ from training import (
     loss_of,
     network,
     round_gradients,
-    unless_brief,
 )
 
 from aadl_hvd import (
@@ -82,8 +81,8 @@ def folder(tmp_path_factory):
     return hvd.broadcast_object(path, root_rank=0, name="folder")
 
 
-@pytest.mark.parametrize("name", unless_brief(*SETTINGS))
-@pytest.mark.parametrize("optimizer", unless_brief(*OPTIMIZERS))
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_50_steps_are_20_and_a_file_and_30(name, optimizer, folder):
     model, opt = built(optimizer, SETTINGS[name])
     train(model, opt, 0, 20)
@@ -142,8 +141,8 @@ def simulated(size, settings):
     return run_ranks(size, program)[0]
 
 
-@pytest.mark.parametrize("layout", unless_brief("rows", "columns"))
-@pytest.mark.parametrize("size", unless_brief(4, 1, 2, 3))
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_from_another_number_of_ranks(size, layout, folder):
     settings = {"frequency": 3, "safeguard": "none", "relaxation": 0.3, "regularization": 1e-3}
     (weights, state), expected = simulated(size, settings)
@@ -179,8 +178,8 @@ def test_from_another_number_of_ranks(size, layout, folder):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("who", unless_brief("first", "last", "all but one"))
-@pytest.mark.parametrize("fresh", unless_brief(False, True))
+@pytest.mark.parametrize("who", ["first", "last", "all but one"])
+@pytest.mark.parametrize("fresh", [False, True])
 def test_history_loaded_on_some_ranks_only(who, fresh):
     """As Horovod's own examples resume. Nobody waits, the history restarts everywhere."""
     loads = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import TEXTBOOK, counts
 from test_layouts import CASES, STEPS, Regression, assert_same_on_all_ranks
-from training import flat, full_batch, loss_of, network, unless_brief
+from training import flat, full_batch, loss_of, network
 
 from aadl_hvd import AndersonConfig, ConfigError, DistributedAndersonOptimizer
 
@@ -19,7 +19,7 @@ def own_group(shard_groups):
     return next(group for group in shard_groups if group.included())
 
 
-@pytest.mark.parametrize("name", unless_brief(*sorted(CASES)))
+@pytest.mark.parametrize("name", CASES)
 def test_groups_take_the_path_of_the_world(name, own_group):
     problem = Regression()
     paths = {}
