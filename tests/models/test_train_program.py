@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,41 @@ def test_each_signal_is_a_request(name):
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60)
     assert run.returncode == 0
+
+
+@pytest.mark.parametrize(("hangs", "code"), [(True, 128 + signal.SIGTERM), (False, 0)])
+def test_asked_twice_a_program_that_hangs_ends(hangs, code):
+    """Within a library, where no handler of Python's runs; one that has looked goes on."""
+    program = (
+        "import ctypes, os, signal, time\n"
+        "from models import preemption\n"
+        "preemption.PATIENCE = 0.2\n"
+        "request = preemption.StopRequest()\n"
+        "request.listen()\n"
+        "reader, writer = os.pipe()\n"
+        "print('ready', flush=True)\n"
+        "letter = ctypes.create_string_buffer(1)\n"
+        f"while not {hangs} and not request():\n"
+        "    time.sleep(0.01)\n"
+        "print('looked', flush=True)\n"
+        f"{'ctypes.CDLL(None).read(reader, letter, 1)' if hangs else 'time.sleep(1.5)'}\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert run.stdout.readline() == b"ready\n"
+        time.sleep(0.2)
+        run.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)  # too early
+        time.sleep(0.5)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=20) == code
+        assert (b"hangs" in run.stderr.read()) == hangs
+    finally:
+        run.kill()
 
 
 def test_without_checkpoints_a_signal_kills_as_ever(signalled, tmp_path):
