@@ -643,7 +643,7 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         _register_new_parameters(self)
         comm: Communicator = self.anderson.comm
         try:
-            comm.attend(functools.partial(_gradients_come, self))
+            comm.attend(*(functools.partial(_reduced, self, which) for which in (0, -1)))
             horovods["synchronize"](self)
         except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
             comm.explain(error)
@@ -733,13 +733,12 @@ def _synchronized(optimizer: Any, closure: Closure) -> Any:
     return loss
 
 
-def _gradients_come(optimizer: Any) -> bool:
-    """Whether the first of the reductions that were begun is done: then no rank is missing."""
+def _reduced(optimizer: Any, which: int) -> bool:
+    """Whether one of the reductions that were begun is done: first 0, last -1."""
     from horovod.torch import poll
 
-    handles = (handle for handle, _ in optimizer._handles.values() if isinstance(handle, int))
-    first = next(handles, None)
-    return first is None or poll(first)
+    begun = [handle for handle, _ in optimizer._handles.values() if isinstance(handle, int)]
+    return not begun or poll(begun[which])
 
 
 def _take_samples(optimizer: Any, parameters: Sequence[Tensor]) -> None:

@@ -51,6 +51,7 @@ def run_on_ranks(
     """
     environment = dict(os.environ, PATH=_path())
     environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as launch/ has it
     if cycle_time is not None:
         environment.setdefault("HOROVOD_CYCLE_TIME", f"{cycle_time:g}")
     before = environment.get("PYTHONPATH")

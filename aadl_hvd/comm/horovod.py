@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,10 @@ from aadl_hvd.comm.mpi import MpiCommunicator
 from aadl_hvd.errors import CommunicationError, ConfigError
 
 _instances = itertools.count()
+
+NAP = 1e-5
+"""Seconds between two looks whether Horovod is done. Its own wait is a loop of sched_yield: where
+ranks share cores, as on a laptop, it takes them from the threads that it waits for."""
 
 
 class HorovodCommunicator(Communicator):
@@ -57,9 +62,12 @@ class HorovodCommunicator(Communicator):
             )
         return self._set
 
-    def attend(self, done: Callable[[], bool]) -> None:
+    def attend(self, met: Callable[[], bool], done: Callable[[], bool]) -> None:
         if self.host is not None:
-            self.host.attend(done)
+            return self.host.attend(met, done)
+        while not done():
+            time.sleep(NAP)
+        return None
 
     def explain(self, error: Exception) -> None:
         if self.host is not None:
@@ -94,19 +102,20 @@ class HorovodCommunicator(Communicator):
         # One name and one kind for all: ranks that are in different operations are told so by
         # Horovod, which to names of its own for each would answer by waiting.
         with self._explained():
-            result = hvd.allreduce(
+            handle = hvd.allreduce_async(
                 torch.from_numpy(values),
                 op=op,
                 name=f"{self._name}.small",
                 process_set=self._process_set,
             )
-        return np.asarray(result)
+            return np.asarray(_finished(handle))
 
     def _allgather(self, block: Tensor) -> Tensor:
         with self._explained():
-            return hvd.allgather(  # type: ignore[no-any-return]
+            handle = hvd.allgather_async(
                 block, name=f"{self._name}.allgather", process_set=self._process_set
             )
+            return _finished(handle)
 
     def _deliver(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
@@ -137,9 +146,10 @@ class HorovodCommunicator(Communicator):
 
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         with self._explained():
-            return hvd.allreduce_(  # type: ignore[no-any-return]
+            handle = hvd.allreduce_async_(
                 tensor, op=hvd.Sum, name=f"{self._name}.sum", process_set=self._process_set
             )
+            return _finished(handle)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -152,6 +162,13 @@ class HorovodCommunicator(Communicator):
                 ) from None
             self.explain(error)
             raise  # as it is: Horovod elastic waits for it
+
+
+def _finished(handle: Any) -> Tensor:
+    """The result of one of Horovod's collectives; its errors are raised here."""
+    while not hvd.poll(handle):
+        time.sleep(NAP)
+    return hvd.synchronize(handle)  # type: ignore[no-any-return]
 
 
 def horovod_communicator(process_set: Any) -> Communicator:

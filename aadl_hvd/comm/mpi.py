@@ -102,10 +102,10 @@ class MpiCommunicator(Communicator):
     def allgather_object(self, item: Any) -> list[Any]:
         return list(self._comm.allgather(item))
 
-    def attend(self, done: Callable[[], bool]) -> None:
+    def attend(self, met: Callable[[], bool], done: Callable[[], bool]) -> None:
         self._gradients += 1
         started = time.monotonic()
-        while not done():
+        while not met():
             time.sleep(NAP)
             if time.monotonic() - started > ASK:
                 self._answer()
