@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aadl_hvd.history as history
+import aadl_hvd.replicas as replicas
 from aadl_hvd import AndersonConfig
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.base import Communicator, Values
@@ -286,7 +287,11 @@ class _Rank:
     def counting(self) -> Iterator[tuple[_Kernels, _Waits]]:
         """Within, kernels and waits are counted, in chunks of a GPU's length."""
         kernels, waits = _Kernels(self.timers), _Waits(self.timers)
-        with mock.patch.object(history, "CHUNK", history.CHUNK_GPU), waits, kernels:
+        with contextlib.ExitStack() as stack:
+            for module in (history, replicas):
+                stack.enter_context(mock.patch.object(module, "CHUNK", module.CHUNK_GPU))
+            stack.enter_context(waits)
+            stack.enter_context(kernels)
             yield kernels, waits
 
     def _step(self) -> None:

@@ -205,6 +205,14 @@ def test_one_rank_of_many_does_all_of_its_work(p, q, layout):
     assert again["launches"] == found["launches"]
 
 
+def test_kernels_are_counted_in_chunks_of_a_gpu():
+    """300,000 numbers are three chunks of a processor, and one of a GPU, in every part."""
+    config = AndersonConfig(history_depth=3, frequency=2, noise_gate=None, averages=())
+    found = [work.share([torch.Size([n])], config, 2, cycles=1) for n in (1000, 300_000)]
+    assert found[0]["launches"] == found[1]["launches"]
+    assert found[0]["launches"]["replicas"] > 0
+
+
 def test_nothing_is_sampled_without_a_gate():
     shapes = [torch.Size([100])] * 3
     config = AndersonConfig(history_depth=3, frequency=2, noise_gate=None, averages=())
