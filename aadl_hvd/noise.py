@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from aadl_hvd.solve import Matrix, Vector
 # Coordinates looked at: holding deviations of all of them from step to step would cost n numbers.
 # Drawn at random: a regular stride falls in step with the layers' widths and misjudges.
 COORDINATES = 2**16
+LOOKED_AT = 4  # tensors
 _SEED = 20211014  # any; the same on every rank
 
 
@@ -80,6 +82,7 @@ class GradientSamples:
         self._mean = torch.zeros_like(self._own[0])
         self._taken: dict[int, int] = {}
         self._reduced = False
+        self._at_mean: list[_Mark] = []
 
     def take(self, p: Tensor) -> None:
         """Notes this rank's gradient of a parameter, as accumulated so far, before the mean."""
@@ -97,6 +100,7 @@ class GradientSamples:
         """Notes the mean, once gradients are reduced and before anything is done to them."""
         if self._taken:
             self._read_all(self._mean)
+            self._at_mean = [_mark(p.grad) for p in self._parameters]
             self._reduced = True
 
     def deviations(self) -> Deviations | None:
@@ -120,24 +124,49 @@ class GradientSamples:
         )
         if not reduced or not complete:
             return None
-        final = self._read_all(torch.empty_like(self._mean))
-        changed = (final @ self._mean) / (self._mean @ self._mean)
+        changed, squared = self._final()
         # Accumulated sums become samples by differences.
         own = torch.diff(self._own, dim=0, prepend=torch.zeros_like(self._own[:1]))
         values = (own.mul_(self.factor) - self._mean).mul_(changed * self._scale**0.5)
         self._own.zero_()  # a parameter may get no gradient next time
-        return Deviations(values, (final @ final) * self._scale)
+        return Deviations(values, squared * self._scale)
+
+    def _final(self) -> tuple[Tensor, Tensor]:
+        """What gradients have been multiplied by since the mean was taken; f . f of them, now."""
+        mean = self._mean
+        present = [p for p in self._parameters if p.grad is not None]
+        if not self._untouched() or not present:  # each by itself, perhaps
+            final = self._read_all(torch.empty_like(mean))
+            return (final @ mean) / (mean @ mean), final @ final
+        # They are what they were, or changed where torch does not count, by GradScaler or through
+        # .data: then all alike, and a look at some does in place of a kernel for each.
+        largest = sorted(present, key=self._samples_of)[-LOOKED_AT:]
+        before = torch.cat([mean[self._places[id(p)][0]] for p in largest])
+        now = torch.cat([self._read(p, mean.new_empty(self._samples_of(p))) for p in largest])
+        norm = before @ before
+        changed = torch.where(norm > 0.0, (now @ before) / norm, 1.0)
+        return changed, changed**2 * (mean @ mean)
+
+    def _untouched(self) -> bool:
+        """Whether no gradient was replaced or changed in place, as far as torch keeps count."""
+        known, self._at_mean = self._at_mean, []
+        return len(known) == len(self._parameters) and all(
+            _is_marked(p.grad, mark) for p, mark in zip(self._parameters, known, strict=True)
+        )
+
+    def _samples_of(self, p: Tensor) -> int:
+        where: slice = self._places[id(p)][0]
+        return int(where.stop - where.start)
 
     def _read_all(self, out: Tensor) -> Tensor:
         for p in self._parameters:
             self._read(p, out[self._places[id(p)][0]])
         return out
 
-    def _read(self, p: Tensor, out: Tensor) -> None:
+    def _read(self, p: Tensor, out: Tensor) -> Tensor:
         gradient = p.grad
         if gradient is None:
-            out.zero_()
-            return
+            return out.zero_()
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         flat, chosen = gradient.detach().reshape(-1), self._places[id(p)][1]
@@ -147,6 +176,21 @@ class GradientSamples:
             torch.index_select(flat, 0, chosen, out=out)
         else:
             out.copy_(flat[chosen])
+        return out
+
+
+# A gradient and how often it has been changed in place; None: there is none.
+_Mark = tuple["weakref.ref[Tensor]", int] | None
+
+
+def _mark(gradient: Tensor | None) -> _Mark:
+    return None if gradient is None else (weakref.ref(gradient), gradient._version)
+
+
+def _is_marked(gradient: Tensor | None, mark: _Mark) -> bool:
+    if gradient is None or mark is None:
+        return gradient is None and mark is None
+    return mark[0]() is gradient and mark[1] == gradient._version
 
 
 class NoiseMeter:

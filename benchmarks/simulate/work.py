@@ -37,7 +37,10 @@ from benchmarks.workload import CPU, Clock, copy_bandwidth, gpu_waits
 BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
 FLOOR_ROWS = 900
 NETWORK = "resnet50"
-_NO_KERNEL = ("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local")
+_NO_KERNEL = (
+    *("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local"),
+    "promote_types",
+)
 _WAITS = ("cpu", "tolist", "item", "__float__")
 
 

@@ -176,6 +176,54 @@ def test_rescaling_between_reduction_and_step():
     assert changing == pytest.approx(np.mean(factors**2) * plain, rel=0.2)
 
 
+def _unscaled(grads):
+    factor = torch.tensor(0.5)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(1), factor)
+
+
+CHANGES = {
+    "nothing": lambda p: None,
+    "in place": lambda p: p[1].grad.mul_(3.0),
+    "clipped by value": lambda p: torch.nn.utils.clip_grad_value_(p, 0.5),
+    "clipped by norm": lambda p: torch.nn.utils.clip_grad_norm_(p, 0.5),
+    "another tensor": lambda p: setattr(p[1], "grad", p[1].grad * 3.0),
+    "no gradient any more": lambda p: setattr(p[1], "grad", None),
+    "by GradScaler": lambda p: _unscaled([q.grad for q in p if q.grad is not None]),
+    "through .data": lambda p: [q.grad.data.mul_(0.5) for q in p if q.grad is not None],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("without", ["all", "no gradient", "zeros"])
+def test_gradients_changed_after_the_mean(change, without):
+    """Whatever torch counts of it: the factor by which own gradients are taken, and f . f."""
+    random = torch.Generator().manual_seed(0)
+    sizes = (90, 5, 40, 30, 20, 10)
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
+    own = [torch.randn(n, generator=random) for n in sizes]
+    mean = [torch.randn(n, generator=random) for n in sizes]
+    if without == "zeros":
+        own[0].zero_()
+        mean[0].zero_()
+    first = 1 if without == "no gradient" else 0
+    taker = GradientSamples(parameters)
+    for p, g in zip(parameters[first:], own[first:], strict=True):
+        p.grad = g.clone()
+        taker.take(p)
+    for p, g in zip(parameters[first:], mean[first:], strict=True):
+        p.grad = g.clone()
+    taker.take_mean()
+    CHANGES[change](parameters)
+    final = torch.cat([torch.zeros(n) if p.grad is None else p.grad
+                       for n, p in zip(sizes, parameters, strict=True)])  # fmt: skip
+    none = [torch.zeros(sizes[0])] * first
+    before, sample = torch.cat(none + mean[first:]), torch.cat(none + own[first:])
+    factor = (final @ before) / (before @ before)
+    found = taker.deviations()
+    torch.testing.assert_close(found.values[0], factor * (sample - before))
+    torch.testing.assert_close(found.squared, final @ final)
+
+
 @given(
     scale=st.floats(1e-6, 1e6),
     samples=st.integers(1, 3),
