@@ -18,20 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command, report
+from benchmarks.workload import EVENT_PARTS, Workload, copy_bandwidth, shapes_of
 
 OWN = "Horovod's own"
-PARTS = (
-    "read",
-    "replicas",
-    "store",
-    "noise",
-    "average",
-    "gram",
-    "solve",
-    "update",
-    "gather",
-    "write",
-)
 OUT = report.RESULTS / "overhead.json"
 
 
@@ -73,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from benchmarks.workload import shapes_of
-
     shapes_of(options.parameters)
     command.at_least(1, options, "ranks", "depth", "events")
     runs = []
@@ -90,8 +77,6 @@ def _launch(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import horovod.torch as hvd
-
-    from benchmarks.workload import copy_bandwidth, shapes_of
 
     shapes = shapes_of(options.parameters)
     n = sum(shape.numel() for shape in shapes)
@@ -122,7 +107,6 @@ def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
     import torch
 
     from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
-    from benchmarks.workload import Workload
 
     p = variant.frequency
     config = AndersonConfig(frequency=p, store_every=p, **variant.options)
@@ -160,7 +144,7 @@ def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
         others_s += mine[:-1]
         ratios.append(sum(mine) / p / (sum(turn) / len(turn)))
     median = report.spread(reference)["median"]
-    parts = {part: (stats.seconds[part] - before[part]) / events for part in PARTS}
+    parts = {part: (stats.seconds[part] - before[part]) / events for part in EVENT_PARTS}
     return {
         "p": p,
         "events": events,
@@ -223,10 +207,10 @@ def _table(run: dict[str, Any]) -> str:
                 f"{event / run['floor_s']:.2f}",
                 f"{ratio:.3f}",
                 f"{between['median']:.3f}" if between else "-",
-                *(f"{1000 * parts[part]:.1f}" for part in PARTS),
+                *(f"{1000 * parts[part]:.1f}" for part in EVENT_PARTS),
             ]
         )
-    head = ["", OWN, "event", "over floor", "step over own", "between", *PARTS]
+    head = ["", OWN, "event", "over floor", "step over own", "between", *EVENT_PARTS]
     text = [
         f"{run['ranks']} ranks, n = {run['n']:,}, m = {run['m']}; ms; floor of an event "
         f"{1000 * run['floor_s']:.0f} ms (copying {run['copy_bytes_per_s'] / 1e9:.1f} GB/s a rank)",
@@ -253,7 +237,7 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
     for axes, run in zip(panels, runs, strict=True):
         names = list(run["variants"])
         bottom = [0.0] * len(names)
-        for part in PARTS:
+        for part in EVENT_PARTS:
             heights = [1000 * run["variants"][name]["parts_s"][part] for name in names]
             axes.bar(names, heights, bottom=bottom, label=part)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command, report
-from benchmarks.overhead import PARTS, Variant, measure
+from benchmarks.overhead import Variant, measure
+from benchmarks.workload import EVENT_PARTS
 
 OUT = report.RESULTS / "scaling.json"
 LAYOUTS = ("rows", "columns")
@@ -77,10 +78,10 @@ def _table(runs: list[dict[str, Any]], depth: int) -> str:
                         f"{1000 * event:.1f}",
                         f"{chosen[0]['event_s']['median'] / event:.2f}",
                         f"{run['history_bytes'] / 2**20:.0f}",
-                        *(f"{1000 * run['parts_s'][part]:.1f}" for part in PARTS),
+                        *(f"{1000 * run['parts_s'][part]:.1f}" for part in EVENT_PARTS),
                     ]
                 )
-    head = ["", "n / 1e6", "event, ms", "speed-up", "MiB a rank", *PARTS]
+    head = ["", "n / 1e6", "event, ms", "speed-up", "MiB a rank", *EVENT_PARTS]
     return f"\nm = {depth}, p = q = 5, {cores} cores\n\n{report.table(head, rows)}"
 
 

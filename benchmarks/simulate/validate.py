@@ -20,25 +20,12 @@ from benchmarks.simulate.machines import Machine
 from benchmarks.simulate.model import Network
 from benchmarks.simulate.predictions import as_work
 from benchmarks.simulate.work import NETWORK, floor_ranks, share
-from benchmarks.workload import copy_bandwidth, shapes_of
+from benchmarks.workload import EVENT_PARTS, copy_bandwidth, shapes_of
 
 CALIBRATION = 2**23  # numbers in the allgather that bandwidth is taken from
 REPEATS = 15
-# What the library's own timers see of an event, in its order, without its tiny messages.
-TIMED = (
-    "read",
-    "replicas",
-    "noise",
-    "store",
-    "gram",
-    "solve",
-    "update",
-    "gather",
-    "write",
-    "average",
-)
 MESSAGES = "tiny messages"  # waiting for the other ranks to come is measured, not predicted
-PARTS = (*TIMED, MESSAGES)
+PARTS = (*EVENT_PARTS, MESSAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +104,7 @@ def predict(
     tiny = network.reduce_and_broadcast(model.gram_message(m, averages))
     tiny += network.tree(model.FLOAT64 * m) + network.reduce_and_broadcast(model.FLOAT64)
     seconds = {}
-    for part in TIMED:
+    for part in EVENT_PARTS:
         # The host's own time is here what it was; streaming shares the memory with other ranks.
         fixed = 0.0 if part in model.WHOLE_PARTS else min(work.fixed[part], work.seconds[part])
         seconds[part] = fixed + (work.seconds[part] - fixed) * slower

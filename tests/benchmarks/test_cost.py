@@ -25,7 +25,7 @@ def test_overhead(tmp_path, capsys):
         assert list(run["variants"]) == [v.name for v in overhead.variants(3, run["ranks"])]
         for name, variant in run["variants"].items():
             assert variant["accelerated"] == 2, f"{name}: events were cut short"
-            assert set(variant["parts_s"]) == set(overhead.PARTS)
+            assert set(variant["parts_s"]) == set(overhead.EVENT_PARTS)
         assert ("dense" in run) == (run["ranks"] == 1)
     assert out.with_suffix(".png").stat().st_size > 0
     printed = capsys.readouterr().out
