@@ -61,6 +61,7 @@ FROM_INSIDE = {
         "aadl_hvd.fixed_point",
         "aadl_hvd.history",
         "aadl_hvd.noise",
+        "aadl_hvd.replicas",
     },
 }
 
