@@ -40,15 +40,16 @@ def test_groups_take_the_path_of_the_world(name, own_group):
 
 def test_default_settings_with_noise_gate_averages_and_observe(own_group):
     """What rides along is summed over the world, not over a group."""
+    # In float64: 40 accelerated steps make of float32's rounding 2 % of the noise, now and then.
     numbers = {}
     for group in ("world", own_group):
-        model = network()
+        model = network(torch.float64)
         opt = DistributedAndersonOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
             named_parameters=model.named_parameters(),
             anderson=AndersonConfig(shard_group=group),
         )
-        for x, y in full_batch(40):
+        for x, y in full_batch(40, torch.float64):
             opt.zero_grad()
             loss = loss_of(model, x, y)
             loss.backward()
@@ -63,7 +64,7 @@ def test_default_settings_with_noise_gate_averages_and_observe(own_group):
         gains = list(opt.anderson.average_gains.values())
         numbers[str(group)] = [stats.noise_variance, stats.signal, *gains]
     world, groups = (np.array(found) for found in numbers.values())
-    np.testing.assert_allclose(groups, world, rtol=1e-2)
+    np.testing.assert_allclose(groups, world, rtol=1e-6)
 
 
 def test_nodes(nodes, monkeypatch):
