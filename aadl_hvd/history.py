@@ -10,9 +10,10 @@ from torch import Tensor
 
 from aadl_hvd.sharding import Sharding
 
-# Rows that are worked on at a time: on a processor what one pass over the columns has brought into
-# the cache serves the whole chunk, on a GPU few launches matter more. float32 sums stay short.
-CHUNK = 2**17
+# Rows that are worked on at a time: on a processor two vectors, 128 KB each, stay in the second
+# level of the cache while the columns pass by, on a GPU few launches matter more. float32 sums stay
+# short.
+CHUNK = 2**15
 CHUNK_GPU = 2**21
 # At most, of columns that are widened for it: that takes memory, 4 m bytes a row, beside a history
 # whose point is to be small.

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import command, report
@@ -69,6 +70,7 @@ def _launch(options: argparse.Namespace) -> None:
     print(f"\nAllreduce (sum) of float64 on {cores} cores, time on rank 0, measured:\n")
     print(report.table(head, rows))
     report.write(options.out, {"repeats": options.repeats, "runs": runs})
+    _plot(runs, options.out)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -94,6 +96,33 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             microseconds = report.spread([1e6 * s for s in seconds])
             found.append({"through": through, "numbers": numbers, "microseconds": microseconds})
     return found
+
+
+def _plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Time against length, one line for each way and number of ranks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, ranks in enumerate(sorted({run["ranks"] for run in runs})):
+        for through, style in (("mpi4py", "o-"), ("Horovod", "s--")):
+            chosen = [run for run in runs if (run["ranks"], run["through"]) == (ranks, through)]
+            if not chosen:
+                continue
+            spreads = [run["microseconds"] for run in chosen]
+            shared = ", sharing cores" if chosen[0]["ranks_share_cores"] else ""
+            axes.errorbar(
+                [8 * run["numbers"] for run in chosen],
+                [s["median"] for s in spreads],
+                report.whiskers(spreads),
+                fmt=style,
+                capsize=3,
+                color=f"C{i}",
+                label=f"{through}, {ranks} ranks{shared}",
+            )
+    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="us, median and quartiles")
+    axes.legend(fontsize=7)
+    report.save(figure, path)
 
 
 if __name__ == "__main__":

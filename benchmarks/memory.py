@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import command, report
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
     parser.add_argument("--depth", type=int, default=20, help="m; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     return command.run(parser.parse_args(arguments), _launch, _measure)
 
@@ -39,32 +41,40 @@ def _launch(options: argparse.Namespace) -> None:
     from benchmarks.workload import shapes_of
 
     n = sum(shape.numel() for shape in shapes_of(options.parameters))
-    command.at_least(1, options, "ranks", "depth")
+    command.at_least(1, options, "ranks", "depth", "repeats")
     runs: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        peaks: dict[str, int] = {}
         names = [OWN, *VARIANTS, *([DENSE] if ranks == 1 else [])]
-        for name in names:
-            words = [f"--parameters={options.parameters}", f"--depth={options.depth}"]
-            words += [f"--variant={name}"]
-            peaks[name] = command.collect("benchmarks.memory", *words, ranks=ranks)
-            if name != OWN:
-                extra, formula = peaks[name] - peaks[OWN], 8 * options.depth * n / ranks
-                runs.append(
-                    {"ranks": ranks, "variant": name, "extra_bytes": extra, "formula": formula}
-                )
-    rows = [
-        [
-            f"{run['ranks']} ranks, {run['variant']}",
-            f"{run['extra_bytes'] / 2**20:.0f}",
-            f"{run['formula'] / 2**20:.0f}",
-            f"{run['extra_bytes'] / run['formula']:.2f}",
-        ]
-        for run in runs
-    ]
+        words = [f"--parameters={options.parameters}", f"--depth={options.depth}"]
+        peaks: dict[str, list[int]] = {name: [] for name in names}
+        for _ in range(options.repeats):
+            for name in names:
+                more = [*words, f"--variant={name}"]
+                peaks[name].append(command.collect("benchmarks.memory", *more, ranks=ranks))
+        formula = 8 * options.depth * n / ranks
+        for name in names[1:]:
+            extra = report.spread(
+                [a - b for a, b in zip(peaks[name], peaks[OWN], strict=True)],
+            )
+            runs.append({"ranks": ranks, "variant": name, "extra_bytes": extra, "formula": formula})
+    rows = []
+    for run in runs:
+        extra, formula = run["extra_bytes"], run["formula"]
+        low, high = extra["first_quartile"], extra["third_quartile"]
+        rows.append(
+            [
+                f"{run['ranks']} ranks, {run['variant']}",
+                f"{extra['median'] / 2**20:.0f}",
+                f"{formula / 2**20:.0f}",
+                f"{extra['median'] / formula:.2f}",
+                f"{low / formula:.2f} to {high / formula:.2f}",
+            ]
+        )
     print(f"\n{options.parameters}, n = {n:,}, m = {options.depth}; MiB at most on a rank\n")
-    print(report.table(["", "peak beyond Horovod's own", "2 m n/P", "ratio"], rows))
-    report.write(options.out, {"n": n, "m": options.depth, "runs": runs})
+    print(report.table(["", "peak beyond Horovod's own", "2 m n/P", "ratio", "quartiles"], rows))
+    found = {"n": n, "m": options.depth, "repeats": options.repeats, "runs": runs}
+    report.write(options.out, found)
+    _plot(runs, options.out)
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -101,6 +111,28 @@ def _measure(options: argparse.Namespace) -> int:
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = hvd.allgather(torch.tensor([peak]), name="peaks")
     return int(peaks.max())
+
+
+def _plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Peak over the formula, a group of bars for each number of ranks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    counts, names = sorted({run["ranks"] for run in runs}), [*VARIANTS, DENSE]
+    for i, name in enumerate(names):
+        for run in runs:
+            if run["variant"] == name:
+                place = counts.index(run["ranks"]) + (i - (len(names) - 1) / 2) / (len(names) + 1)
+                error = report.whiskers([run["extra_bytes"]], run["formula"])
+                height = run["extra_bytes"]["median"] / run["formula"]
+                axes.bar(place, height, 1 / (len(names) + 1), yerr=error, color=f"C{i}")
+        axes.bar(0, 0, color=f"C{i}", label=name)  # for the legend alone
+    axes.axhline(1.0, color="black", linestyle="--", linewidth=0.8)
+    axes.set_xticks(range(len(counts)), [f"{count} ranks" for count in counts])
+    axes.set(ylabel="peak beyond Horovod's own over 2 m n/P numbers")
+    axes.legend(fontsize=8)
+    report.save(figure, path)
 
 
 if __name__ == "__main__":

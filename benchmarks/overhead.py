@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def _launch(options: argparse.Namespace) -> None:
         runs.append(command.collect("benchmarks.overhead", *words, ranks=ranks))
         print(f"\n{_table(runs[-1])}\n", flush=True)
     report.write(options.out, {"parameters": options.parameters, "runs": runs})
-    _plot(runs, options.out.with_suffix(".png"))
+    _plot(runs, options.out)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     found |= {"copy_bytes_per_s": bandwidth, "variants": {}}
     for variant in variants(options.depth, hvd.size()):
         found["variants"][variant.name] = measure(variant, shapes, options.events)
+        gc.collect()  # an optimizer is in cycles, and with it its history
     if not options.no_dense:
         found["dense"] = _measure_dense(n, options.depth)
     return found
@@ -133,18 +135,21 @@ def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
     steps(accelerated, optimizer, fill)
     steps(own, plain, 3)
     stats = optimizer.anderson.stats
-    before, had = dict(stats.seconds), stats.accelerated
+    had = stats.accelerated
     reference: list[float] = []
     events_s, others_s, ratios = [], [], []
+    parts_s: dict[str, list[float]] = {part: [] for part in EVENT_PARTS}
     for _ in range(events):
         turn = steps(own, plain, max(p, 2))
+        before = dict(stats.seconds)
         mine = steps(accelerated, optimizer, p)
+        for part, found in parts_s.items():
+            found.append(stats.seconds[part] - before[part])
         reference += turn
         events_s.append(mine[-1])
         others_s += mine[:-1]
         ratios.append(sum(mine) / p / (sum(turn) / len(turn)))
     median = report.spread(reference)["median"]
-    parts = {part: (stats.seconds[part] - before[part]) / events for part in EVENT_PARTS}
     return {
         "p": p,
         "events": events,
@@ -155,7 +160,7 @@ def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
             report.spread([t / median for t in others_s]) if others_s else None
         ),
         "step_over_own": report.spread(ratios),
-        "parts_s": parts,
+        "parts_s": {part: report.spread(found) for part, found in parts_s.items()},
         "history_bytes": optimizer.anderson.history_bytes,
     }
 
@@ -207,7 +212,7 @@ def _table(run: dict[str, Any]) -> str:
                 f"{event / run['floor_s']:.2f}",
                 f"{ratio:.3f}",
                 f"{between['median']:.3f}" if between else "-",
-                *(f"{1000 * parts[part]:.1f}" for part in EVENT_PARTS),
+                *(f"{1000 * parts[part]['median']:.1f}" for part in EVENT_PARTS),
             ]
         )
     head = ["", OWN, "event", "over floor", "step over own", "between", *EVENT_PARTS]
@@ -238,14 +243,14 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
         names = list(run["variants"])
         bottom = [0.0] * len(names)
         for part in EVENT_PARTS:
-            heights = [1000 * run["variants"][name]["parts_s"][part] for name in names]
+            heights = [1e3 * run["variants"][name]["parts_s"][part]["median"] for name in names]
             axes.bar(names, heights, bottom=bottom, label=part)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         axes.axhline(1000 * run["floor_s"], color="black", linestyle="--", label="floor")
         axes.set(title=f"{run['ranks']} ranks", ylabel="ms per event and the stores before it")
         axes.tick_params(axis="x", rotation=30)
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    report.save(figure, path)
 
 
 if __name__ == "__main__":

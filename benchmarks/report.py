@@ -36,6 +36,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def whiskers(spreads: Sequence[dict[str, float]], unit: float = 1.0) -> list[list[float]]:
+    """What matplotlib calls `yerr`: from medians to first and third quartiles, over `unit`."""
+    return [
+        [(s["median"] - s["first_quartile"]) / unit for s in spreads],
+        [(s["third_quartile"] - s["median"]) / unit for s in spreads],
+    ]
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a plot beside the JSON file `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     """Writes results as JSON, with date, machine and versions, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

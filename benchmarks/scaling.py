@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import command, report
@@ -37,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(options: argparse.Namespace) -> None:
-
     names = "numbers", "share", "depth", "events"
     command.at_least(1, options, "ranks", *names)
     words = [f"--{name}={getattr(options, name)}" for name in names]
@@ -46,6 +46,7 @@ def _launch(options: argparse.Namespace) -> None:
         runs += command.collect("benchmarks.scaling", *words, ranks=ranks)
     print(_table(runs, options.depth))
     report.write(options.out, {"m": options.depth, "runs": runs})
+    _plot(runs, options.out)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -78,11 +79,38 @@ def _table(runs: list[dict[str, Any]], depth: int) -> str:
                         f"{1000 * event:.1f}",
                         f"{chosen[0]['event_s']['median'] / event:.2f}",
                         f"{run['history_bytes'] / 2**20:.0f}",
-                        *(f"{1000 * run['parts_s'][part]:.1f}" for part in EVENT_PARTS),
+                        *(f"{1000 * run['parts_s'][part]['median']:.1f}" for part in EVENT_PARTS),
                     ]
                 )
     head = ["", "n / 1e6", "event, ms", "speed-up", "MiB a rank", *EVENT_PARTS]
     return f"\nm = {depth}, p = q = 5, {cores} cores\n\n{report.table(head, rows)}"
+
+
+def _plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Event against ranks; dotted: a perfect one; grey: where ranks share cores."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    cores = len(os.sched_getaffinity(0))
+    for axes, kind in zip(panels, ("strong", "weak"), strict=True):
+        for layout in LAYOUTS:
+            chosen = [run for run in runs if (run["kind"], run["layout"]) == (kind, layout)]
+            ranks = [run["ranks"] for run in chosen]
+            spreads = [run["event_s"] for run in chosen]
+            y = [1e3 * s["median"] for s in spreads]
+            error = report.whiskers(spreads, 1e-3)
+            drawn = axes.errorbar(ranks, y, error, marker="o", capsize=3, label=layout)
+            ideal = [y[0] * (ranks[0] / k if kind == "strong" else 1.0) for k in ranks]
+            axes.plot(ranks, ideal, ":", color=drawn[0].get_color())
+        axes.set(xscale="log", yscale="log", xlabel="ranks", title=kind)
+        axes.set_xticks(ranks, [str(k) for k in ranks])
+        axes.minorticks_off()
+        if max(ranks) > cores:
+            axes.axvspan(cores * 1.1, max(ranks) * 1.1, color="grey", alpha=0.2)
+    panels[0].set_ylabel("event / ms, median and quartiles")
+    panels[0].legend(title="dotted: ideal; grey: sharing cores", fontsize=8, title_fontsize=8)
+    report.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import command, report
@@ -50,6 +51,7 @@ def _launch(options: argparse.Namespace) -> None:
         )
     results = {"problem": options.problem, "ranks": options.ranks, "rows": rows}
     report.write(options.out, results)
+    _plot(rows, f"{options.problem}, {options.ranks} ranks", options.out)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,6 +113,22 @@ def _compare(times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
             "quartiles_of_ratio": [ratio["first_quartile"], ratio["third_quartile"]],
         }
     return rows
+
+
+def _plot(rows: dict[str, dict[str, Any]], title: str, path: Path) -> None:
+    """A step over Horovod's own, median and quartiles over blocks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows.values()):
+        low, high = row["quartiles_of_ratio"]
+        error = [[row["ratio"] - low], [high - row["ratio"]]]
+        axes.errorbar([i], [row["ratio"]], error, fmt="o", capsize=4, color="C0")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), list(rows))
+    axes.set(ylabel="a step over Horovod's own", title=title, xlim=(-0.5, len(rows) - 0.5))
+    report.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def test_overhead(tmp_path, capsys):
         for name, variant in run["variants"].items():
             assert variant["accelerated"] == 2, f"{name}: events were cut short"
             assert set(variant["parts_s"]) == set(overhead.EVENT_PARTS)
+            for part in variant["parts_s"].values():
+                assert 0 <= part["first_quartile"] <= part["median"] <= part["third_quartile"]
         assert ("dense" in run) == (run["ranks"] == 1)
     assert out.with_suffix(".png").stat().st_size > 0
     printed = capsys.readouterr().out
@@ -36,15 +38,16 @@ def test_overhead(tmp_path, capsys):
 def test_memory_follows_the_formula(tmp_path, capsys):
     """Large enough that Python's own ups and downs do not matter."""
     out = tmp_path / "memory.json"
-    words = ["--parameters=2000000", "--depth=10", "--ranks", "1", f"--out={out}"]
+    words = ["--parameters=2000000", "--depth=10", "--ranks", "1", "--repeats=1", f"--out={out}"]
     assert memory.main(words) == 0
     runs = json.loads(out.read_text())["runs"]
-    ratios = {run["variant"]: run["extra_bytes"] / run["formula"] for run in runs}
+    ratios = {run["variant"]: run["extra_bytes"]["median"] / run["formula"] for run in runs}
     assert list(ratios) == [*memory.VARIANTS, memory.DENSE]
     assert 0.9 < ratios["rows"] < 1.6
     assert ratios["rows, bfloat16"] < ratios["rows"] - 0.2
     assert ratios[memory.DENSE] > 2.0
     assert "peak beyond" in capsys.readouterr().out
+    assert out.with_suffix(".png").stat().st_size > 0
 
 
 def test_scaling(tmp_path, capsys):
@@ -56,6 +59,7 @@ def test_scaling(tmp_path, capsys):
     assert len(sizes) == 8
     assert sizes["strong", "rows", 2] == 4000
     assert sizes["weak", "columns", 2] == 2000
+    assert out.with_suffix(".png").stat().st_size > 0
     assert "weak, rows, 2 ranks" in capsys.readouterr().out
 
 
@@ -66,6 +70,7 @@ def test_scaling(tmp_path, capsys):
         (overhead, ["--events=0"], "--events"),
         (memory, ["--parameters=0"], "--parameters"),
         (memory, ["--ranks", "0"], "--ranks"),
+        (memory, ["--repeats=0"], "--repeats"),
         (scaling, ["--share=0"], "--share"),
         (scaling, ["--ranks", "2", "0"], "--ranks"),
     ],

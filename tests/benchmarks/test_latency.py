@@ -20,6 +20,7 @@ def test_a_short_run(tmp_path, capfd):
         times = run["microseconds"]
         assert 0 < times["first_quartile"] <= times["median"] <= times["third_quartile"]
     assert "median / us" in printed
+    assert out.with_suffix(".png").stat().st_size > 0
 
 
 def test_all_calls_but_the_first_are_timed():

@@ -19,6 +19,7 @@ def test_a_short_run(tmp_path, capfd):
     assert found["rows"]["p = 2"]["steps"] == 12
     assert all(row["ms_per_step"] > 0 for row in found["rows"].values())
     assert "p = 5" in printed and "quartiles" in printed
+    assert out.with_suffix(".png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("words", [["--problem=nothing"], ["--ranks=0"], ["--steps=-1"]])
