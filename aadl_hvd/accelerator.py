@@ -44,6 +44,7 @@ from aadl_hvd.errors import (
     ReplicaMismatchError,
     UnsupportedError,
 )
+from aadl_hvd.flatten import numbers_of
 from aadl_hvd.gram import Gram
 from aadl_hvd.history import History, chunked_dot
 from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
@@ -317,7 +318,7 @@ class Accelerator:
         """Whether all ranks hold the same weights. Collective."""
         with _plain_numerics(problem.device):
             hash(problem.signature)
-            sums = self._comm.allreduce(replicas.riders(self._checksum(problem)))
+            sums = self._comm.allreduce(replicas.riders(int(self._checksum(problem))))
         same = replicas.equal(sums, self._comm.size)
         self._were_equal |= same
         return same
@@ -511,12 +512,10 @@ class Accelerator:
                 with self.stats.timed("average"):
                     gains = self._averages.partial_gains(w, r, self._sharding.counted)
                 with self.stats.timed("noise"):
-                    noise = self._noise.riders()
+                    noise = self._noise.measured()
                 with self.stats.timed("replicas"):
                     checksum = self._checksum(problem)
-                same = replicas.riders(checksum)
-                riders = np.concatenate([noise, self._losses.riders(), same, gains])
-                self._accelerate(problem, w, r, riders, checksum)
+                self._accelerate(problem, w, r, [noise, checksum, gains])
             if average:
                 self._replace_by_average(problem, r)
         return result
@@ -534,18 +533,30 @@ class Accelerator:
             self.stats.stored += 1
 
     def _accelerate(
-        self, problem: FixedPoint, w: Tensor, r: Tensor, riders: Vector, checksum: int
+        self, problem: FixedPoint, w: Tensor, r: Tensor, measured: list[Tensor]
     ) -> None:
         stats, config = self.stats, self.config
         with stats.timed("gram"):
-            system, sums = self._gram.assemble(r, riders)
+            # All at once: on a GPU this is one of the two waits of an event.
+            asked = [self._gram.partial(r), *measured, *self._losses.unread()]
+            partial, deviations, checksum, gains, *unread = numbers_of(asked)
+            self._losses.read(unread)
+            riders = np.concatenate(
+                [
+                    self._noise.riders(deviations),
+                    self._losses.riders(),
+                    replicas.riders(int(checksum[0])),
+                    gains,
+                ]
+            )
+            system, sums = self._gram.assemble(partial, riders)
             stats.bytes["gram"] += self._gram.message_bytes(len(riders))
         lengths = NoiseMeter.RIDERS, LossWatch.RIDERS, replicas.RIDERS
         noise, losses, same, gains = np.split(sums, np.cumsum(lengths))
         self._losses.event(losses, self._comm.size)
         ready = self._backoff.ready()
         if not replicas.equal(same, self._comm.size):
-            return self._unequal(problem, checksum)
+            return self._unequal(problem, int(checksum[0]))
         self._were_equal, self.stepped_apart = True, False
         if system is None:
             return self._restart_equal()
@@ -607,9 +618,9 @@ class Accelerator:
             self._losses.try_out(base_rows, undo)
         stats.accelerated += 1
 
-    def _checksum(self, problem: FixedPoint) -> int:
+    def _checksum(self, problem: FixedPoint) -> Tensor:
         if self._comm.size == 1:
-            return 0
+            return torch.zeros((), dtype=torch.int64)
         work = _work_dtype(problem)
         return replicas.checksum(problem.read, problem.n, work, problem.device)
 

@@ -138,21 +138,20 @@ class WeightAverages:
         gains = self._gains / weight if weight else np.full(len(self.kinds), np.nan)
         return dict(zip(self.kinds, gains.tolist(), strict=True))
 
-    def partial_gains(self, w: Tensor, r: Tensor, part: slice = slice(None)) -> Vector:
-        """This rank's part of the gains over an iterate and its residual, [rows] each: [kinds].
+    def partial_gains(self, w: Tensor, r: Tensor, part: slice = slice(None)) -> Tensor:
+        """This rank's part of the gains over an iterate and its residual, [rows] each.
 
-        The sum is over rows `part` alone.
+        The sum is over rows `part` alone. [kinds] float64, on the device.
         """
         if not self._averages:
-            return np.zeros(0)
+            return torch.zeros(0, dtype=torch.float64)
         if not self.count:  # nothing to compare with, but `push` is to know if w is finite
-            largest = float(w.abs().max()) if w.numel() else 0.0
-            return np.full(len(self.kinds), 0.0 * largest)
+            largest = w.abs().max() if w.numel() else w.new_zeros(())
+            return (0.0 * largest).double().expand(len(self.kinds))
         # 1/2 <r + avg r, avg w - w>; chunks outside, so that w and r are read once.
         zero = w.new_zeros(len(self._averages), dtype=torch.float64)
         parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
-        gains: Vector = torch.stack(parts).sum(dim=0).mul_(0.5).cpu().numpy()
-        return gains
+        return torch.stack(parts).sum(dim=0).mul_(0.5)
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
         """Takes in an iterate and its residual, [rows] each.

@@ -93,8 +93,9 @@ class AndersonConfig:
         history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
             float32, bfloat16, float16. None: float64 if a parameter is float64, else float32.
         history_device: where history and averages are: None, where the parameters are, or "cpu", in
-            pinned memory of the host, which then does the arithmetic, too: slow, for GPUs without
-            room. Copies go under way while the base optimizer works.
+            memory of the host, which then does the arithmetic, too: slow, for GPUs without room.
+            Weights come over through pinned memory, while the base optimizer works; residuals
+            after it.
         on_desync: what follows when ranks no longer hold the same weights, which every attempt
             checks: "error" on all ranks, that names those that differ from most, or "resync": these
             get weights and optimizer state of the others, with a warning. Ranks that were never
@@ -221,7 +222,7 @@ class AndersonConfig:
 
     def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
+        if not (value is None or isinstance(value, str)) or value not in choices:
             close = difflib.get_close_matches(str(value), filter(None, choices), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"Invalid {name}={value!r}. Must be one of {choices}.{hint}")
@@ -258,7 +259,7 @@ class AndersonConfig:
         value: Any = self.history_dtype
         if isinstance(value, str) and value in HISTORY_DTYPES:
             object.__setattr__(self, "history_dtype", HISTORY_DTYPES[value])
-        elif value is not None and value not in HISTORY_DTYPES.values():
+        elif value is not None and not any(value is known for known in HISTORY_DTYPES.values()):
             raise ConfigError(
                 f"Invalid history_dtype={value!r}. Must be None or one of "
                 f"{', '.join(HISTORY_DTYPES)} (as a torch.dtype or a string)."

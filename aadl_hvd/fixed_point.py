@@ -453,14 +453,12 @@ class OptimizerFixedPoint:
             scaling = 1.0 / rows("exp_inf")  # eps is in it
         else:
             beta, steps = group["betas"][1], _steps(state)
-            factor = 1.0
-            if isinstance(optimizer, torch.optim.RAdam):
-                factor = _rectification(beta, steps)
-                if not factor:
-                    return None  # nothing is divided in its first steps
             v = rows("max_exp_avg_sq" if group.get("amsgrad", False) else "exp_avg_sq")
             v = v / (1.0 - beta**steps)
-            scaling = factor / (v.sqrt_() + group["eps"])
+            scaling = 1.0 / (v.sqrt_() + group["eps"])
+            if isinstance(optimizer, torch.optim.RAdam):  # divides by nothing in its first steps
+                factor = _rectification(beta, steps).to(scaling)
+                scaling = torch.where(factor > 0.0, factor * scaling, 1.0)
         return scaling
 
     @property
@@ -488,15 +486,14 @@ def _steps(state: dict[str, Any]) -> Any:
     return step.double() if isinstance(step, Tensor) else float(step)
 
 
-def _rectification(beta: float, steps: Any) -> float:
-    """r_t of RAdam (Liu et al. 2020, Algorithm 2); 0 where it does not divide yet."""
-    steps = float(steps)
+def _rectification(beta: float, steps: float | Tensor) -> Tensor:
+    """r_t of RAdam (Liu et al. 2020, Algorithm 2), []; 0 where it does not divide yet."""
     longest = 2.0 / (1.0 - beta) - 1.0
     length = longest - 2.0 * steps * beta**steps / (1.0 - beta**steps)
-    if length <= 5.0:
-        return 0.0
+    length = torch.as_tensor(length, dtype=torch.float64)
     ratio = (length - 4.0) * (length - 2.0) * longest
-    return float((ratio / ((longest - 4.0) * (longest - 2.0) * length)) ** 0.5)
+    ratio = ratio / ((longest - 4.0) * (longest - 2.0) * length)
+    return torch.where(length > 5.0, ratio.clamp_min(0.0).sqrt(), 0.0)
 
 
 def _long_run_rate(group: dict[str, Any]) -> float:

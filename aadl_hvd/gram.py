@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from aadl_hvd import replicas
@@ -41,16 +40,35 @@ class Gram:
         tokens = 2 * len(self._history.tokens)
         return 8 * ((self._depth + 1) * self._depth + 1 + tokens + riders)
 
+    def partial(self, r: Tensor) -> Tensor:
+        """This rank's part of the rows of new columns, of R^T r and of r^T r, one after the other.
+
+        Args:
+            r: this rank's rows of the residual, [rows].
+
+        Returns:
+            [(k + 1) own slots + 1] float64, on the device.
+        """
+        sharding = self._history.sharding
+        if not self._history.stored:
+            return torch.zeros(len(sharding.slots) + 1, dtype=torch.float64)
+        if sharding.layout == "columns":
+            known = [column for column in self._fresh.values() if column is not None]
+            own = torch.stack([*known, self._history.inner([], r)[0]])
+        else:
+            own = self._history.inner(list(self._fresh), r)
+        return torch.cat([own.reshape(-1), chunked_dot(r, r, sharding.counted).reshape(1)])
+
     def stored(self, slot: int, column: Tensor | None) -> None:
         """Takes note of a new column in `slot`, as `History.push` returned it; no communication."""
         self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
         self._fresh[slot] = None if column is None else self._history.inner([], column)[0]
 
-    def assemble(self, r: Tensor, riders: Vector) -> tuple[System | None, Vector]:
+    def assemble(self, partial: Vector, riders: Vector) -> tuple[System | None, Vector]:
         """Brings R^T R up to date and multiplies R with r. Collective: one allreduce.
 
         Args:
-            r: this rank's rows of the residual, [rows].
+            partial: what `partial` returned, on the host.
             riders: [e] numbers to be summed over ranks in the same message.
 
         Returns:
@@ -61,8 +79,8 @@ class Gram:
         k, m = len(self._fresh), self._depth
         table = np.zeros((m + 1, m))
         own = np.ix_([*range(k), m], self._history.sharding.slots)
-        products, rr = self._partial(r)
-        table[own] = products
+        products, rr = partial[:-1], partial[-1]
+        table[own] = products.reshape(table[own].shape)
         tokens = np.array(self._history.tokens, dtype=np.float64)
         message = np.concatenate([riders, table.reshape(-1), [rr], tokens, tokens**2])
         summed, message = np.split(self._comm.allreduce(message), [len(riders)])
@@ -125,17 +143,3 @@ class Gram:
         """Forgets everything, together with the history."""
         self._matrix[:] = 0.0
         self._fresh.clear()
-
-    def _partial(self, r: Tensor) -> tuple[NDArray[np.float64], float]:
-        """This rank's [fresh rows, R^T r] as [k + 1, own slots], and its part of r^T r."""
-        sharding = self._history.sharding
-        if not self._history.stored:
-            return np.zeros((1, len(sharding.slots))), 0.0
-        if sharding.layout == "columns":
-            known = [column for column in self._fresh.values() if column is not None]
-            own = torch.stack([*known, self._history.inner([], r)[0]])
-        else:
-            own = self._history.inner(list(self._fresh), r)
-        rr = chunked_dot(r, r, sharding.counted)
-        host = torch.cat([own.reshape(-1), rr.reshape(1)]).cpu().numpy()  # one synchronisation
-        return host[:-1].reshape(own.shape), float(host[-1])

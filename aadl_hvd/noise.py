@@ -215,11 +215,11 @@ class NoiseMeter:
         self._last = self._now if successive else None
         self._now, self._call = deviations, call
 
-    def riders(self) -> Vector:
-        """[4] numbers on the last step to be summed over ranks; zeros if this rank cannot say."""
+    def measured(self) -> Tensor:
+        """What `riders` is to be given, on the device: [2] float64, [0] if this rank cannot say."""
         deviations, last = self._now, self._last
         if deviations is None or last is None or last.values.shape != deviations.values.shape:
-            return np.zeros(4)
+            return torch.zeros(0)
         change = deviations.values - last.values
         # Steps that two changes have in common would make their noise alike, too.
         apart = [earlier for call, earlier in self._changes if call <= self._call - 2]
@@ -230,9 +230,14 @@ class NoiseMeter:
             alike = (change * before).sum(dim=1, dtype=torch.float64).square()
             alike /= squares * before.square().sum(dim=1, dtype=torch.float64)
             squares = torch.where(alike > self.ALIKE, squares * (1.0 - alike), squares)
-        numbers = torch.stack([squares.sum(), deviations.squared.double()])
-        changed, squared = numbers.tolist()  # one synchronisation
-        samples = len(change)
+        return torch.stack([squares.sum(), deviations.squared.double()])
+
+    def riders(self, measured: Vector) -> Vector:
+        """[4] numbers on the last step to be summed over ranks; zeros if this rank cannot say."""
+        if self._now is None or not len(measured):
+            return np.zeros(self.RIDERS)
+        changed, squared = measured
+        samples = len(self._now.values)
         return np.array([changed, samples, samples**2, squared], dtype=np.float64)
 
     @staticmethod

@@ -22,10 +22,10 @@ _HALF = 2**18
 Read = Callable[[int, int, Tensor], Tensor]
 
 
-def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> int:
-    """A number below 2^36 from the bits of a flat vector.
+def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number below 2^36 from the bits of a flat vector: int64, [], on the device.
 
-    Any single bit that differs changes it. One pass over the weights, one wait for the device.
+    Any single bit that differs changes it. One pass over the weights, no wait for the device.
 
     Args:
         read: of the vector.
@@ -34,7 +34,7 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> in
         device: where it is.
     """
     if n == 0:
-        return 0
+        return torch.zeros((), dtype=torch.int64)
     size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, n + n % 2)
     buffer = torch.zeros(size, dtype=dtype, device=device)
     sums = []
@@ -46,7 +46,7 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> in
         sums.append(buffer[: hi - lo + (hi - lo) % 2].view(torch.int64).sum())
     # Odd factors, or chunks could change places unseen.
     factors = torch.arange(1, 2 * len(sums), 2, device=device)
-    return int((torch.stack(sums) * factors).sum()) % _PRIME
+    return (torch.stack(sums) * factors).sum().remainder(_PRIME)
 
 
 def riders(number: int) -> Vector:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,18 @@ class LossWatch:
         self._after_base_step = not self.verdict_due
         given, self._given = self._given, []
         self._losses = [*self._losses[-1:], given]
+
+    def unread(self) -> list[Tensor]:
+        """Losses, [] each, that are numbers on the device yet: asking for each would be a wait."""
+        return [loss for losses in self._losses for loss in losses if isinstance(loss, Tensor)]
+
+    def read(self, numbers: Iterable[Vector]) -> None:
+        """Takes in what `unread` returned, [1] each."""
+        known = iter(numbers)
+        self._losses = [
+            [float(next(known)[0]) if isinstance(loss, Tensor) else loss for loss in losses]
+            for losses in self._losses
+        ]
 
     def riders(self) -> Vector:
         """[3] numbers to be summed over ranks: this rank's loss, whether it has one, its spread."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -226,9 +227,17 @@ def _groups_of_nodes(comm: Communicator) -> list[list[int]]:
             "be equal, so that all groups cut the history alike; or shard_group='world'."
         )
     nodes = defaultdict(list)
-    for rank, node in comm.allgather_object((hvd.rank(), hvd.cross_rank())):
-        nodes[node].append(rank)
-    groups = sorted(nodes.values())
+    for rank, host, cross in comm.allgather_object((hvd.rank(), platform.node(), hvd.cross_rank())):
+        nodes[host].append((rank, cross))
+    groups = []
+    for ranks in nodes.values():
+        # Ranks of one local rank are numbered across nodes in their own order, which need not be
+        # that of another local rank; it tells nodes apart where several have one name.
+        named = defaultdict(list)
+        for rank, cross in ranks:
+            named[cross if len(ranks) > hvd.local_size() else None].append(rank)
+        groups += list(named.values())
+    groups.sort()
     _check_sizes("'node'", groups)
     return groups
 

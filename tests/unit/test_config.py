@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,13 @@ def test_ends_of_ranges_are_allowed(good):
 def test_a_typing_mistake_gets_a_hint():
     with pytest.raises(ConfigError, match="Did you mean 'descent'"):
         AndersonConfig(safeguard="decent")
+
+
+@pytest.mark.parametrize("name", ["history_device", "history_dtype", "layout", "shard_group"])
+def test_arrays_are_no_choice(name):
+    """They answer a comparison with many answers."""
+    with pytest.raises(ConfigError, match=f"Invalid {name}="):
+        AndersonConfig(**{name: np.array([1, 2])})
 
 
 def test_momentum_that_is_accelerated_itself_is_not_reset():

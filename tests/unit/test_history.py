@@ -37,6 +37,10 @@ class ListOfColumns:
         self.columns, self.last, self.pushed = [], None, 0
 
 
+def assemble(gram, r, riders):
+    return gram.assemble(gram.partial(r).numpy(), riders)
+
+
 def stored_column(held, slot):
     """This rank's rows of a column of R, by the interface: r - R gamma at r = 0, gamma = -e."""
     lo, hi = held.sharding.rows
@@ -100,7 +104,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             R = np.column_stack([column for _, _, column in plain.columns])
             if event == "solve":
                 riders = np.array([1.0, comm.rank, w[0]])
-                system, sums = gram.assemble(torch.from_numpy(r[part]), riders)
+                system, sums = assemble(gram, torch.from_numpy(r[part]), riders)
                 ranks = comm.size * (comm.size - 1) / 2
                 np.testing.assert_allclose(sums, [comm.size, ranks, comm.size * w[0]])
                 G, b, rr = system
@@ -160,7 +164,7 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
             new = held.push(w_k[part], r_k[part])
             if new is not None:
                 gram.stored(*new)
-        (G, b, _), _ = gram.assemble(r[part], np.zeros(0))
+        (G, b, _), _ = assemble(gram, r[part], np.zeros(0))
         R = np.zeros((n, depth))
         for slot in sharding.slots:
             R[part, slot] = stored_column(held, slot)
@@ -204,7 +208,7 @@ def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing, late
             torch.stack([b[i] - a[i] for a, b in itertools.pairwise(pairs)][-depth:]).double()
             for i in (0, 1)
         )
-        (G, *_), _ = gram.assemble(pairs[-1][1][part], np.zeros(0))
+        (G, *_), _ = assemble(gram, pairs[-1][1][part], np.zeros(0))
         norms = R.norm(dim=1)
         sizes = torch.outer(norms, norms)
         torch.testing.assert_close(torch.from_numpy(G) / sizes, R @ R.T / sizes, atol=2e-3, rtol=0)
@@ -235,7 +239,7 @@ def test_dot_adds_up_in_float64(monkeypatch):
 
 
 def test_message_bytes_is_what_is_sent():
-    """The documented (m + 1) m + 5 numbers, whatever is stored, and what rides along."""
+    """The documented (m + 1) m + 9 numbers, whatever is stored, and what rides along."""
 
     class Counting(LocalCommunicator):
         sent: tuple[int, ...] = ()
@@ -252,5 +256,5 @@ def test_message_bytes_is_what_is_sent():
     for _ in range(3):
         if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
             gram.stored(*new)
-        gram.assemble(torch.randn(6).double(), np.zeros(7))
+        assemble(gram, torch.randn(6).double(), np.zeros(7))
     assert comm.sent == (gram.message_bytes(7),) * 3 == (8 * (29 + 7),) * 3

@@ -74,10 +74,18 @@ def test_free_memory_of_this_machine():
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("5000", 5000 - 3000 + 1000), ("max", None)])
-def test_a_container_has_less(limit, expected, tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text("3000\n")
-    (tmp_path / "memory.stat").write_text("anon 2000\ninactive_file 1000\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+@pytest.mark.parametrize(
+    ("own", "limited"),
+    [("/", "."), ("/jobs/7/step", "."), ("/jobs/7/step", "jobs/7"), ("/jobs/7", "jobs/7")],
+)
+def test_a_container_or_a_job_has_less(own, limited, limit, expected, tmp_path, monkeypatch):
+    group = tmp_path / limited
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text("3000\n")
+    (group / "memory.stat").write_text("anon 2000\ninactive_file 1000\n")
+    (tmp_path / "cgroup").write_text(f"1:cpu:/elsewhere\n0::{own}\n")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "cgroup")
     free = memory.free_bytes(torch.device("cpu"))
     assert free == expected if expected else free > 10**6

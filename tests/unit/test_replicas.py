@@ -19,7 +19,7 @@ def checksum(vector):
         return out.copy_(vector[lo:hi])
 
     dtype = torch.float64 if vector.dtype == torch.float64 else torch.float32
-    return replicas.checksum(read, len(vector), dtype, CPU)
+    return int(replicas.checksum(read, len(vector), dtype, CPU))
 
 
 BITS = {

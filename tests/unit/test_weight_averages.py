@@ -25,7 +25,7 @@ def feed(average, iterates, residuals=None, gains=None):
     residuals = np.zeros_like(iterates) if residuals is None else residuals
     found = []
     for w, r in zip(torch.from_numpy(iterates), torch.from_numpy(residuals), strict=True):
-        part = average.partial_gains(w, r)
+        part = average.partial_gains(w, r).numpy()
         found.append(part)
         average.push(w, r, part)
     return np.array(found)
