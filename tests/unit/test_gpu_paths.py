@@ -193,6 +193,16 @@ def test_waits_of_an_event_alone(name, most):
     assert not any(others)
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RAdam])
+def test_steps_counted_on_the_device_are_left_there(make):
+    """One for each parameter: asked for one by one they would be a wait for each."""
+    run = on_two_ranks(
+        GPU, AndersonConfig(), make=lambda p: make(p, lr=0.05, foreach=True, capturable=True)
+    )
+    assert run.accelerated
+    assert max(map(len, run.waits)) == 2
+
+
 def test_waits_for_observed_losses():
     """In the event with all else; and in the verdict, once."""
     event, after, others = last_event(on_two_ranks(GPU, AndersonConfig(), observe=True))
