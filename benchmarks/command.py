@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from models.errors import UserError
 
 
@@ -52,6 +53,7 @@ def run(
         on_rank(options.on_rank, lambda: measure(options))
         return 0
     try:
+        report.prepare(options.out.parent)
         launch(options)
     except RanksFailed as failed:
         return failed.code

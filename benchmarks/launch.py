@@ -87,7 +87,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "horovod", "numpy")},
+        **{name: version(name) for name in ("torch", "horovod", "numpy", "mpi4py")},
         "controller": controller(),
     }
 

@@ -32,6 +32,7 @@ class Variant:
     name: str
     frequency: int
     options: dict[str, Any]
+    falling: bool = False  # a lower learning rate in every step: then updates read R, too
 
 
 def variants(depth: int, ranks: int) -> list[Variant]:
@@ -45,8 +46,10 @@ def variants(depth: int, ranks: int) -> list[Variant]:
         Variant("p = q = 5", 5, plain),
         Variant("p = q = 5, gate and averages", 5, common | gate),
         Variant("p = q = 5, moving average", 5, window),
+        Variant("p = q = 5, falling rate", 5, plain, falling=True),
         Variant("p = q = 1", 1, plain),
         Variant("p = q = 1, gate and averages", 1, common | gate),
+        Variant("p = q = 1, moving average", 1, window),
     ]
 
 
@@ -129,6 +132,8 @@ def measure(variant: Variant, shapes: Any, events: int) -> dict[str, Any]:
             workload.backward()
             hvd.barrier()
             times.append(_timed(optimizer.step))
+            if variant.falling and optimizer is not plain:
+                optimizer.param_groups[0]["lr"] *= 0.999
         return times
 
     fill = p * (config.history_depth + 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launch import describe_machine
+from models.errors import UserError
 
 RESULTS = Path("benchmarks/results")
 
@@ -46,13 +47,25 @@ def whiskers(spreads: Sequence[dict[str, float]], unit: float = 1.0) -> list[lis
 
 def save(figure: Any, path: Path) -> None:
     """Writes a plot beside the JSON file `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder that results go to, before anything is measured.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out is in {folder}, which cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out is in {folder}, must be a folder that can be written to")
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Writes results as JSON, with date, machine and versions, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     everything = {"date": str(datetime.date.today()), "machine": describe_machine(), **results}
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(everything, indent=2) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -93,9 +94,9 @@ def _check(options: argparse.Namespace) -> None:
             require(value >= low, name, value, f"at least {low}")
     require(options.parameters is None or options.parameters >= 1000, "parameters",
             options.parameters, "at least 1000")  # fmt: skip
-    require(min(options.images_per_second) > 0, "images-per-second",
+    require(all(0 < value < math.inf for value in options.images_per_second), "images-per-second",
             options.images_per_second, "positive")  # fmt: skip
-    require(options.launch_microseconds >= 0, "launch-microseconds",
+    require(0 <= options.launch_microseconds < math.inf, "launch-microseconds",
             options.launch_microseconds, "at least 0")  # fmt: skip
     if options.validate_parameters is None:
         options.validate_parameters = [
@@ -106,7 +107,9 @@ def _check(options: argparse.Namespace) -> None:
             "validate-parameters", options.validate_parameters,
             f"as many as --validate-ranks, {len(options.validate_ranks)}")  # fmt: skip
     for value in options.validate_parameters:
-        require(value is None or value >= 1000, "validate-parameters", value, "at least 1000")
+        require(
+            value is None or 1000 <= value < math.inf, "validate-parameters", value, "at least 1000"
+        )
     found = shutil.which("horovodrun") is not None
     found = found or Path(sys.executable).with_name("horovodrun").exists()
     if options.validate is None:
@@ -122,7 +125,7 @@ def _run(options: argparse.Namespace) -> None:
     from benchmarks.workload import copy_bandwidth, shapes_of
 
     machines = [read_machine(name) for name in options.machine]
-    options.out.mkdir(parents=True, exist_ok=True)
+    report.prepare(options.out)
     shapes = shapes_of(str(options.parameters or work.NETWORK))
     n, m = sum(shape.numel() for shape in shapes), options.history_depth
     five = AndersonConfig(history_depth=m, frequency=5, store_every=5)

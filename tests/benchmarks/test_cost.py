@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import memory, overhead, report, scaling
+from benchmarks.simulate import __main__ as simulate
 from benchmarks.workload import Workload, shapes_of
 from models.errors import UserError
 
@@ -79,6 +80,14 @@ def test_wrong_options(program, words, named, tmp_path, capsys):
     assert program.main([*words, f"--out={tmp_path / 'x.json'}"]) == 2
     assert named in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_results_that_could_not_be_written_are_not_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert overhead.main([f"--out={tmp_path / 'file' / 'x.json'}"]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert simulate.main([f"--out={tmp_path / 'file'}", "--machine=summit"]) == 2
+    assert "--out" in capsys.readouterr().err
 
 
 def test_workload_is_resnet50_with_its_gradient():
