@@ -171,7 +171,10 @@ class History:
         return None if slot is None else (slot, column)
 
     def inner(self, slots: list[int], vector: Tensor) -> Tensor:
-        """[R_slots, v]^T R over the rows that this rank sums up, in one pass over R.
+        """[R_slots, v]^T R over the rows that this rank sums up.
+
+        One pass over R as the memory sees it: on a processor each product reads a chunk of R, which
+        is in the cache after the first.
 
         Args:
             slots: slots that this rank holds.

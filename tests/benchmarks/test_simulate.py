@@ -339,9 +339,11 @@ def test_wrong_machine_file(toml, old, new, named, capsys):
         ["--batch", "0"],
         ["--cycles", "0"],
         ["--images-per-second", "0", "1"],
+        ["--images-per-second", "inf", "1"],
         ["--launch-microseconds", "-1"],
         ["--validate-ranks", "1"],
         ["--validate-parameters", "5000"],
+        ["--validate-parameters", "inf", "inf"],
     ],
 )
 def test_bad_arguments(arguments, capsys):
