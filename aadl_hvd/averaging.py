@@ -144,7 +144,7 @@ class WeightAverages:
         The sum is over rows `part` alone. [kinds] float64, on the device.
         """
         if not self._averages:
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64)
         if not self.count:  # nothing to compare with, but `push` is to know if w is finite
             largest = w.abs().max() if w.numel() else w.new_zeros(())
             return (0.0 * largest).double().expand(len(self.kinds))

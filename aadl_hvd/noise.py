@@ -219,7 +219,7 @@ class NoiseMeter:
         """What `riders` is to be given, on the device: [2] float64, [0] if this rank cannot say."""
         deviations, last = self._now, self._last
         if deviations is None or last is None or last.values.shape != deviations.values.shape:
-            return torch.zeros(0)
+            return torch.empty(0)
         change = deviations.values - last.values
         # Steps that two changes have in common would make their noise alike, too.
         apart = [earlier for call, earlier in self._changes if call <= self._call - 2]
