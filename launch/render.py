@@ -171,8 +171,9 @@ def _launcher(job: Job) -> str:
         if job.gpus_per_node:
             words.append(f"--gpus-per-node={job.gpus_per_node}")
     elif scheduler.launcher == "jsrun":
-        gpus = 1 if job.gpus_per_node else 0
-        words = _jsrun(job.ranks, job.ranks_per_node or 0, job.cores_per_rank or 1, gpus)
+        words = _jsrun(
+            job.nodes, job.ranks_per_node or 1, job.cores_per_rank or 1, job.gpus_per_node
+        )
     elif scheduler.launcher == "mpirun":
         words = ["mpirun", "-np", str(job.ranks), "-H", _hosts(job)]
         if job.cores_per_rank and job.ranks_per_node:
@@ -197,10 +198,15 @@ def _on_each_node(job: Job) -> str:
     return _join(words, job)
 
 
-def _jsrun(sets: int, sets_per_node: int, cores: int, gpus: int) -> list[str]:
-    """One rank in each resource set, bound to its cores."""
-    return ["jsrun", "-n", str(sets), "-r", str(sets_per_node), "-a", "1", "-c", str(cores),
-            "-g", str(gpus), "-b", f"packed:{cores}"]  # fmt: skip
+def _jsrun(nodes: int, ranks: int, cores: int, gpus: int) -> list[str]:
+    """A node is one resource set, and each of its ranks is bound to cores of its own.
+
+    A rank sees its resource set alone, and NCCL reaches over NVLink only GPUs that it sees: so all
+    of a node's are in one, and a rank takes the one of its local rank. There are no `--smpiargs`:
+    MPI, which knows no GPUs unless told so (`-gpu`), gets host memory alone here.
+    """
+    return ["jsrun", "-n", str(nodes), "-r", "1", "-a", str(ranks), "-c", str(ranks * cores),
+            "-g", str(gpus), "-b", f"proportional-packed:{cores}", "-d", "packed"]  # fmt: skip
 
 
 def _join(words: Iterable[str], job: Job) -> str:

@@ -129,8 +129,8 @@ def test_broken_machine_file_is_refused_by_key(tmp_path, message, capsys):
 
 def test_summit():
     text = script("summit", **SUMMIT, name="run1", queue="debug")
-    assert launched(text, "jsrun")[:13] == shlex.split(
-        "jsrun -n 12 -r 6 -a 1 -c 7 -g 1 -b packed:7"
+    assert launched(text, "jsrun") == shlex.split(
+        "jsrun -n 2 -r 1 -a 6 -c 42 -g 6 -b proportional-packed:7 -d packed python train.py"
     )
     assert {"-nnodes 2", "-W 2:00", "-P ABC123", "-J run1", "-q debug"} <= set(head(text, "BSUB"))
     assert {"-wa USR2 -wt 5", "-Q 75"} <= set(head(text, "BSUB"))
@@ -140,8 +140,8 @@ def test_summit():
 
 def test_summit_with_fewer_ranks_gives_each_more_cores():
     text = script("summit", **SUMMIT, ranks_per_node=3)
-    assert launched(text, "jsrun")[:13] == shlex.split(
-        "jsrun -n 6 -r 3 -a 1 -c 14 -g 1 -b packed:14"
+    assert launched(text, "jsrun") == shlex.split(
+        "jsrun -n 2 -r 1 -a 3 -c 42 -g 6 -b proportional-packed:14 -d packed python train.py"
     )
     assert "export OMP_NUM_THREADS=14 " in text
 

@@ -27,6 +27,8 @@ TRAIN = [
     "--resume=auto", "--no-check-images", "--anderson=off",
 ]  # fmt: skip
 
+JSRUN = ["jsrun", "-n", "1", "-r", "1", "-a", "2", "-g", "0", "-d", "packed"]
+
 two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="needs two cores, to bind a rank to each"
 )
@@ -133,6 +135,7 @@ def test_slurm_job_is_staged_bound_stopped_requeued_and_resumed(
             "OMP_NUM_THREADS": "1",
             "HOROVOD_FUSION_THRESHOLD": "134217728",
             "GREETING": 'it\'s $HOME; "x"',
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
         }
         assert f"--data={tmp_path}/bb/it's $data" in one["arguments"]
     assert (cluster.state / "broadcast").exists()
@@ -160,6 +163,7 @@ def test_lsf_job_is_staged_bound_stopped_requeued_and_resumed(
     assert requeued
     for one in check_layout(seen):
         assert f"--data={tmp_path}/bb/{digits.name}" in one["arguments"]
+        assert one["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1", "a rank sees all GPUs"
     code, output, requeued = cluster.run(cwd=ROOT)
     check_finished(code, output, seen / "out")
     assert not requeued
@@ -233,7 +237,9 @@ def test_job_that_fails_or_may_not_be_requeued_is_not(cluster, machine, tmp_path
     "command",
     [
         ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--unknown", "true"],
-        ["jsrun", "-n", "1", "-r", "1", "-a", "1", "-c", "1", "-g", "0", "-b", "rs", "true"],
+        [*JSRUN, "-c", "2", "-b", "rs", "true"],
+        [*JSRUN, "-c", "2", "-b", "packed:1", "true"],
+        [*JSRUN, "-c", "4", "-b", "proportional-packed:1", "true"],
     ],
 )
 def test_stand_ins_refuse_what_they_do_not_know(cluster, command):
