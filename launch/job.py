@@ -160,12 +160,12 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
             "--hosts HOST:RANKS,... and --hostfile FILE"
         )
     if options.hosts is not None:
-        pairs = []
+        pairs: list[tuple[str, str | None]] = []
         for entry in options.hosts.split(","):
             match = HOST.fullmatch(entry)
             if match is None:
                 _refuse("--hosts", repr(options.hosts), "HOST:RANKS,HOST:RANKS,...")
-            pairs.append(match.groups())
+            pairs.append((match.group(1), match.group(2)))
     else:
         pairs = _read_hostfile(str(options.hostfile))
     slots = options.ranks_per_node
@@ -190,22 +190,24 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
     return tuple(hosts)
 
 
-def _read_hostfile(path: str) -> list[tuple[str, ...]]:
+def _read_hostfile(path: str) -> list[tuple[str, str | None]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"--hostfile: cannot read {path}: {error}") from None
-    found = []
+    found: list[tuple[str, str | None]] = []
     for number, line in enumerate(lines, start=1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
         match = HOSTFILE_LINE.fullmatch(line)
-        if match is None or not HOST.fullmatch(match.group(1)):
+        host = match and HOST.fullmatch(match.group(1))
+        if match is None or host is None or (match.group(2) and host.group(2)):
             raise LaunchError(
-                f"--hostfile: {path}, line {number} is {line!r}, must be HOST slots=RANKS"
+                f"--hostfile: {path}, line {number} is {line!r}, must be HOST slots=RANKS or "
+                "HOST:RANKS"
             )
-        found.append(match.groups())
+        found.append((host.group(1), match.group(2) or host.group(2)))
     if not found:
         raise LaunchError(f"--hostfile: {path} names no host")
     return found

@@ -195,6 +195,36 @@ def test_hosts(tmp_path):
     assert words == ["horovodrun", "-np", "2", "-H", "a:2", "--gloo", "python", "train.py"]
 
 
+def test_hostfile_may_be_written_as_the_option_is(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("a:2\nb slots=4\nc:1 # one\n")
+    words = launched(script("mpirun", hostfile=str(path)), "mpirun")
+    assert words[1:5] == ["-np", "7", "-H", "a:2,b:4,c:1"]
+    path.write_text("a:2\nb\n")
+    words = launched(script("mpirun", hostfile=str(path), ranks_per_node=2), "mpirun")
+    assert words[1:5] == ["-np", "4", "-H", "a:2,b:2"]
+
+
+HOSTFILES = {
+    "a:4 slots=2": "line 1 is 'a:4 slots=2', must be HOST slots=RANKS or HOST:RANKS",
+    "a:4 slots=4": "line 1 is 'a:4 slots=4', must be",
+    "a:4\na:2": "a is named twice",
+    "a slots=4\na:4": "a is named twice",
+    "a slots=4 max_slots=4": "line 1 is 'a slots=4 max_slots=4', must be",
+    "a:": "line 1 is 'a:', must be",
+    "a:0": "the number of ranks on a is 0",
+    "# none": "names no host",
+}
+
+
+@pytest.mark.parametrize("content", HOSTFILES)
+def test_wrong_hostfile_is_named(content, tmp_path, capsys):
+    path = tmp_path / "hosts"
+    path.write_text(content)
+    assert main(["--machine", "mpirun", "--hostfile", str(path), "--", "true"]) == 2
+    assert HOSTFILES[content] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["summit", "frontier", "perlmutter", "h100_pod"])
 def test_each_export_says_why(name):
     machine = load_machine(name)
