@@ -331,7 +331,13 @@ def _account(machine: Machine, options: Options) -> str | None:
 
 
 def _stage(machine: Machine, options: Options) -> str | None:
+    wanted = any(PLACEHOLDER in word for word in options.command)
     if options.stage is None:
+        if wanted and machine.node.local_storage is not None:
+            raise LaunchError(
+                f"--stage is missing: {PLACEHOLDER} in the training command stands for staged "
+                "data; name them with --stage, or write their path in its place"
+            )
         return None
     if machine.node.local_storage is None:
         raise LaunchError(
@@ -339,13 +345,19 @@ def _stage(machine: Machine, options: Options) -> str | None:
             "(node.local_storage in a machine file): leave it out, or copy the machine file, add "
             "the folder and pass the copy's path to --machine"
         )
-    if not any(PLACEHOLDER in word for word in options.command):
+    if not wanted:
         raise LaunchError(
             f"--stage is {options.stage!r}, but the training command has no {PLACEHOLDER} for the "
             f"staged data: write for instance --data {PLACEHOLDER}"
         )
-    if "\0" in options.stage or Path(options.stage).name in ("", ".."):
+    path = Path(options.stage)
+    if "\0" in options.stage or path.name in ("", ".."):
         _refuse("--stage", repr(options.stage), f"a folder or an archive {ARCHIVES} with a name")
+    # By its name alone the script, which may be rendered elsewhere, tells one from the other.
+    if path.is_dir() and path.name.endswith(ARCHIVES):
+        _refuse("--stage", repr(options.stage), f"a folder whose name does not end in {ARCHIVES}")
+    if path.is_file() and not path.name.endswith(ARCHIVES):
+        _refuse("--stage", repr(options.stage), f"a folder, or an archive that ends in {ARCHIVES}")
     return options.stage
 
 
