@@ -139,6 +139,7 @@ fi"""
     yield f"""\
 {start} &
 launch_ranks=$!
+[[ -z $launch_interrupted ]] || launch_stop  # a signal came before it was known whom to tell
 while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
     : # wait was cut short by a signal: the ranks still run
 done"""

@@ -182,6 +182,21 @@ def test_mpirun_script_is_bound_and_stopped(cluster, digits, tmp_path):
     check_layout(seen)
 
 
+def test_signal_is_not_lost_while_the_ranks_are_started(cluster, tmp_path):
+    """It comes after they were started, and before the script knows their process."""
+    launcher, script = cluster.programs / "mpirun", tmp_path / "job.sh"
+    launcher.write_text("#!/bin/bash\ntrap 'exit 75' USR1\ntouch up\nfor i in {1..50}; do\n"
+                        "    sleep 0.1\ndone\n")  # fmt: skip
+    launcher.chmod(0o755)
+    options = ["--machine", "mpirun", "--hosts", "localhost:1", "--output", str(script)]
+    assert main([*options, "--", "true"]) == 0
+    text, signalled = script.read_text(), "until [[ -e up ]]; do sleep 0.01; done; kill -USR1 $$\n"
+    assert text.count("\nlaunch_ranks=$!\n") == 1
+    script.write_text(text.replace("\nlaunch_ranks=$!", f"\n{signalled}launch_ranks=$!"))
+    code, output = run_script(script, cluster.environment, cwd=tmp_path)
+    assert code == 75, output
+
+
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_horovodrun_script_starts_its_ranks(cluster, tmp_path, controller):
     program = tmp_path / "program.py"
