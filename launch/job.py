@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launch.machines import VARIABLE_NAME, LaunchError, Machine, Variable, parse_walltime
+from launch.machines import (
+    MOST,
+    PLAIN,
+    VARIABLE_NAME,
+    LaunchError,
+    Machine,
+    Variable,
+    parse_walltime,
+)
 
 PLACEHOLDER = "{data}"
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
-# What schedulers take in a script's head without quotes.
-PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d+))?", re.ASCII)
 HOSTFILE_LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?\s*", re.ASCII)
 
@@ -103,6 +109,8 @@ def plan(machine: Machine, options: Options) -> Job:
     }.items():
         if value is not None and not PLAIN.fullmatch(value):
             _refuse(option, repr(value), "letters, digits and . _ - + @ : / alone")
+    if "/" in options.name:
+        _refuse("--name", repr(options.name), "without /: the output's file is called so")
     if scheduled:
         _forbid(machine, "has a scheduler", hosts=options.hosts, hostfile=options.hostfile)
         hosts: tuple[tuple[str, int], ...] = ()
@@ -175,14 +183,18 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
             raise LaunchError(
                 f"how many ranks on {host}? Say {host}:RANKS, or --ranks-per-node for all hosts"
             )
-        if own is not None and slots is not None and int(own) != slots:
+        # Python reads no number of thousands of digits.
+        given = None if own is None else int(own) if len(own) <= 9 else MOST + 1
+        if given is not None and not 1 <= given <= MOST:
+            _refuse(f"the number of ranks on {host}", own, f"at least 1 and at most {MOST}")
+        if given is not None and slots is not None and given != slots:
             raise LaunchError(
                 f"--ranks-per-node is {slots}, but {host} is given {own}: leave one of them out"
             )
-        ranks = slots if own is None else int(own)
-        if not ranks:
-            _refuse(f"the number of ranks on {host}", 0, "at least 1")
-        hosts.append((host, int(ranks or 0)))
+        ranks = slots if given is None else given
+        if not ranks or not 1 <= ranks <= MOST:
+            _refuse("--ranks-per-node", ranks, f"at least 1 and at most {MOST}")
+        hosts.append((host, ranks))
     names = [name for name, _ in hosts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -222,9 +234,9 @@ def _nodes(machine: Machine, options: Options, hosts: Sequence[object]) -> int:
     if nodes is None:
         raise LaunchError("--nodes is missing: how many nodes the job takes")
     limits = machine.scheduler.limits
-    most = limits[-1].nodes if limits else None
-    if nodes < 1 or (most is not None and nodes > most):
-        _refuse("--nodes", nodes, "at least 1" + (f" and at most {most}" if most else ""))
+    most = limits[-1].nodes if limits else MOST
+    if not 1 <= nodes <= most:
+        _refuse("--nodes", nodes, f"at least 1 and at most {most}")
     return nodes
 
 
@@ -233,8 +245,8 @@ def _known(machine: Machine, what: str, given: int | None, *, required: bool) ->
     own: int | None = getattr(machine.node, what)
     option = f"--{what}-per-node"
     least = 0 if what == "gpus" else 1
-    if given is not None and given < least:
-        _refuse(option, given, f"at least {least}")
+    if given is not None and not least <= given <= MOST:
+        _refuse(option, given, f"at least {least} and at most {MOST}")
     if own is not None and given is not None and given != own:
         raise LaunchError(
             f"{option} is {given}, but a node of {machine.name} has {own}: leave the option out, "
@@ -265,9 +277,9 @@ def _ranks_per_node(
                 "--ranks-per-node is missing: without GPUs there is no default of one rank for each"
             )
         return gpus
-    if ranks < 1 or (gpus and ranks > gpus):
-        most = f" and at most {gpus}, one for each GPU of a node" if gpus else ""
-        _refuse("--ranks-per-node", ranks, "at least 1" + most)
+    if not 1 <= ranks <= (gpus or MOST):
+        most = f"{gpus}, one for each GPU of a node" if gpus else MOST
+        _refuse("--ranks-per-node", ranks, f"at least 1 and at most {most}")
     return ranks
 
 
@@ -308,7 +320,7 @@ def _walltime(machine: Machine, options: Options, nodes: int) -> int:
             options.walltime,
             f"longer than the {warning} s before its end at which the job is asked to stop",
         )
-    if options.queue is None:  # other queues have limits of their own
+    if options.queue in (None, machine.scheduler.queue):  # other queues have limits of their own
         for limit in machine.scheduler.limits:
             if nodes <= limit.nodes:
                 if seconds > (parse_walltime(limit.walltime) or 0):
