@@ -19,6 +19,7 @@ from launch.machines import (
 )
 
 PLACEHOLDER = "{data}"
+THREADS = "OMP_NUM_THREADS"
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d+))?", re.ASCII)
 HOSTFILE_LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?\s*", re.ASCII)
@@ -379,7 +380,7 @@ def _environment(
     environment = {}
     if cores_per_rank is not None:
         reason = f"one thread for each of a rank's {cores_per_rank} cores"
-        environment["OMP_NUM_THREADS"] = Variable(value=str(cores_per_rank), reason=reason)
+        environment[THREADS] = Variable(value=str(cores_per_rank), reason=reason)
     environment |= machine.environment
     for setting in options.env:
         name, equals, value = setting.partition("=")

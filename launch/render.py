@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
-from launch.job import ARCHIVES, PLACEHOLDER, Job
+from launch.job import ARCHIVES, PLACEHOLDER, THREADS, Job
 
 PREEMPTED = 75
 """Exit code of a training that was asked to stop and left a checkpoint; see models.preemption."""
@@ -74,9 +74,17 @@ def _summary(job: Job) -> Iterator[str]:
 def _environment(job: Job) -> Iterator[str]:
     for name, variable in job.environment.items():
         yield f"export {name}={shlex.quote(variable.value)}  # {variable.reason}"
+    if THREADS not in job.environment:
+        # Left out, each rank starts a thread for every core of its node; 1 leaves most cores idle.
+        ranks = max(slots for _, slots in job.hosts)
+        yield "launch_cores=$(nproc)"
+        yield (
+            f"export {THREADS}=${{{THREADS}:-$((launch_cores > {ranks} ? launch_cores / {ranks} : "
+            f"1))}}  # this host's cores over its {ranks} ranks; --env {THREADS}=N if others differ"
+        )
     if job.machine.scheduler.launcher == "mpirun":
         # Open MPI hands on to other hosts what it is told to, and warns of names that are not set.
-        names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", *job.environment]
+        names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", THREADS, *job.environment]
         yield "launch_pass=()"
         yield f"for launch_name in {' '.join(dict.fromkeys(names))}; do"
         yield '    [[ -z ${!launch_name+set} ]] || launch_pass+=(-x "$launch_name")'
@@ -202,9 +210,9 @@ def _on_each_node(job: Job) -> str:
 def _jsrun(nodes: int, ranks: int, cores: int, gpus: int) -> list[str]:
     """A node is one resource set, and each of its ranks is bound to cores of its own.
 
-    A rank sees its resource set alone, and NCCL reaches over NVLink only GPUs that it sees: so all
-    of a node's are in one, and a rank takes the one of its local rank. There are no `--smpiargs`:
-    MPI, which knows no GPUs unless told so (`-gpu`), gets host memory alone here.
+    jsrun takes away from a rank what is outside its resource set, and NCCL reaches no such GPU over
+    NVLink: so one set has all of a node's, and a rank takes the one of its local rank. There are no
+    `--smpiargs`: MPI knows no GPUs unless told so (`-gpu`), and gets host memory alone here.
     """
     return ["jsrun", "-n", str(nodes), "-r", "1", "-a", str(ranks), "-c", str(ranks * cores),
             "-g", str(gpus), "-b", f"proportional-packed:{cores}", "-d", "packed"]  # fmt: skip

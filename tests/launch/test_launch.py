@@ -277,11 +277,45 @@ def test_exit_code_of_the_training_is_the_one_scripts_wait_for():
     assert PREEMPTED == EXIT_CODE == 75
 
 
-@pytest.mark.parametrize("name", ["summit", "frontier", "mpirun", "horovodrun"])
+GEOMETRY = {
+    "slurm": SUMMIT | {"gpus_per_node": 4, "cores_per_node": 16},
+    "mpirun": {"hosts": "a:2,b:4"},
+    "horovodrun": {"hosts": "a:2,b:4"},
+}
+
+
+@pytest.mark.parametrize("name", machine_names())
 def test_scripts_are_bash(name):
-    options = {"hosts": "a:2"} if name in ("mpirun", "horovodrun") else SUMMIT
-    run = subprocess.run(["bash", "-n"], input=script(name, **options), text=True)
-    assert run.returncode == 0
+    options = GEOMETRY.get(name, SUMMIT)
+    staged = load_machine(name).node.local_storage is not None
+    for more in [{}, *({"stage": path, "command": ("a", "{data}")} for path in ("d", "d.tar"))]:
+        if staged or not more:
+            text = script(name, **options, **more)
+            run = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+            assert run.returncode == 0 and not run.stderr
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_every_script_says_how_many_threads(name):
+    text = script(name, **GEOMETRY.get(name, SUMMIT))
+    assert text.count("export OMP_NUM_THREADS=") == 1
+    mine = script(name, **GEOMETRY.get(name, SUMMIT), env=["OMP_NUM_THREADS=3"])
+    assert mine.count("OMP_NUM_THREADS=") == 1 and "export OMP_NUM_THREADS=3 " in mine
+
+
+@pytest.mark.parametrize("name", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize(("cores", "own", "threads"), [(9, "", 2), (2, "", 1), (9, "5", 5)])
+def test_threads_where_cores_are_not_known(name, cores, own, threads, tmp_path):
+    for program, text in {"nproc": f"echo {cores}", name: 'echo "$OMP_NUM_THREADS $*"'}.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash"], input=script(name, hosts="a:2,b:4"), text=True, capture_output=True,
+        env=dict(os.environ, PATH=path, OMP_NUM_THREADS=own),
+    )  # fmt: skip
+    assert run.stdout.split()[0] == str(threads), run.stderr
+    assert name != "mpirun" or "-x OMP_NUM_THREADS" in run.stdout
 
 
 def test_walltimes():

@@ -204,7 +204,7 @@ def test_horovodrun_script_starts_its_ranks(cluster, tmp_path, controller):
         "import json, os, sys, horovod.torch as hvd\n"
         "hvd.init()\n"
         "seen = [hvd.rank(), hvd.local_rank(), hvd.size(), hvd.gloo_enabled(), sys.argv[1:],\n"
-        "        os.environ['HOROVOD_CYCLE_TIME']]\n"
+        "        os.environ['HOROVOD_CYCLE_TIME'], os.environ['OMP_NUM_THREADS']]\n"
         "open(f'{hvd.rank()}.json', 'w').write(json.dumps(seen))\n"
         "hvd.barrier()\n"
     )
@@ -216,7 +216,8 @@ def test_horovodrun_script_starts_its_ranks(cluster, tmp_path, controller):
     code, output = run_script(script, cluster.environment, cwd=tmp_path)
     assert code == 0, output[-4000:]
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert seen == [[rank, rank, 2, controller == "gloo", words, "1"] for rank in (0, 1)]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert seen == [[rank, rank, 2, controller == "gloo", words, "1", threads] for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["frontier", "summit"])
