@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     device = "cpu"
     if torch.cuda.is_available() and not args.no_cuda:
         device = "cuda"
-        torch.cuda.set_device(hvd.local_rank())
+        # A launcher shows a rank all GPUs of its machine, or its own alone.
+        torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
 
     pixels, numbers = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16.0

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     device = "cpu"
     if torch.cuda.is_available() and not args.no_cuda:
         device = "cuda"
-        torch.cuda.set_device(hvd.local_rank())
+        # A launcher shows a rank all GPUs of its machine, or its own alone.
+        torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
         torch.backends.cudnn.benchmark = True
     model = models.get_model(args.model, weights=None).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01 * hvd.size())

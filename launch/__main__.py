@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launch.job import Options, plan
+from launch.job import PLACEHOLDER, Options, plan
 from launch.machines import LaunchError, Machine, load_machine, machine_names
 from launch.render import render
 
@@ -62,6 +62,11 @@ def _run(arguments: Sequence[str]) -> int:
     words = job.command
     if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
         print("note: without --resume auto a requeued training begins anew", file=sys.stderr)
+    if job.stage is None and any(PLACEHOLDER in word for word in words):
+        print(
+            f"note: nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is",
+            file=sys.stderr,
+        )
     script = render(job)
     if output is not None:
         _write(Path(output), script)

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launch.machines import VARIABLE_NAME, LaunchError, Machine, Variable, parse_walltime
+from launch.machines import (
+    MOST,
+    PLAIN,
+    VARIABLE_NAME,
+    LaunchError,
+    Machine,
+    Variable,
+    parse_walltime,
+)
 
 PLACEHOLDER = "{data}"
+THREADS = "OMP_NUM_THREADS"
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
-# What schedulers take in a script's head without quotes.
-PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d+))?", re.ASCII)
 HOSTFILE_LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?\s*", re.ASCII)
 
@@ -103,6 +110,8 @@ def plan(machine: Machine, options: Options) -> Job:
     }.items():
         if value is not None and not PLAIN.fullmatch(value):
             _refuse(option, repr(value), "letters, digits and . _ - + @ : / alone")
+    if "/" in options.name:
+        _refuse("--name", repr(options.name), "without /: the output's file is called so")
     if scheduled:
         _forbid(machine, "has a scheduler", hosts=options.hosts, hostfile=options.hostfile)
         hosts: tuple[tuple[str, int], ...] = ()
@@ -160,12 +169,12 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
             "--hosts HOST:RANKS,... and --hostfile FILE"
         )
     if options.hosts is not None:
-        pairs = []
+        pairs: list[tuple[str, str | None]] = []
         for entry in options.hosts.split(","):
             match = HOST.fullmatch(entry)
             if match is None:
                 _refuse("--hosts", repr(options.hosts), "HOST:RANKS,HOST:RANKS,...")
-            pairs.append(match.groups())
+            pairs.append((match.group(1), match.group(2)))
     else:
         pairs = _read_hostfile(str(options.hostfile))
     slots = options.ranks_per_node
@@ -175,14 +184,18 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
             raise LaunchError(
                 f"how many ranks on {host}? Say {host}:RANKS, or --ranks-per-node for all hosts"
             )
-        if own is not None and slots is not None and int(own) != slots:
+        # Python reads no number of thousands of digits.
+        given = None if own is None else int(own) if len(own) <= 9 else MOST + 1
+        if given is not None and not 1 <= given <= MOST:
+            _refuse(f"the number of ranks on {host}", own, f"at least 1 and at most {MOST}")
+        if given is not None and slots is not None and given != slots:
             raise LaunchError(
                 f"--ranks-per-node is {slots}, but {host} is given {own}: leave one of them out"
             )
-        ranks = slots if own is None else int(own)
-        if not ranks:
-            _refuse(f"the number of ranks on {host}", 0, "at least 1")
-        hosts.append((host, int(ranks or 0)))
+        ranks = slots if given is None else given
+        if not ranks or not 1 <= ranks <= MOST:
+            _refuse("--ranks-per-node", ranks, f"at least 1 and at most {MOST}")
+        hosts.append((host, ranks))
     names = [name for name, _ in hosts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -190,22 +203,24 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
     return tuple(hosts)
 
 
-def _read_hostfile(path: str) -> list[tuple[str, ...]]:
+def _read_hostfile(path: str) -> list[tuple[str, str | None]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"--hostfile: cannot read {path}: {error}") from None
-    found = []
+    found: list[tuple[str, str | None]] = []
     for number, line in enumerate(lines, start=1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
         match = HOSTFILE_LINE.fullmatch(line)
-        if match is None or not HOST.fullmatch(match.group(1)):
+        host = match and HOST.fullmatch(match.group(1))
+        if match is None or host is None or (match.group(2) and host.group(2)):
             raise LaunchError(
-                f"--hostfile: {path}, line {number} is {line!r}, must be HOST slots=RANKS"
+                f"--hostfile: {path}, line {number} is {line!r}, must be HOST slots=RANKS or "
+                "HOST:RANKS"
             )
-        found.append(match.groups())
+        found.append((host.group(1), match.group(2) or host.group(2)))
     if not found:
         raise LaunchError(f"--hostfile: {path} names no host")
     return found
@@ -220,9 +235,9 @@ def _nodes(machine: Machine, options: Options, hosts: Sequence[object]) -> int:
     if nodes is None:
         raise LaunchError("--nodes is missing: how many nodes the job takes")
     limits = machine.scheduler.limits
-    most = limits[-1].nodes if limits else None
-    if nodes < 1 or (most is not None and nodes > most):
-        _refuse("--nodes", nodes, "at least 1" + (f" and at most {most}" if most else ""))
+    most = limits[-1].nodes if limits else MOST
+    if not 1 <= nodes <= most:
+        _refuse("--nodes", nodes, f"at least 1 and at most {most}")
     return nodes
 
 
@@ -231,8 +246,8 @@ def _known(machine: Machine, what: str, given: int | None, *, required: bool) ->
     own: int | None = getattr(machine.node, what)
     option = f"--{what}-per-node"
     least = 0 if what == "gpus" else 1
-    if given is not None and given < least:
-        _refuse(option, given, f"at least {least}")
+    if given is not None and not least <= given <= MOST:
+        _refuse(option, given, f"at least {least} and at most {MOST}")
     if own is not None and given is not None and given != own:
         raise LaunchError(
             f"{option} is {given}, but a node of {machine.name} has {own}: leave the option out, "
@@ -263,9 +278,9 @@ def _ranks_per_node(
                 "--ranks-per-node is missing: without GPUs there is no default of one rank for each"
             )
         return gpus
-    if ranks < 1 or (gpus and ranks > gpus):
-        most = f" and at most {gpus}, one for each GPU of a node" if gpus else ""
-        _refuse("--ranks-per-node", ranks, "at least 1" + most)
+    if not 1 <= ranks <= (gpus or MOST):
+        most = f"{gpus}, one for each GPU of a node" if gpus else MOST
+        _refuse("--ranks-per-node", ranks, f"at least 1 and at most {most}")
     return ranks
 
 
@@ -306,7 +321,7 @@ def _walltime(machine: Machine, options: Options, nodes: int) -> int:
             options.walltime,
             f"longer than the {warning} s before its end at which the job is asked to stop",
         )
-    if options.queue is None:  # other queues have limits of their own
+    if options.queue in (None, machine.scheduler.queue):  # other queues have limits of their own
         for limit in machine.scheduler.limits:
             if nodes <= limit.nodes:
                 if seconds > (parse_walltime(limit.walltime) or 0):
@@ -329,7 +344,13 @@ def _account(machine: Machine, options: Options) -> str | None:
 
 
 def _stage(machine: Machine, options: Options) -> str | None:
+    wanted = any(PLACEHOLDER in word for word in options.command)
     if options.stage is None:
+        if wanted and machine.node.local_storage is not None:
+            raise LaunchError(
+                f"--stage is missing: {PLACEHOLDER} in the training command stands for staged "
+                "data; name them with --stage, or write their path in its place"
+            )
         return None
     if machine.node.local_storage is None:
         raise LaunchError(
@@ -337,13 +358,19 @@ def _stage(machine: Machine, options: Options) -> str | None:
             "(node.local_storage in a machine file): leave it out, or copy the machine file, add "
             "the folder and pass the copy's path to --machine"
         )
-    if not any(PLACEHOLDER in word for word in options.command):
+    if not wanted:
         raise LaunchError(
             f"--stage is {options.stage!r}, but the training command has no {PLACEHOLDER} for the "
             f"staged data: write for instance --data {PLACEHOLDER}"
         )
-    if "\0" in options.stage or Path(options.stage).name in ("", ".."):
+    path = Path(options.stage)
+    if "\0" in options.stage or path.name in ("", ".."):
         _refuse("--stage", repr(options.stage), f"a folder or an archive {ARCHIVES} with a name")
+    # By its name alone the script, which may be rendered elsewhere, tells one from the other.
+    if path.is_dir() and path.name.endswith(ARCHIVES):
+        _refuse("--stage", repr(options.stage), f"a folder whose name does not end in {ARCHIVES}")
+    if path.is_file() and not path.name.endswith(ARCHIVES):
+        _refuse("--stage", repr(options.stage), f"a folder, or an archive that ends in {ARCHIVES}")
     return options.stage
 
 
@@ -353,7 +380,7 @@ def _environment(
     environment = {}
     if cores_per_rank is not None:
         reason = f"one thread for each of a rank's {cores_per_rank} cores"
-        environment["OMP_NUM_THREADS"] = Variable(value=str(cores_per_rank), reason=reason)
+        environment[THREADS] = Variable(value=str(cores_per_rank), reason=reason)
     environment |= machine.environment
     for setting in options.env:
         name, equals, value = setting.partition("=")

@@ -19,6 +19,10 @@ FOLDER = Path(__file__).parent / "machines"
 KINDS = ("slurm", "lsf", "none")
 LAUNCHERS = {"slurm": ("srun",), "lsf": ("jsrun",), "none": ("mpirun", "horovodrun")}
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What schedulers take in a script's head without quotes.
+PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
+MOST = 1_000_000
+"""Of anything that is counted: what is above is a slip, and some of it would be counted through."""
 # Put between double quotes in the script, where only variables may be expanded.
 SHELL_PATH = re.compile(r"/([\w./-]|\$\w+|\$\{\w+\})*")
 
@@ -151,7 +155,7 @@ def load_machine(name: str) -> Machine:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LaunchError(f"--machine: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, of numbers longer than Python reads
         raise LaunchError(f"--machine: {path} is no TOML: {error}") from None
     if "name" in content:
         raise LaunchError(f"{path}: name is not a key, the file's name is the machine's")
@@ -191,8 +195,12 @@ def _read(kind: Any, value: Any, file: str, key: str) -> Any:
         value = float(value)
     if type(value) is not kind:  # not isinstance: True is an int
         raise LaunchError(f"{where} is {value!r}, must be of type {kind.__name__}")
-    if kind in (int, float) and not (value >= 0 and value < float("inf")):
+    if kind is float and not (value >= 0 and value < float("inf")):
         raise LaunchError(f"{where} is {value!r}, must not be negative, and finite")
+    if kind is int and not 0 <= value <= MOST:
+        raise LaunchError(f"{where} is {value!r}, must not be negative, and at most {MOST}")
+    if kind is str and "\0" in value:
+        raise LaunchError(f"{where} is {value!r}, must hold no null character")
     return value
 
 
@@ -247,8 +255,17 @@ def _check(machine: Machine, file: str) -> None:
         node.local_storage,
         "an absolute path of letters, digits, . _ - / and $VARIABLES",
     )
+    require(
+        scheduler.queue is None or PLAIN.fullmatch(scheduler.queue) is not None,
+        "scheduler.queue",
+        scheduler.queue,
+        "letters, digits and . _ - + @ : / alone",
+    )
+    warning = scheduler.warning_seconds
+    require(warning >= 1, "scheduler.warning_seconds", warning, "at least 1")
     sizes = [limit.nodes for limit in scheduler.limits]
     require(sizes == sorted(set(sizes)), "scheduler.limits", sizes, "ordered by nodes")
+    require(0 not in sizes, "scheduler.limits: nodes", 0, "at least 1")
     for limit in scheduler.limits:
         valid = parse_walltime(limit.walltime) is not None
         require(valid, "scheduler.limits: walltime", limit.walltime, "H:MM")
@@ -256,8 +273,11 @@ def _check(machine: Machine, file: str) -> None:
     for key, value in figures.items():
         positive = isinstance(value, str) or 0.0 < value < math.inf
         require(positive, f"performance.{key}", value, "positive and finite")
-    for line in (*scheduler.directives, *scheduler.storage_directives):
-        require("\n" not in line, "scheduler.directives", line, "one line")
+    for key in ("directives", "storage_directives"):
+        for line in getattr(scheduler, key):
+            # Whatever ends a line, and may begin one that is run, is not printable.
+            one_line = bool(line.strip()) and line.isprintable()
+            require(one_line, f"scheduler.{key}", line, "one line of printable characters")
     for name, variable in machine.environment.items():
         require(VARIABLE_NAME.fullmatch(name) is not None, "environment", name, "a variable's name")
         reason = variable.reason

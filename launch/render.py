@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
-from launch.job import ARCHIVES, PLACEHOLDER, Job
+from launch.job import ARCHIVES, PLACEHOLDER, THREADS, Job
 
 PREEMPTED = 75
 """Exit code of a training that was asked to stop and left a checkpoint; see models.preemption."""
@@ -74,9 +74,17 @@ def _summary(job: Job) -> Iterator[str]:
 def _environment(job: Job) -> Iterator[str]:
     for name, variable in job.environment.items():
         yield f"export {name}={shlex.quote(variable.value)}  # {variable.reason}"
+    if THREADS not in job.environment:
+        # Left out, each rank starts a thread for every core of its node; 1 leaves most cores idle.
+        ranks = max(slots for _, slots in job.hosts)
+        yield "launch_cores=$(nproc)"
+        yield (
+            f"export {THREADS}=${{{THREADS}:-$((launch_cores > {ranks} ? launch_cores / {ranks} : "
+            f"1))}}  # this host's cores over its {ranks} ranks; --env {THREADS}=N if others differ"
+        )
     if job.machine.scheduler.launcher == "mpirun":
         # Open MPI hands on to other hosts what it is told to, and warns of names that are not set.
-        names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", *job.environment]
+        names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", THREADS, *job.environment]
         yield "launch_pass=()"
         yield f"for launch_name in {' '.join(dict.fromkeys(names))}; do"
         yield '    [[ -z ${!launch_name+set} ]] || launch_pass+=(-x "$launch_name")'
@@ -139,6 +147,7 @@ fi"""
     yield f"""\
 {start} &
 launch_ranks=$!
+[[ -z $launch_interrupted ]] || launch_stop  # a signal came before it was known whom to tell
 while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
     : # wait was cut short by a signal: the ranks still run
 done"""
@@ -171,8 +180,9 @@ def _launcher(job: Job) -> str:
         if job.gpus_per_node:
             words.append(f"--gpus-per-node={job.gpus_per_node}")
     elif scheduler.launcher == "jsrun":
-        gpus = 1 if job.gpus_per_node else 0
-        words = _jsrun(job.ranks, job.ranks_per_node or 0, job.cores_per_rank or 1, gpus)
+        words = _jsrun(
+            job.nodes, job.ranks_per_node or 1, job.cores_per_rank or 1, job.gpus_per_node
+        )
     elif scheduler.launcher == "mpirun":
         words = ["mpirun", "-np", str(job.ranks), "-H", _hosts(job)]
         if job.cores_per_rank and job.ranks_per_node:
@@ -197,10 +207,15 @@ def _on_each_node(job: Job) -> str:
     return _join(words, job)
 
 
-def _jsrun(sets: int, sets_per_node: int, cores: int, gpus: int) -> list[str]:
-    """One rank in each resource set, bound to its cores."""
-    return ["jsrun", "-n", str(sets), "-r", str(sets_per_node), "-a", "1", "-c", str(cores),
-            "-g", str(gpus), "-b", f"packed:{cores}"]  # fmt: skip
+def _jsrun(nodes: int, ranks: int, cores: int, gpus: int) -> list[str]:
+    """A node is one resource set, and each of its ranks is bound to cores of its own.
+
+    jsrun takes away from a rank what is outside its resource set, and NCCL reaches no such GPU over
+    NVLink: so one set has all of a node's, and a rank takes the one of its local rank. There are no
+    `--smpiargs`: MPI knows no GPUs unless told so (`-gpu`), and gets host memory alone here.
+    """
+    return ["jsrun", "-n", str(nodes), "-r", "1", "-a", str(ranks), "-c", str(ranks * cores),
+            "-g", str(gpus), "-b", f"proportional-packed:{cores}", "-d", "packed"]  # fmt: skip
 
 
 def _join(words: Iterable[str], job: Job) -> str:

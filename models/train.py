@@ -229,8 +229,8 @@ def _device(settings: Settings) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cpu" or (settings.device == "auto" and not max(gather(count))):
         return torch.device("cpu")
-    # A launcher may show each rank all GPUs of its machine or, as jsrun does, only its own.
-    index = hvd.local_rank() if hvd.local_rank() < count else 0
+    # A launcher shows a rank all GPUs of its machine or, as srun --gpu-bind=closest, its own alone.
+    index = hvd.local_rank() % max(count, 1)
     own = None
     if count:
         own = (socket.gethostname(), str(torch.cuda.get_device_properties(index).uuid))

@@ -103,12 +103,15 @@ def jsrun(arguments):
     for name in "nracg":
         parser.add_argument(f"-{name}", type=int, required=True)
     parser.add_argument("-b", required=True)
+    parser.add_argument("-d", choices=["packed"], required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     job = json.loads((state() / "job.json").read_text())
     assert options.n == options.r * job["nnodes"] and job["nnodes"] == 1
-    assert options.a == 1 and options.b == f"packed:{options.c}"
-    start_ranks(options.n, options.c, options.command)
+    cores = int(re.fullmatch(r"proportional-packed:(\d+)", options.b).group(1))
+    assert options.c == options.a * cores, "ranks share cores, or leave some idle"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(options.g)))
+    start_ranks(options.n * options.a, cores, options.command)
 
 
 def bsub(arguments):

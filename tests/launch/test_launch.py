@@ -107,6 +107,36 @@ BROKEN = {
     "environment is 'A-B', must be a variable's name": ("HOROVOD_CYCLE_TIME", '"A-B"'),
     "must be one line that says why": ("ms; small", "ms;\\nsmall"),
     "performance.memory_bandwidth is '900e9', must be of type float": ("900e9", '"900e9"'),
+    "scheduler.queue is 'ba\\ntch', must be letters, digits": ('"batch"', '"ba\\ntch"'),
+    "scheduler.queue is 'a b', must be letters, digits": ('"batch"', '"a b"'),
+    "scheduler.queue is '', must be letters, digits": ('"batch"', '""'),
+    "scheduler.warning_seconds is 0, must be at least 1": (
+        "storage_directives",
+        "warning_seconds = 0\nstorage_directives",
+    ),
+    "scheduler.limits: nodes is 0, must be at least 1": ("nodes = 45", "nodes = 0"),
+    "scheduler.directives is '-x\\ry', must be one line of printable": (
+        "storage_directives",
+        'directives = ["-x\\ry"]\nstorage_directives',
+    ),
+    "scheduler.directives is '', must be one line of printable": (
+        "storage_directives",
+        'directives = [""]\nstorage_directives',
+    ),
+    "scheduler.storage_directives is 'a\\nb', must be one line": ("-alloc_flags nvme", "a\\nb"),
+    "scheduler.launcher_options[0] is 'a\\x00b', must hold no null character": (
+        "storage_directives",
+        'launcher_options = ["a\\u0000b"]\nstorage_directives',
+    ),
+    "environment.HOROVOD_CYCLE_TIME.value is '\\x00', must hold no null character": (
+        'value = "1", reason = "ms;',
+        'value = "\\u0000", reason = "ms;',
+    ),
+    "node.gpus is 99999999999999999999, must not be negative, and at most 1000000": (
+        "gpus = 6",
+        "gpus = 99999999999999999999",
+    ),
+    "is no TOML: Exceeds the limit": ("gpus = 6", f"gpus = {'9' * 5000}"),
     "performance.memory_bandwidth is inf": ("900e9", "inf"),
     "is no TOML": ("[node]", "[node"),
 }
@@ -129,8 +159,8 @@ def test_broken_machine_file_is_refused_by_key(tmp_path, message, capsys):
 
 def test_summit():
     text = script("summit", **SUMMIT, name="run1", queue="debug")
-    assert launched(text, "jsrun")[:13] == shlex.split(
-        "jsrun -n 12 -r 6 -a 1 -c 7 -g 1 -b packed:7"
+    assert launched(text, "jsrun") == shlex.split(
+        "jsrun -n 2 -r 1 -a 6 -c 42 -g 6 -b proportional-packed:7 -d packed python train.py"
     )
     assert {"-nnodes 2", "-W 2:00", "-P ABC123", "-J run1", "-q debug"} <= set(head(text, "BSUB"))
     assert {"-wa USR2 -wt 5", "-Q 75"} <= set(head(text, "BSUB"))
@@ -140,8 +170,8 @@ def test_summit():
 
 def test_summit_with_fewer_ranks_gives_each_more_cores():
     text = script("summit", **SUMMIT, ranks_per_node=3)
-    assert launched(text, "jsrun")[:13] == shlex.split(
-        "jsrun -n 6 -r 3 -a 1 -c 14 -g 1 -b packed:14"
+    assert launched(text, "jsrun") == shlex.split(
+        "jsrun -n 2 -r 1 -a 3 -c 42 -g 6 -b proportional-packed:14 -d packed python train.py"
     )
     assert "export OMP_NUM_THREADS=14 " in text
 
@@ -195,6 +225,36 @@ def test_hosts(tmp_path):
     assert words == ["horovodrun", "-np", "2", "-H", "a:2", "--gloo", "python", "train.py"]
 
 
+def test_hostfile_may_be_written_as_the_option_is(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("a:2\nb slots=4\nc:1 # one\n")
+    words = launched(script("mpirun", hostfile=str(path)), "mpirun")
+    assert words[1:5] == ["-np", "7", "-H", "a:2,b:4,c:1"]
+    path.write_text("a:2\nb\n")
+    words = launched(script("mpirun", hostfile=str(path), ranks_per_node=2), "mpirun")
+    assert words[1:5] == ["-np", "4", "-H", "a:2,b:2"]
+
+
+HOSTFILES = {
+    "a:4 slots=2": "line 1 is 'a:4 slots=2', must be HOST slots=RANKS or HOST:RANKS",
+    "a:4 slots=4": "line 1 is 'a:4 slots=4', must be",
+    "a:4\na:2": "a is named twice",
+    "a slots=4\na:4": "a is named twice",
+    "a slots=4 max_slots=4": "line 1 is 'a slots=4 max_slots=4', must be",
+    "a:": "line 1 is 'a:', must be",
+    "a:0": "the number of ranks on a is 0",
+    "# none": "names no host",
+}
+
+
+@pytest.mark.parametrize("content", HOSTFILES)
+def test_wrong_hostfile_is_named(content, tmp_path, capsys):
+    path = tmp_path / "hosts"
+    path.write_text(content)
+    assert main(["--machine", "mpirun", "--hostfile", str(path), "--", "true"]) == 2
+    assert HOSTFILES[content] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["summit", "frontier", "perlmutter", "h100_pod"])
 def test_each_export_says_why(name):
     machine = load_machine(name)
@@ -217,11 +277,45 @@ def test_exit_code_of_the_training_is_the_one_scripts_wait_for():
     assert PREEMPTED == EXIT_CODE == 75
 
 
-@pytest.mark.parametrize("name", ["summit", "frontier", "mpirun", "horovodrun"])
+GEOMETRY = {
+    "slurm": SUMMIT | {"gpus_per_node": 4, "cores_per_node": 16},
+    "mpirun": {"hosts": "a:2,b:4"},
+    "horovodrun": {"hosts": "a:2,b:4"},
+}
+
+
+@pytest.mark.parametrize("name", machine_names())
 def test_scripts_are_bash(name):
-    options = {"hosts": "a:2"} if name in ("mpirun", "horovodrun") else SUMMIT
-    run = subprocess.run(["bash", "-n"], input=script(name, **options), text=True)
-    assert run.returncode == 0
+    options = GEOMETRY.get(name, SUMMIT)
+    staged = load_machine(name).node.local_storage is not None
+    for more in [{}, *({"stage": path, "command": ("a", "{data}")} for path in ("d", "d.tar"))]:
+        if staged or not more:
+            text = script(name, **options, **more)
+            run = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+            assert run.returncode == 0 and not run.stderr
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_every_script_says_how_many_threads(name):
+    text = script(name, **GEOMETRY.get(name, SUMMIT))
+    assert text.count("export OMP_NUM_THREADS=") == 1
+    mine = script(name, **GEOMETRY.get(name, SUMMIT), env=["OMP_NUM_THREADS=3"])
+    assert mine.count("OMP_NUM_THREADS=") == 1 and "export OMP_NUM_THREADS=3 " in mine
+
+
+@pytest.mark.parametrize("name", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize(("cores", "own", "threads"), [(9, "", 2), (2, "", 1), (9, "5", 5)])
+def test_threads_where_cores_are_not_known(name, cores, own, threads, tmp_path):
+    for program, text in {"nproc": f"echo {cores}", name: 'echo "$OMP_NUM_THREADS $*"'}.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash"], input=script(name, hosts="a:2,b:4"), text=True, capture_output=True,
+        env=dict(os.environ, PATH=path, OMP_NUM_THREADS=own),
+    )  # fmt: skip
+    assert run.stdout.split()[0] == str(threads), run.stderr
+    assert name != "mpirun" or "-x OMP_NUM_THREADS" in run.stdout
 
 
 def test_walltimes():
@@ -262,7 +356,15 @@ ERRORS = [
     ({"account": None}, ["--account is missing", "summit charges"]),
     ({"account": "A B"}, ["--account is 'A B'", "letters, digits"]),
     ({"name": "a\n#BSUB -x"}, ["--name is", "letters, digits"]),
+    ({"name": "a/b"}, ["--name is 'a/b'", "without /"]),
     ({"queue": "$(id)"}, ["--queue is '$(id)'"]),
+    ({"queue": "batch", "walltime": "2:01"}, ["--walltime is 2:01", "at most 2:00"]),
+    ({"machine": "slurm", "nodes": "9" * 23}, [f"--nodes is {'9' * 23}", "at most 1000000"]),
+    ({"machine": "slurm", "gpus_per_node": "9" * 23}, ["--gpus-per-node is 9", "at most 1000000"]),
+    ({"machine": "slurm", "gpus_per_node": "0", "cores_per_node": "9" * 23},
+     ["--cores-per-node is 9", "at most 1000000"]),
+    ({"machine": "slurm", "gpus_per_node": "0", "cores_per_node": "4",
+      "ranks_per_node": "9" * 23}, ["--ranks-per-node is 9", "at most 1000000"]),
     ({"env": "1A=2"}, ["--env is '1A=2'", "NAME=VALUE"]),
     ({"env": "A"}, ["--env is 'A'", "NAME=VALUE"]),
     ({"stage": "/data"}, ["--stage is '/data'", "no {data}", "--data {data}"]),
@@ -282,6 +384,10 @@ HOST_ERRORS = [
     ({"hosts": "a:1", "hostfile": "f"}, ["one of --hosts"]),
     ({"hosts": "a"}, ["how many ranks on a?", "--ranks-per-node"]),
     ({"hosts": "a:0"}, ["the number of ranks on a is 0", "at least 1"]),
+    ({"hosts": f"a:{'9' * 20}"}, [f"ranks on a is {'9' * 20}", "at most 1000000"]),
+    ({"hosts": f"a:{'9' * 5000}"}, ["the number of ranks on a is 999", "at most 1000000"]),
+    ({"hosts": "a", "ranks_per_node": "0"}, ["--ranks-per-node is 0", "at least 1"]),
+    ({"hosts": "a", "ranks_per_node": "9" * 20}, ["--ranks-per-node is 9", "at most 1000000"]),
     ({"hosts": "a:1,a:1"}, ["a is named twice"]),
     ({"hosts": "a b"}, ["--hosts is 'a b'"]),
     ({"hosts": "a:2", "ranks_per_node": "3"}, ["--ranks-per-node is 3", "a is given 2"]),
@@ -335,6 +441,32 @@ def test_staged_data_must_exist_when_submitting(queue, capsys):
     assert main(["--submit", *options]) == 2
     assert "--stage is '/no/such', must exist" in capsys.readouterr().err and not queue.exists()
     assert main(options) == 0, "a script may be rendered elsewhere"
+
+
+def test_placeholder_without_staged_data_is_refused_or_noted(queue, capsys):
+    command = ["--", "python", "train.py", "--data={data}/train"]
+    assert main([*arguments(), "--submit", *command]) == 2
+    error = capsys.readouterr().err
+    assert "--stage is missing: {data} in the training command" in error and not queue.exists()
+    assert main([*arguments(machine="perlmutter"), *command]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "note: nothing is staged on perlmutter, {data} is passed on as it is\n"
+    assert "'--data={data}/train'" in captured.out
+
+
+@pytest.mark.parametrize("submit", [["--submit"], []])
+def test_staged_data_must_be_of_a_known_kind(queue, tmp_path, submit, capsys):
+    for name, known in {"im.tar.bz2": False, "im.zip": False, "im.tar.gz": True}.items():
+        (tmp_path / name).touch()
+        options = [*arguments(stage=str(tmp_path / name)), *submit, "--", "python", "{data}"]
+        assert main(options) == (0 if known else 2)
+        error = capsys.readouterr().err
+        assert known or f"{name}', must be a folder, or an archive that ends in ('.tar'," in error
+        assert queue.exists() == (known and bool(submit))
+    folder = tmp_path / "images.tar"
+    folder.mkdir()
+    assert main([*arguments(stage=str(folder)), *submit, "--", "python", "{data}"]) == 2
+    assert "must be a folder whose name does not end in ('.tar'," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["--"], ["--", "--epochs=3"], ["--", ""]])
@@ -442,6 +574,8 @@ def dump(tmp_path_factory):
 @given(words=WORDS, value=TEXT | NASTY)
 def test_any_argument_arrives_unchanged(dump, name, words, value):
     options = LAUNCHERS[name][1]
+    if name in ("summit", "frontier"):  # which take it for data to be staged
+        words = [word.replace("{data}", "{dat}") for word in words]
     text = script(name, **options, command=("python", *words), env=[f"GREETING={value}"])
     got, greeting = dump(text)
     assert got[len(got) - len(words) - 1 :] == ["python", *words]

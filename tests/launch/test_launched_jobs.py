@@ -27,6 +27,8 @@ TRAIN = [
     "--resume=auto", "--no-check-images", "--anderson=off",
 ]  # fmt: skip
 
+JSRUN = ["jsrun", "-n", "1", "-r", "1", "-a", "2", "-g", "0", "-d", "packed"]
+
 two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="needs two cores, to bind a rank to each"
 )
@@ -133,6 +135,7 @@ def test_slurm_job_is_staged_bound_stopped_requeued_and_resumed(
             "OMP_NUM_THREADS": "1",
             "HOROVOD_FUSION_THRESHOLD": "134217728",
             "GREETING": 'it\'s $HOME; "x"',
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
         }
         assert f"--data={tmp_path}/bb/it's $data" in one["arguments"]
     assert (cluster.state / "broadcast").exists()
@@ -160,6 +163,7 @@ def test_lsf_job_is_staged_bound_stopped_requeued_and_resumed(
     assert requeued
     for one in check_layout(seen):
         assert f"--data={tmp_path}/bb/{digits.name}" in one["arguments"]
+        assert one["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1", "a rank sees all GPUs"
     code, output, requeued = cluster.run(cwd=ROOT)
     check_finished(code, output, seen / "out")
     assert not requeued
@@ -178,6 +182,21 @@ def test_mpirun_script_is_bound_and_stopped(cluster, digits, tmp_path):
     check_layout(seen)
 
 
+def test_signal_is_not_lost_while_the_ranks_are_started(cluster, tmp_path):
+    """It comes after they were started, and before the script knows their process."""
+    launcher, script = cluster.programs / "mpirun", tmp_path / "job.sh"
+    launcher.write_text("#!/bin/bash\ntrap 'exit 75' USR1\ntouch up\nfor i in {1..50}; do\n"
+                        "    sleep 0.1\ndone\n")  # fmt: skip
+    launcher.chmod(0o755)
+    options = ["--machine", "mpirun", "--hosts", "localhost:1", "--output", str(script)]
+    assert main([*options, "--", "true"]) == 0
+    text, signalled = script.read_text(), "until [[ -e up ]]; do sleep 0.01; done; kill -USR1 $$\n"
+    assert text.count("\nlaunch_ranks=$!\n") == 1
+    script.write_text(text.replace("\nlaunch_ranks=$!", f"\n{signalled}launch_ranks=$!"))
+    code, output = run_script(script, cluster.environment, cwd=tmp_path)
+    assert code == 75, output
+
+
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_horovodrun_script_starts_its_ranks(cluster, tmp_path, controller):
     program = tmp_path / "program.py"
@@ -185,7 +204,7 @@ def test_horovodrun_script_starts_its_ranks(cluster, tmp_path, controller):
         "import json, os, sys, horovod.torch as hvd\n"
         "hvd.init()\n"
         "seen = [hvd.rank(), hvd.local_rank(), hvd.size(), hvd.gloo_enabled(), sys.argv[1:],\n"
-        "        os.environ['HOROVOD_CYCLE_TIME']]\n"
+        "        os.environ['HOROVOD_CYCLE_TIME'], os.environ['OMP_NUM_THREADS']]\n"
         "open(f'{hvd.rank()}.json', 'w').write(json.dumps(seen))\n"
         "hvd.barrier()\n"
     )
@@ -197,7 +216,8 @@ def test_horovodrun_script_starts_its_ranks(cluster, tmp_path, controller):
     code, output = run_script(script, cluster.environment, cwd=tmp_path)
     assert code == 0, output[-4000:]
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert seen == [[rank, rank, 2, controller == "gloo", words, "1"] for rank in (0, 1)]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert seen == [[rank, rank, 2, controller == "gloo", words, "1", threads] for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["frontier", "summit"])
@@ -233,7 +253,9 @@ def test_job_that_fails_or_may_not_be_requeued_is_not(cluster, machine, tmp_path
     "command",
     [
         ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--unknown", "true"],
-        ["jsrun", "-n", "1", "-r", "1", "-a", "1", "-c", "1", "-g", "0", "-b", "rs", "true"],
+        [*JSRUN, "-c", "2", "-b", "rs", "true"],
+        [*JSRUN, "-c", "2", "-b", "packed:1", "true"],
+        [*JSRUN, "-c", "4", "-b", "proportional-packed:1", "true"],
     ],
 )
 def test_stand_ins_refuse_what_they_do_not_know(cluster, command):

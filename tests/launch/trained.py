@@ -15,7 +15,7 @@ import horovod.torch as hvd
 from models import train
 from models.engine import Trainer
 
-SEEN = ("OMP_NUM_THREADS", "HOROVOD_FUSION_THRESHOLD", "GREETING")
+SEEN = ("OMP_NUM_THREADS", "HOROVOD_FUSION_THRESHOLD", "GREETING", "CUDA_VISIBLE_DEVICES")
 
 if __name__ == "__main__":
     folder, stop_step = Path(sys.argv[1]), int(sys.argv[2])
