@@ -57,6 +57,10 @@ class FixedPoint(Protocol):
     """The iteration to accelerate: what `Accelerator` needs to know of an optimizer."""
 
     @property
+    def described(self) -> list[str]:
+        """What decides where the base optimizer goes, line by line, to be compared over ranks."""
+
+    @property
     def signature(self) -> Hashable:
         """What stored pairs depend on; when it changes, the history is worth nothing."""
 
@@ -626,20 +630,26 @@ class Accelerator:
 
     def _unequal(self, problem: FixedPoint, checksum: int) -> None:
         """Ranks hold different weights: what to do about it, on all of them."""
-        found = self._comm.allgather_object((checksum, self.stepped_apart))
+        found = self._comm.allgather_object((checksum, self.stepped_apart, problem.described))
         self.stepped_apart = False
-        staying = [rank for rank, (_, apart) in enumerate(found) if not apart]
+        staying = [rank for rank, (_, apart, _) in enumerate(found) if not apart]
         if 0 < len(staying) < len(found) and len({found[rank][0] for rank in staying}) == 1:
             self._resync(problem, staying[0])
             self._were_equal = True
             return self._restart_equal()
-        root, others = replicas.outliers([number for number, _ in found])
+        root, others = replicas.outliers([number for number, _, _ in found])
         named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
         what = f"Weights of {named} differ from those of rank {root} in step {self.stats.steps}"
         if self._were_equal and self.config.on_desync == "error":
+            pairs = zip(found[others[0]][2], found[root][2], strict=False)
+            why = "a fault of the machine, or one rank changed them by itself"
+            for there, here in pairs:
+                if there != here:
+                    why = f"rank {others[0]} has {there}, rank {root} has {here}"
+                    break
             raise ReplicaMismatchError(
-                f"{what}, and were equal before: a fault of the machine, or one rank changed them "
-                "by itself. Go on from a checkpoint, or choose on_desync='resync'."
+                f"{what}, and were equal before: {why}. Go on from a checkpoint, or choose "
+                "on_desync='resync'."
             )
         self._restart_equal()
         if self._were_equal:

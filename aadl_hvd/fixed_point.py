@@ -278,6 +278,16 @@ class OptimizerFixedPoint:
         _, decays, rates = signature
         return [[float(value) for value in values] for values in (decays, rates)]
 
+    @property
+    def described(self) -> list[str]:
+        plain = int, float, bool, str, tuple, type(None)
+        lines = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            lines += [f"group {i}: {k}={v}" for k, v in group.items() if isinstance(v, plain)]
+            trained = [p.requires_grad for p in group["params"]]
+            lines += [f"parameter {i}.{j}: requires_grad={x}" for j, x in enumerate(trained)]
+        return lines
+
     def state_tensors(self) -> list[Tensor]:
         entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
         found = (entry[key] for entry in entries for key in sorted(entry))

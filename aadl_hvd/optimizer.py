@@ -19,15 +19,16 @@ import os
 import sys
 import warnings
 import weakref
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import checkpoint
+from aadl_hvd import checkpoint, replicas
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.comm.base import Communicator, ShardGroup
@@ -38,6 +39,7 @@ from aadl_hvd.fixed_point import OptimizerFixedPoint
 from aadl_hvd.safeguard import Restart
 
 Closure = Callable[[], Any]
+_Accepted = TypeVar("_Accepted")
 
 _log = logging.getLogger("aadl_hvd")
 _HOROVOD_MODULE = "horovod.torch.optimizer"
@@ -159,7 +161,19 @@ def DistributedAndersonOptimizer(
     config = _accepted_by_all(comm, lambda: _accept(optimizer, anderson, compression, adasum))
     if elastic:
         _check_elastic(config, process_set)
-    _compare_ranks(comm, optimizer, config)
+    if named_parameters is not None:
+        named_parameters = list(named_parameters)
+    arguments = {
+        "compression": getattr(compression, "__name__", type(compression).__name__),
+        "backward_passes_per_step": backward_passes_per_step,
+        "op": op,
+        "gradient_predivide_factor": gradient_predivide_factor,
+        "num_groups": num_groups,
+        "groups": _by_place(groups, optimizer),
+        "sparse_as_dense": sparse_as_dense,
+        "named_parameters": _by_place(named_parameters, optimizer),
+    }
+    _compare_ranks(comm, optimizer, config, arguments)
     group = shard_group(comm, process_set, config.shard_group)
     OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
     if all(comm.allgather_object(_only_initialised(optimizer))):
@@ -171,7 +185,8 @@ def DistributedAndersonOptimizer(
         importlib.import_module("aadl_hvd.elastic")
 
     inner = type(optimizer)
-    distributed = DistributedOptimizer(
+    make = functools.partial(
+        DistributedOptimizer,
         _stand_in(optimizer),
         named_parameters=named_parameters,
         compression=hvd.Compression.none if compression is None else compression,
@@ -183,6 +198,8 @@ def DistributedAndersonOptimizer(
         sparse_as_dense=sparse_as_dense,
         process_set=process_set,
     )
+    # What Horovod refuses, too: named parameters that are not all there, for one.
+    distributed: Any = make() if elastic else _accepted_by_all(comm, make)
     horovods = {
         name: value
         for name, value in vars(type(distributed)).items()
@@ -195,6 +212,7 @@ def DistributedAndersonOptimizer(
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
     summed = op == hvd.Sum
     made = _attach(distributed, optimizer, config, comm, group, backward_passes_per_step, summed)
+    made._anderson_arguments = arguments
     if not elastic:
         made.anderson.check_memory(made._anderson_problem)
         made.anderson.compare_replicas(made._anderson_problem)  # if equal now, they must stay it
@@ -214,7 +232,7 @@ def meet(optimizer: Any) -> tuple[Communicator, ShardGroup]:
 
     comm = horovod_communicator(optimizer.process_set)
     config = optimizer.anderson.config
-    _compare_ranks(comm, optimizer, config)
+    _compare_ranks(comm, optimizer, config, optimizer._anderson_arguments)
     try:
         return comm, shard_group(comm, optimizer.process_set, config.shard_group)
     except ConfigError as error:  # on every rank; nodes come and go, and training must go on
@@ -461,8 +479,10 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         """
         accelerator: Accelerator = self.anderson
         comm = accelerator.comm
-        everybody = comm.allgather_object(to)
-        if any(other != everybody[0] for other in everybody):
+        # Small and first: a rank that calls this alone is found out in a second (MPI).
+        asked = comm.allreduce(replicas.riders(zlib.crc32(repr(to).encode())))
+        if not replicas.equal(asked, comm.size):
+            everybody = comm.allgather_object(to)
             raise ConfigError(f"Invalid to={everybody}, by rank. Must be the same on all.")
         if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < comm.size:
             raise ConfigError(f"Invalid to={to!r}. Must be a rank, 0 to {comm.size - 1}.")
@@ -643,7 +663,9 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         _register_new_parameters(self)
         comm: Communicator = self.anderson.comm
         try:
-            comm.attend(*(functools.partial(_reduced, self, which) for which in (0, -1)))
+            if self._anderson_reduces and not adasum:
+                _begin_reductions(self)
+            comm.attend(_reduced(self))
             horovods["synchronize"](self)
         except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
             comm.explain(error)
@@ -733,12 +755,28 @@ def _synchronized(optimizer: Any, closure: Closure) -> Any:
     return loss
 
 
-def _reduced(optimizer: Any, which: int) -> bool:
-    """Whether one of the reductions that were begun is done: first 0, last -1."""
+def _begin_reductions(optimizer: Any) -> None:
+    """What Horovod's synchronize begins of itself, and then waits where nobody can look around."""
+    begun: set[Tensor] = set()
+    for key in optimizer._handles:
+        begun.update(key if isinstance(key, tuple) else (key,))
+    waiting = [p for p, (handle, _) in optimizer._handles.items() if handle is None]
+    for p in [*waiting, *(optimizer._requires_update - begun)]:
+        optimizer._handles[p] = optimizer._allreduce_grad_async(p)
+
+
+def _reduced(optimizer: Any) -> Callable[[], bool]:
+    """Whether all reductions that were begun are done, to be asked again and again."""
     from horovod.torch import poll
 
     begun = [handle for handle, _ in optimizer._handles.values() if isinstance(handle, int)]
-    return not begun or poll(begun[which])
+
+    def done() -> bool:
+        while begun and poll(begun[-1]):
+            begun.pop()
+        return not begun
+
+    return done
 
 
 def _take_samples(optimizer: Any, parameters: Sequence[Tensor]) -> None:
@@ -885,17 +923,17 @@ def _accept(
     return config
 
 
-def _accepted_by_all(comm: Communicator, accept: Callable[[], AndersonConfig]) -> AndersonConfig:
+def _accepted_by_all(comm: Communicator, accept: Callable[[], _Accepted]) -> _Accepted:
     """What `accept` returns; raises on every rank if it raised on any. Collective."""
     try:
-        config = accept()
-    except AndersonError as error:
-        comm.allgather_object(str(error))
+        accepted = accept()
+    except Exception as error:
+        comm.allgather_object(str(error) or type(error).__name__)
         raise
     for rank, refusal in enumerate(comm.allgather_object(None)):
         if refusal is not None:
             raise ReplicaMismatchError(f"Rank {rank} refused what this rank accepts: {refusal}")
-    return config
+    return accepted
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -956,12 +994,31 @@ def _check_elastic(config: AndersonConfig, process_set: Any) -> None:
         )
 
 
+def _by_place(value: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """An argument of Horovod's that may hold parameters, these named by their place."""
+    places = {
+        id(p): f"parameter {i}.{j}"
+        for i, group in enumerate(optimizer.param_groups)
+        for j, p in enumerate(group["params"])
+    }
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [named(entry) for entry in value]
+        return places.get(id(value), "a tensor") if isinstance(value, Tensor) else value
+
+    return named(value)
+
+
 def _compare_ranks(
-    comm: Communicator, optimizer: torch.optim.Optimizer, config: AndersonConfig
+    comm: Communicator,
+    optimizer: torch.optim.Optimizer,
+    config: AndersonConfig,
+    arguments: dict[str, Any],
 ) -> None:
     """Raises on every rank if any differs: unequal ranks would hang or diverge later."""
     lines = [f"a {type(optimizer).__name__} optimizer"]
-    lines += [f"{name}={value!r}" for name, value in config.to_dict().items()]
+    lines += [f"{name}={value!r}" for name, value in (config.to_dict() | arguments).items()]
     lines += [
         f"parameter {i}.{j}: shape {tuple(p.shape)}, {p.dtype}, requires_grad={p.requires_grad}"
         for i, group in enumerate(optimizer.param_groups)

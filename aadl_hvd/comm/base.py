@@ -127,15 +127,14 @@ class Communicator(ABC):
                     arrived.setdefault(source, []).append(part)
         return {source: torch.cat(parts) for source, parts in arrived.items()}
 
-    def attend(self, met: Callable[[], bool], done: Callable[[], bool]) -> None:  # noqa: B027
+    def attend(self, done: Callable[[], bool]) -> None:  # noqa: B027
         """May wait for something collective that other ranks, in error, do not enter.
 
         Called once by every rank whenever they wait for each other outside of this communicator:
-        for gradients. Where a rank can know that another one waits for it here meanwhile, so that
-        neither would ever go on, it raises.
+        for gradients. Where a rank can know that another one waits for it meanwhile, here or for
+        gradients of a later step, so that neither would ever go on, it raises.
 
         Args:
-            met: whether all ranks have entered.
             done: whether there is no more to wait for.
         """
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import pickle
 import platform
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -64,9 +66,9 @@ class HorovodCommunicator(Communicator):
             )
         return self._set
 
-    def attend(self, met: Callable[[], bool], done: Callable[[], bool]) -> None:
+    def attend(self, done: Callable[[], bool]) -> None:
         if self.host is not None:
-            return self.host.attend(met, done)
+            return self.host.attend(done)
         while not done():
             time.sleep(NAP)
         return None
@@ -193,7 +195,31 @@ def _mpi_communicator(process_set: Any, agree: Communicator) -> MpiCommunicator 
     ready = MpiCommunicator.world_rank() == hvd.rank()
     if not all(agree.allgather_object(ready)):
         return None
-    return MpiCommunicator(ranks)
+    host = MpiCommunicator(ranks)
+    _announce_joins(host)
+    return host
+
+
+_announcing: weakref.WeakSet[MpiCommunicator] = weakref.WeakSet()
+
+
+def _announce_joins(host: MpiCommunicator) -> None:
+    """Has other ranks told when this one calls `hvd.join()`.
+
+    Horovod then answers for it, but only in collectives of its own.
+    """
+    _announcing.add(host)
+    original = hvd.join
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def join(*args: Any, **kwargs: Any) -> Any:
+        for communicator in list(_announcing):
+            communicator.join()
+        return original(*args, **kwargs)
+
+    hvd.join = join
 
 
 def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup:

@@ -25,7 +25,8 @@ from torch import Tensor
 from aadl_hvd.comm.base import ADVICE, Communicator, Values
 from aadl_hvd.errors import CommunicationError
 
-_VALUES, _LEFT, _WAITS = 1, 2, 3  # tags
+_VALUES, _LEFT, _WAITS, _JOINS = 1, 2, 3, 4  # tags
+_GRADIENTS = 0.0  # in place of an operation's header: waits for gradients
 
 _SPINS = range(2000)  # looks for a message, each 0.2 microseconds, before time is given away
 NAP = 1e-4  # seconds
@@ -46,8 +47,9 @@ class MpiCommunicator(Communicator):
 
     A rank that waits in one raises `CommunicationError` as soon as another rank's program has
     ended, by an error or not; when MPI is shut down; when the other rank is in another operation;
-    or, after a second, when that one waits for the gradients of a later step. A rank that is
-    merely late is waited for; after HOROVOD_STALL_CHECK_TIME_SECONDS (60) a warning names it, and
+    or, after a second, when that one waits for the gradients of a later step or has called
+    `hvd.join()`. A rank that is merely late is waited for; after
+    HOROVOD_STALL_CHECK_TIME_SECONDS (60) a warning names it, and
     HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, if set, ends the wait, as in Horovod's own collectives.
 
     Large tensors and objects go through MPI's collectives, without all that: in training Horovod
@@ -72,7 +74,8 @@ class MpiCommunicator(Communicator):
         self.size = self._comm.Get_size()
         self._parent, self._children = _neighbours(self.rank, self.size)
         self._lines: dict[tuple[str, int], _Line] = {}
-        self._number = self._gradients = 0  # operations and waits for gradients entered
+        # Operations, waits for gradients and hvd.join() entered.
+        self._number = self._gradients = self._joins = 0
         self._talking = self._closed = self._all_know = False
         self._sent: list[Any] = []
         self._questions: dict[int, tuple[float, int]] = {}
@@ -102,13 +105,23 @@ class MpiCommunicator(Communicator):
     def allgather_object(self, item: Any) -> list[Any]:
         return list(self._comm.allgather(item))
 
-    def attend(self, met: Callable[[], bool], done: Callable[[], bool]) -> None:
+    def attend(self, done: Callable[[], bool]) -> None:
         self._gradients += 1
-        started = time.monotonic()
-        while not met():
-            time.sleep(NAP)
-            if time.monotonic() - started > ASK:
-                self._answer()
+        started, asked = time.monotonic(), False
+        while not done():
+            waited = time.monotonic() - started
+            time.sleep(NAP if waited > 100 * NAP else 0.0)
+            if waited > ASK:
+                self._answer(done, ask=not asked)
+                asked = True
+
+    def join(self) -> None:
+        """This rank calls `hvd.join()`: it takes no more steps until all others have done so."""
+        self._joins += 1
+        joins = np.array([float(self._joins)])
+        with self._use():
+            for rank in [] if self._closed else self._neighbours:
+                self._sent.append(self._comm.Isend(joins, rank, _JOINS))
 
     def explain(self, error: Exception) -> None:
         self._hear()
@@ -227,6 +240,8 @@ class MpiCommunicator(Communicator):
                 self._give_up()
             waited = time.monotonic() - started
             time.sleep(NAP if waited > 100 * NAP else 0.0)
+            if waited > ASK:
+                self._hear_of_joins()
             if waited > ASK and not asked:
                 asked = True
                 here = np.array([code, self._gradients], np.float64)
@@ -260,12 +275,42 @@ class MpiCommunicator(Communicator):
             self._questions[status.source] = float(question[0]), int(question[1])
         return self._questions
 
-    def _answer(self) -> None:
-        """Raises if another rank waits for this one in vain while this one waits for gradients."""
+    def _hear_of_joins(self) -> None:
+        from mpi4py import MPI
+
+        while self._probe(_JOINS, status := MPI.Status()):
+            joins = np.empty(1)
+            self._comm.Recv(joins, status.source, _JOINS)
+            if joins[0] > self._joins:  # else it was over when this rank had joined, too
+                raise CommunicationError(
+                    f"Rank {status.source} has called hvd.join(), and this one, rank {self.rank}, "
+                    "waits for it in an accelerated step. Acceleration needs every rank in every "
+                    "step: give all ranks equally many batches."
+                )
+
+    def _answer(self, done: Callable[[], bool], ask: bool) -> None:
+        """Raises if another rank waits for this one in vain while this one waits for gradients.
+
+        Args:
+            done: whether this one does no longer.
+            ask: says to the next rank that this one waits: if any two differ, so do two neighbours.
+        """
         with self._use():
             if self._closed:
                 return
+            if ask:
+                here = np.array([_GRADIENTS, self._gradients], np.float64)
+                self._sent.append(self._comm.Isend(here, (self.rank + 1) % self.size, _WAITS))
             for rank, (code, gradients) in self._take_questions().items():
+                if code == _GRADIENTS:
+                    # That one has all it knows of from this step, which this one has begun.
+                    if gradients > self._gradients and not done():
+                        raise CommunicationError(
+                            f"Rank {rank} waits for the gradients of a later step, and this one, "
+                            f"rank {self.rank}, for some that that one does not know of. {ADVICE} "
+                            "So must add_param_group()."
+                        )
+                    continue
                 # This rank has not begun what that one is in; nor that one what this rank is in,
                 # which it cannot before.
                 if code >= (self._number + 1) * _STEP and gradients < self._gradients:
@@ -304,6 +349,10 @@ class MpiCommunicator(Communicator):
         finally:
             self._talking = False
 
+    @property
+    def _neighbours(self) -> list[int]:
+        return [*self._children, *([] if self._parent is None else [self._parent])]
+
     def _probe(self, tag: int, status: Any = None) -> bool:
         from mpi4py import MPI
 
@@ -335,9 +384,8 @@ class MpiCommunicator(Communicator):
             return
         said = "its program has ended." if error is None else f"{type(error).__name__}: {error}"
         notice = ("." if error is None else "!") + said[:500]
-        neighbours = [*self._children, *([] if self._parent is None else [self._parent])]
         everybody = [rank for rank in range(self.size) if rank != self.rank]
-        for rank in neighbours if error is None else everybody:
+        for rank in self._neighbours if error is None else everybody:
             self._sent.append(self._comm.Isend([notice.encode(), MPI.BYTE], rank, _LEFT))
 
     def close(self) -> None:

@@ -112,10 +112,19 @@ def one_step(step, x, y):
     with opt.skip_synchronize():
         scaler.step(opt)
     scaler.update()
-    if FAULT == "averages alone" and step == AT and hvd.rank() == 0:
+    if FAULT.endswith(" alone") and step == AT and hvd.rank() == 0:
         print(f"rank 0: {FAULT} at {time.time():.3f}", flush=True)
-        with opt.averaged_weights():
-            pass
+        if FAULT == "averages alone":
+            with opt.averaged_weights():
+                pass
+        if FAULT == "consolidates alone":
+            opt.consolidate_state_dict()
+    if here("adds a group", step):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    if here("joins", step):
+        hvd.join()
+    if here("another rate", step):
+        opt.param_groups[0]["lr"] = 0.07
 
 
 step = 0

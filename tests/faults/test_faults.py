@@ -30,6 +30,17 @@ ENDS = [
     ("skips", 2, "mpirun", f"Rank 0 waits for this one, rank 1, .*{ALL_MUST}", "Rank 1 has left"),
     ("scaler alone", 2, "mpirun", "AssertionError: .*zero_grad", "Rank 1 has left: Assertion"),
     ("averages alone", 2, "mpirun", f"Rank 0 waits for this one, .*{ALL_MUST}", "Rank 1 has left"),
+    ("consolidates alone", 2, "mpirun", f"Rank 0 waits for this one, .*{ALL_MUST}", "Rank 1 has"),
+    ("adds a group", 3, "mpirun", "Rank 1 waits for the gradients of a later step", "Rank 2 has"),
+    ("joins", 3, "mpirun", r"Rank 2 has called hvd.join\(\), and this one", None),
+    ("joins", 2, "gloo", None, None),
+    (
+        "another rate",
+        2,
+        "mpirun",
+        r"rank 1 has group 0: lr=0.07, rank 0 has group 0: lr=0.05",
+        None,
+    ),
     ("mixes", 2, "mpirun", f"is in its operation .*{ALL_MUST}", None),
     ("mixes", 2, "gloo", f"Ranks are in different operations: .*{ALL_MUST}", None),
 ]

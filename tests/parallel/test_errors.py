@@ -88,6 +88,37 @@ def test_ranks_that_differ(difference):
     assert_replicas_equal(model)
 
 
+OTHER_ARGUMENTS = {
+    "num_groups": lambda model: {"num_groups": 2 if LAST else 0},
+    "groups": lambda model: {"groups": [list(model.parameters())[: 2 if LAST else 3]]},
+    "backward_passes_per_step": lambda model: {"backward_passes_per_step": 2 if LAST else 1},
+    "compression": lambda model: {"compression": hvd.Compression.fp16 if LAST else None},
+    "op": lambda model: {"op": hvd.Sum if LAST else hvd.Average},
+    "named_parameters": lambda model: {
+        "named_parameters": model.named_parameters(prefix="last" if LAST else "")
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ARGUMENTS)
+def test_arguments_of_horovods_that_differ(name):
+    """Horovod itself would hang, or train on with other steps on one rank."""
+    model = network()
+    with pytest.raises(ReplicaMismatchError, match=f"{name}=") as found:
+        DistributedAndersonOptimizer(sgd(model), **OTHER_ARGUMENTS[name](model))
+    assert f"rank {hvd.size() - 1}" in str(found.value)
+
+
+def test_what_horovod_refuses_on_one_rank_alone():
+    model = network()
+    names = list(model.named_parameters())
+    with pytest.raises(ReplicaMismatchError, match=r"named_parameters="):
+        DistributedAndersonOptimizer(sgd(model), names[1:] if LAST else names)
+    passes = 0 if LAST else 1
+    with pytest.raises((ReplicaMismatchError, ValueError), match="backward_passes_per_step"):
+        DistributedAndersonOptimizer(sgd(model), backward_passes_per_step=passes)
+
+
 def test_wrapped_twice_and_around_horovod():
     model = network()
     opt = DistributedAndersonOptimizer(sgd(model), model.named_parameters())
