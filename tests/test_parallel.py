@@ -3,9 +3,13 @@
 import pytest
 from launching import start
 
-# Seconds; a hang must not outlive it. Twice what three ranks on Gloo take on two slow cores; tests on
-# the ranks have limits of their own.
+# Seconds; a hang must not outlive it. Twice what three ranks on Gloo take on two slow cores; tests
+# on the ranks have limits of their own.
 TIME_LIMIT = 900
+
+# Three ranks on Gloo take longest. Whole programs and long statistics show there what they show on
+# two ranks on Gloo and on three on MPI.
+ELSEWHERE = {(3, "gloo"): ("test_examples.py", "test_noise.py")}
 
 
 def launch(file, *options, ranks, controller, limit=TIME_LIMIT, hosts=None):
@@ -60,7 +64,10 @@ def test_parallel_suite(ranks, controller):
     built = hvd.mpi_built() if controller == "mpi" else hvd.gloo_built()
     if not built:
         pytest.skip(f"this Horovod was built without {controller}")
-    code, output = launch("tests/parallel", ranks=ranks, controller=controller)
+    left_out = [
+        f"--ignore=tests/parallel/{file}" for file in ELSEWHERE.get((ranks, controller), ())
+    ]
+    code, output = launch("tests/parallel", *left_out, ranks=ranks, controller=controller)
     print(output[-3000:])
     assert code == 0, output[-8000:]
     assert output.count(" passed") >= ranks, "a rank ran no tests"
