@@ -71,7 +71,12 @@ class DaliLoader(Loader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Loader`."""
         super().load_state_dict(state)
-        self._iterator, self._checkpoint = None, state["dali"]
+        if state["dali"] is None:
+            raise UserError(
+                "the data loader cannot go on from there: DALI's own checkpoint is None"
+            )
+        self._checkpoint = state["dali"]
+        self._iterator = self._build()  # now, that DALI says at once what it cannot read
 
     def close(self) -> None:
         """See `Loader`."""

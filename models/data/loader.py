@@ -144,7 +144,12 @@ class Loader(ABC):
         ]
         if different:
             raise UserError("the data loader cannot go on from there: " + "; ".join(different))
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        epoch, batch = state["epoch"], state["batch"]
+        if type(epoch) is not int or type(batch) is not int or not 0 <= batch < len(self):
+            raise UserError(
+                f"the data loader cannot go on from epoch {epoch!r}, batch {batch!r} of {len(self)}"
+            )
+        self.epoch, self.batch = epoch, batch
 
     @abstractmethod
     def close(self) -> None:

@@ -54,6 +54,12 @@ class TorchLoader(Loader):
 
     def close(self) -> None:
         """See `Loader`."""
+        # Now: while an error is on its way up, its traceback holds the iterator; and when the
+        # program then ends, multiprocessing would wait for ever for workers that outlive its one
+        # SIGTERM.
+        iterator: Any = self._batches._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
         del self._batches
 
 

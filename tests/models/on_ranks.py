@@ -1,18 +1,29 @@
 """What needs two real ranks; run by test_on_ranks.py under horovodrun, once per case."""
 
+import contextlib
 import copy
+import io
+import shutil
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import horovod.torch as hvd
 import torch
 from torch import nn
 
+from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
+from aadl_hvd import checkpoint as library_checkpoint
 from aadl_hvd.batch_norm import average_batch_norm, batch_norms
+from models import checkpoint
+from models.data import ImageList, LoaderOptions, open_loader
 from models.dist import fail_together, on_rank0, start
 from models.engine import Trainer, count_correct, mean_over_ranks
 from models.errors import UserError
 from models.networks import build
 from models.schedule import Schedule
+from models.train import LAST, _resume, _save, _state
 
 
 class Batches(list):
@@ -217,6 +228,167 @@ def infinite_gradient_is_skipped_on_all_ranks():
     assert_same_on_ranks(run.model)
 
 
+IDENTITY = {"model": "linear"}
+REMOVED = object()
+
+
+class Training:
+    """A trainer and a loader, 4 batches an epoch, that no image is drawn from."""
+
+    def __init__(self, **settings):
+        model = linear()
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        names = list(model.named_parameters())
+        config = AndersonConfig(history_depth=3, frequency=2, warmup_steps=0, noise_gate=0)
+        self.trainer = Trainer(
+            model=model,
+            optimizer=DistributedAndersonOptimizer(base, named_parameters=names, anderson=config)
+            if settings.pop("anderson", True)
+            else hvd.DistributedOptimizer(base, named_parameters=names),
+            schedule=Schedule(peak=0.1, epochs=2, steps_per_epoch=4, decay="none"),
+            device=torch.device("cpu"),
+            **settings,
+        )
+        files = tuple(map(str, range(16)))
+        images = ImageList(root=Path(), classes=("a",), files=files, labels=(0,) * len(files))
+        options = LoaderOptions(
+            train=True, rank=hvd.rank(), world=hvd.size(), batch_size=2,
+            image_size=8, resize=8, channels=1, workers=0,
+        )  # fmt: skip
+        self.loader = open_loader("torch", images, options)
+
+    def steps(self, count):
+        list(self.trainer.train_epoch(batches([8] * count, seed=hvd.rank(), features=6), 99))
+
+    def saved(self, folder):
+        """5 steps, so amid the second epoch."""
+        self.steps(5)
+        self.loader.epoch, self.loader.batch = 1, 1
+        state = _state(IDENTITY, 1, 0.5, 0, self.trainer, self.loader)
+        assert _save(folder / LAST, state, self.trainer, print)
+
+    def resumed(self, folder, resume="auto"):
+        """What it says."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            settings = SimpleNamespace(resume=resume)
+            self.found = _resume(settings, folder, self.trainer, self.loader, IDENTITY)
+        return said.getvalue()
+
+
+@contextlib.contextmanager
+def temporary_folder():
+    folder = on_rank0(lambda: Path(tempfile.mkdtemp()))
+    yield folder
+    on_rank0(lambda: shutil.rmtree(folder))
+
+
+def damage(path, where, value):
+    """Changes one entry of a file; the file is whole, its checksums are right."""
+    state = library_checkpoint.load(path)
+    within = state
+    for key in where[:-1]:
+        within = within[key]
+    if value is REMOVED:
+        del within[where[-1]]
+    else:
+        within[where[-1]] = value(within[where[-1]]) if callable(value) else value
+    torch.save({library_checkpoint._MARK: 1} | state, path)  # which may be what is damaged
+
+
+DAMAGED = [  # what `checkpoint.load` finds is in test_output_files.py
+    (("format",), REMOVED, "no checkpoint of this program"),
+    (("ranks",), lambda ranks: ranks[:1], "was written by 1 ranks, this run has 2"),
+    (("ranks", 1, "data", "identity"), 3, "rank 1: "),
+    (("ranks", 1, "data", "batch"), 2, "rank 1: "),
+    (("ranks", 1, "data", "epoch"), 0, "contradict"),
+    (("ranks", 1, "torch"), torch.zeros(3, dtype=torch.uint8), "rank 1: "),
+    (("ranks", 1, "python"), (1, 2, 3), "rank 1: "),
+    (("step",), 10**6, "epoch 1 and step 1000000 contradict"),
+    (("model", "weight"), torch.zeros(3), "size mismatch"),
+]
+DAMAGED_OPTIMIZERS = [
+    (("optimizer",), {}, "damaged"),
+    (("optimizer", "param_groups"), [], "damaged"),
+    (("optimizer", "param_groups", 0, "momentum"), "x", "momentum"),
+    (("optimizer", "param_groups", 0, "momentum"), REMOVED, "momentum"),
+    (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(3), "momentum_buffer"),
+    (("optimizer", "state", 0, "momentum_buffer"), "x", "momentum_buffer"),
+]
+
+
+def damaged_checkpoints_end_all_ranks():
+    """With a line that says what is wrong, whichever rank it is that trips."""
+    for anderson, damages in ((True, DAMAGED), (False, DAMAGED_OPTIMIZERS)):
+        with temporary_folder() as folder:
+            Training(anderson=anderson).saved(folder)
+            whole = (folder / LAST).read_bytes()
+            for where, value, message in damages:
+                if hvd.rank() == 0:
+                    damage(folder / LAST, where, value)
+                run = Training(anderson=anderson)
+                try:
+                    run.resumed(folder)
+                except UserError as error:
+                    said = hvd.allgather_object(str(error))
+                    assert said[0] == said[1] and "\n" not in said[0], (where, said)
+                    assert message in said[0] and str(folder / LAST) in said[0], (where, said)
+                else:
+                    raise AssertionError(f"went on with {where} damaged")
+                if hvd.rank() == 0:
+                    (folder / LAST).write_bytes(whole)
+                hvd.barrier()
+            assert not Training(anderson=anderson).resumed(folder)
+
+
+DAMAGED_PARTS = [
+    (("anderson",), REMOVED),
+    (("anderson", "history"), {}),
+    (("anderson", "history", "columns", "y"), lambda y: y[:, :-1]),
+    (("of",), "another"),
+    ((library_checkpoint._MARK,), 9),
+]
+
+
+def a_bad_part_on_one_rank_is_a_missing_one():
+    """Of the history alone: all go on, say so once, and the history rebuilds itself."""
+    with temporary_folder() as folder:
+        first = Training()
+        first.saved(folder)
+        own = checkpoint.part_of(folder / LAST, 5, hvd.rank())
+        whole = own.read_bytes()
+        for where, value in DAMAGED_PARTS:
+            if hvd.rank() == 1:
+                damage(own, where, value)
+            run = Training()
+            said = hvd.allgather_object(run.resumed(folder))
+            assert "history has to rebuild" in said[0] and "last.5.1.part" in said[0], (where, said)
+            assert said[0].count("\n") == 1 and not said[1], (where, said)
+            assert run.found == (1, 0.5, 0) and run.trainer.step == 5
+            stats = run.trainer.optimizer.anderson.stats
+            before = first.trainer.optimizer.anderson.stats
+            assert stats.counters() == before.counters(), where
+            run.steps(2)
+            assert stats.stored > before.stored, where
+            assert_same_on_ranks(run.trainer.model)
+            own.write_bytes(whole)
+        run = Training()
+        assert not run.resumed(folder)
+        for training in (first, run):
+            training.steps(3)
+        assert torch.equal(first.trainer.model.weight, run.trainer.model.weight)
+
+
+def resuming_automatically_without_a_checkpoint_begins():
+    with temporary_folder() as folder:
+        run = Training()
+        assert not run.resumed(folder) and run.found == (0, 0.0, 0)
+        if hvd.rank() == 0:
+            (folder / LAST).symlink_to(folder / "not mounted")
+        hvd.barrier()
+        expect_error("no such checkpoint", lambda: run.resumed(folder))
+
+
 CASES = [
     errors_reach_every_rank,
     batch_norm_statistics_are_of_all_images,
@@ -228,6 +400,9 @@ CASES = [
     accumulation_is_one_large_batch,
     mixed_precision_keeps_ranks_together,
     infinite_gradient_is_skipped_on_all_ranks,
+    damaged_checkpoints_end_all_ranks,
+    a_bad_part_on_one_rank_is_a_missing_one,
+    resuming_automatically_without_a_checkpoint_begins,
 ]
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from conftest import numbered_images, numbers
+from launching import start
 
 from models.data import LOADERS, LoaderOptions, list_images, open_loader
 from models.errors import UserError
@@ -182,6 +183,40 @@ def test_resume_refuses_another_rank_and_loader(open_all, tmp_path, kind):
     state["identity"]["loader"] = "other"
     with pytest.raises(UserError, match=f"loader was 'other', is '{kind}'"):
         first.load_state_dict(state)
+
+
+def test_resume_refuses_what_is_no_position(open_all, tmp_path, kind):
+    loader = open_all(numbered_images(tmp_path, 20), 2, 5)[0]
+    state = loader.state_dict()
+    for change in ({"batch": 2}, {"batch": -1}, {"batch": "x"}, {"epoch": None}, {"epoch": 0.0}):
+        with pytest.raises(UserError, match="cannot go on from epoch"):
+            loader.load_state_dict(state | change)
+    if kind == "dali":
+        with pytest.raises(UserError, match="checkpoint is None"):
+            loader.load_state_dict(state | {"dali": None})
+        with pytest.raises(RuntimeError, match="could not build"):
+            loader.load_state_dict(state | {"dali": state["dali"][:50]})
+    loader.load_state_dict(state)
+
+
+def test_an_error_amid_an_epoch_does_not_wait_for_workers(tmp_path):
+    """Nor does the program's end: its workers outlive the one SIGTERM that it sends them."""
+    numbered_images(tmp_path, 20)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from models.data import LoaderOptions, list_images, open_loader\n"
+        "if __name__ == '__main__':\n"
+        "    options = LoaderOptions(train=True, batch_size=5, image_size=8, resize=8, workers=1)\n"
+        "    loader = open_loader('torch', list_images(sys.argv[1]), options)\n"
+        "    try:\n"
+        "        for batch in loader:\n"
+        "            raise KeyError('amid an epoch')\n"
+        "    finally:\n"
+        "        loader.close()\n"
+    )
+    code, output = start(str(program), tmp_path, limit=60)
+    assert code == 1 and "amid an epoch" in output, output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Checkpoints and metrics survive a crash; wrong checkpoints are refused with the reason."""
 
+import itertools
+import math
 import os
 
 import pytest
@@ -14,7 +16,10 @@ IDENTITY = {"model": "resnet8", "classes": ["a", "b"]}
 
 
 def state(value):
-    return {"identity": IDENTITY, "model": {"weight": torch.full((1000,), float(value))}}
+    whole = {"identity": IDENTITY, "model": {"weight": torch.full((1000,), float(value))}}
+    whole |= {"epoch": 1, "step": 7, "moved": 0, "best": 0.5, "optimizer": {}, "scaler": {}}
+    own = {"data": {}, "torch": torch.get_rng_state(), "cuda": None, "python": (3, (), None)}
+    return whole | {"ranks": [own]}
 
 
 def load(path, **changes):
@@ -71,6 +76,42 @@ def test_wrong_checkpoints(tmp_path):
     library_checkpoint.save(path, {"weight": torch.zeros(1)})
     with pytest.raises(UserError, match="no checkpoint of this program"):
         load(path)
+
+
+REMOVED = object()
+
+
+@pytest.mark.parametrize(
+    ("where", "values", "message"),
+    [
+        ("format", [REMOVED], "is no checkpoint of this program"),
+        ("format", [99, "1", True, torch.zeros(9, 9)], "has format .*; this program reads 1"),
+        ("identity", [REMOVED], "is no checkpoint of this program"),
+        ("identity", [5, None], "'identity' is .* and must be a dict"),
+        ("identity", [{"classes": torch.zeros(2)}], "model was None, is 'resnet8'"),
+        ("step", ["three", math.nan, -5, True, 7.0, torch.tensor(7)], "'step' is"),
+        ("epoch", ["x", math.nan, -1], "'epoch' is"),
+        ("epoch moved best model optimizer scaler ranks", [REMOVED], "lacks"),
+        ("best", ["x", math.nan, 2.0, None], "'best' is .* and must be a number from 0 to 1"),
+        ("model optimizer", [None, []], "and must be a dict"),
+        ("scaler", [None, {"scale": "x"}], "'scaler' is .* and must be a dict of numbers"),
+        ("ranks", [None, 5, ["x"]], "'ranks' is .* and must be a list of dicts"),
+        ("ranks", [[{}]], "lacks 'data' of rank 0"),
+        ("data torch python cuda", [REMOVED, "x"], "(lacks .*|and must be .*)"),
+    ],
+)
+def test_damaged_entries_are_named(tmp_path, where, values, message):
+    path = tmp_path / "last.pt"
+    for name, value in itertools.product(where.split(), values):
+        damaged = {"format": 1, **state(1)}
+        within = damaged if name in damaged else damaged["ranks"][0]
+        within[name] = value
+        if value is REMOVED:
+            del within[name]
+        library_checkpoint.save(path, damaged)
+        with pytest.raises(UserError, match=f"last.pt.*{message}") as caught:
+            load(path)
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
