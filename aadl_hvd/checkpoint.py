@@ -335,8 +335,8 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
     Raises:
         CheckpointError: of another n, not all rows or columns are there, or it is damaged.
     """
-    found, same, columns = history["sharding"], history["replicated"], history["columns"]
     _check_part(history)
+    found, same, columns = history["sharding"], history["replicated"], history["columns"]
     lo, hi = sharding.rows
     first, last = found["rows"]
     if found["n"] != sharding.n:
@@ -796,6 +796,7 @@ def examined(
     """
     what = "state_dict['anderson']"
     with readable(what):
+        entries({"format": anything})(anderson, what)
         _check_format(f"{what}['format']", anderson["format"], FORMAT)
         _ENTRY(anderson, what)
         rehearsal = Stats()
@@ -908,19 +909,28 @@ def check_loaded(
 ) -> None:
     """Raises a CheckpointError where a base optimizer could not train on with what it has loaded.
 
+    Flags that another version of torch did not have are what they were.
+
     Args:
         optimizer: as torch has loaded it, all that it makes up for itself included.
         groups: its parameter groups from before.
         state: its state from before.
     """
     for i, (group, before) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        place = f"state_dict['param_groups'][{i}]"
         for name, here in before.items():
-            place = f"state_dict['param_groups'][{i}]"
             if name in group and name != "params":
                 _check_setting(group[name], here, name, f"{place}[{name!r}]")
-            elif name in optimizer.defaults:  # a scheduler's may be missing, or come to it
+            elif here is None or isinstance(here, bool):
+                group[name] = here
+            elif name in optimizer.defaults and name not in group:  # not a scheduler's
                 raise CheckpointError(f"Invalid {place}: it is damaged, it lacks {name!r}.")
-    found = {i: optimizer.state.get(p) for i, (p, _) in enumerate(_with_groups(optimizer))}
+    needs_all = isinstance(optimizer, torch.optim.Adagrad)  # which makes no state in a step
+    found = {
+        i: optimizer.state.get(p)
+        for i, (p, _) in enumerate(_with_groups(optimizer))
+        if p in optimizer.state or needs_all
+    }
     check_entries(found, optimizer, "state_dict['state']", like=state)
 
 
@@ -937,7 +947,7 @@ def check_entries(
     they take the place of. None may be NaN.
 
     Args:
-        found: states, by the parameters' places; None: of a parameter that has none.
+        found: states, by the parameters' places.
         optimizer: which is to go on from them.
         name: what messages call them.
         whole: nothing may be missing.
@@ -949,16 +959,15 @@ def check_entries(
         if not 0 <= place < len(pairs):
             raise CheckpointError(f"Invalid {what}: there are {len(pairs)} parameters.")
         needed, shapes = _needs(optimizer, *pairs[place], (like or {}).get(pairs[place][0]))
-        if isinstance(optimizer, torch.optim.Adagrad) or entry is not None:
-            if not isinstance(entry, dict):
-                refuse(entry, what, "a dict")
-            # One that is empty is made at the first step, but for Adagrad's.
-            begun = whole and (entry or isinstance(optimizer, torch.optim.Adagrad))
-            if absent := sorted(needed - entry.keys()) if begun else []:
-                raise CheckpointError(f"Invalid {what}: it is damaged, it lacks {absent}.")
-            for key, value in entry.items():
-                if value is not None or key in needed:
-                    _check_value(value, shapes.get(key), f"{what}[{key!r}]")
+        if not isinstance(entry, dict):
+            refuse(entry, what, "a dict")
+        # One that is empty is made at the first step, but for Adagrad's.
+        begun = whole and (entry or isinstance(optimizer, torch.optim.Adagrad))
+        if absent := sorted(needed - entry.keys()) if begun else []:
+            raise CheckpointError(f"Invalid {what}: it is damaged, it lacks {absent}.")
+        for key, value in entry.items():
+            if value is not None or key in needed:
+                _check_value(value, shapes.get(key), f"{what}[{key!r}]")
 
 
 def _needs(

@@ -53,6 +53,7 @@ def number(low: float = -math.inf, high: float = math.inf, finite: bool = True) 
 
     def check(value: Any, name: str) -> None:
         ok = isinstance(value, float | int) and not isinstance(value, bool)
+        ok = ok and (isinstance(value, float) or abs(value) <= _LARGEST)
         if ok and (math.isfinite(value) or finite):
             ok = math.isfinite(value) and low <= value <= high
         if not ok:
