@@ -25,7 +25,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -341,6 +341,36 @@ class Accelerator:
         if cause is not Restart.NONFINITE:
             self._averages.clear()
 
+    @torch.no_grad()
+    def hold(self) -> Callable[[], None]:
+        """Copies all that `restart` and `load` change, to host memory; the result puts it back.
+
+        Costs nothing before the first step, and what `history_bytes` says after it.
+        """
+        owners = [
+            *(self, self.stats, self._history, self._gram, self._noise, self._losses),
+            *(self._backoff, self._averages, *self._averages.parts),
+            *([] if self._average is None else [self._average]),
+        ]
+        held = []
+        for owner in owners:
+            attributes = dict(vars(owner))
+            tensors = [value for value in attributes.values() if isinstance(value, Tensor)]
+            held.append((owner, attributes, [(t, t.to("cpu", copy=True)) for t in tensors]))
+        # Counted in place.
+        rejected, restarts = dict(self.stats.rejected), dict(self.stats.restarts)
+
+        def put_back() -> None:
+            for owner, attributes, tensors in held:
+                vars(owner).clear()
+                vars(owner).update(attributes)
+                with torch.no_grad():
+                    for tensor, contents in tensors:
+                        tensor.copy_(contents)
+            self.stats.rejected, self.stats.restarts = rejected, restarts
+
+        return put_back
+
     @property
     def has_part(self) -> bool:
         """Whether `part` is of use: not while ranks have yet to meet, unless one was loaded.
@@ -446,8 +476,8 @@ class Accelerator:
         self._history.generation = 0  # the same on all ranks
         self._gram.take(same["gram"], columns["products"])
         averages = same["averages"]
-        known = [rows.get(f"average {kind}") for kind in averages["kinds"]]
-        self._averages.take(averages, [sums for sums in known if sums is not None])
+        known = [f"average {kind}" for kind in averages["kinds"] if averages["count"]]
+        self._averages.take(averages, [rows[name] for name in known])
         if self._average is not None:
             self._average.clear()
             if "iterates" in rows:

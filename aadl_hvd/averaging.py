@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.history import chunks
+from aadl_hvd.schema import entries, integer, listed, number
 from aadl_hvd.solve import Vector
 
 
@@ -108,9 +109,16 @@ class WeightAverages:
 
     Attributes:
         count: iterates taken in.
+        parts: each of the averages.
     """
 
     SMOOTHING = 0.95
+    STATE = entries(  # what `state` returns
+        {
+            **{"kinds": listed(number(0.0)), "every": integer(1), "gains": listed(number())},
+            **{"measured": integer(), "count": integer()},
+        }
+    )
 
     def __init__(
         self,
@@ -122,14 +130,14 @@ class WeightAverages:
     ) -> None:
         self.kinds = tuple(kinds)
         self._every = every
-        self._averages = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
+        self.parts = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
         self._gains: Vector = np.zeros(len(self.kinds))
         self._measured = self.count = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated on this rank."""
-        return sum(average.nbytes for average in self._averages)
+        return sum(average.nbytes for average in self.parts)
 
     @property
     def gains(self) -> dict[float, float]:
@@ -143,13 +151,13 @@ class WeightAverages:
 
         The sum is over rows `part` alone. [kinds] float64, on the device.
         """
-        if not self._averages:
+        if not self.parts:
             return torch.empty(0, dtype=torch.float64)
         if not self.count:  # nothing to compare with, but `push` is to know if w is finite
             largest = w.abs().max() if w.numel() else w.new_zeros(())
             return (0.0 * largest).double().expand(len(self.kinds))
         # 1/2 <r + avg r, avg w - w>; chunks outside, so that w and r are read once.
-        zero = w.new_zeros(len(self._averages), dtype=torch.float64)
+        zero = w.new_zeros(len(self.parts), dtype=torch.float64)
         parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
         return torch.stack(parts).sum(dim=0).mul_(0.5)
 
@@ -163,10 +171,10 @@ class WeightAverages:
         """
         if not np.isfinite(gains).all():
             return
-        for average in self._averages:
+        for average in self.parts:
             average.begin()
         for rows in chunks(w):
-            for average in self._averages:
+            for average in self.parts:
                 average.take(w[rows], r[rows], rows)
         self.count += 1
         if self.count > 1:
@@ -176,7 +184,7 @@ class WeightAverages:
 
     def mean(self, kind: float) -> Tensor | None:
         """This rank's rows of an average, [rows]; None if nothing has been taken in yet."""
-        average = self._averages[self.kinds.index(kind)]
+        average = self.parts[self.kinds.index(kind)]
         return average.mean()[0] if self.count else None
 
     def state(self) -> dict[str, Any]:
@@ -191,7 +199,7 @@ class WeightAverages:
 
     def part(self) -> list[Tensor]:
         """Of each kind this rank's rows, [1 or 2, 2, rows], on the host; none if none is known."""
-        return [average.sums.cpu().clone() for average in self._averages] if self.count else []
+        return [average.sums.cpu().clone() for average in self.parts] if self.count else []
 
     def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
         """Takes in what `state` and `part` returned.
@@ -206,7 +214,7 @@ class WeightAverages:
         places = [state["kinds"].index(kind) for kind in self.kinds]
         self._gains = np.array(state["gains"], dtype=np.float64)[places]
         self._measured, self.count = state["measured"], state["count"]
-        for average, place in zip(self._averages, places, strict=True):
+        for average, place in zip(self.parts, places, strict=True):
             average.count = self.count
             average.sums.copy_(part[place])
         return True
@@ -214,11 +222,11 @@ class WeightAverages:
     def clear(self) -> None:
         """Forgets everything."""
         self._gains, self._measured, self.count = np.zeros(len(self.kinds)), 0, 0
-        for average in self._averages:
+        for average in self.parts:
             average.count = 0
 
     def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
-        means = [average.mean(rows) for average in self._averages]
+        means = [average.mean(rows) for average in self.parts]
         return torch.stack([torch.dot(mean[1] + r, mean[0] - w) for mean in means]).double()
 
 

@@ -35,10 +35,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadl_hvd.averaging import WeightAverages
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.diagnostics import Stats
-from aadl_hvd.errors import CheckpointError
+from aadl_hvd.errors import AndersonError, CheckpointError
 from aadl_hvd.history import chunks
+from aadl_hvd.noise import NoiseMeter
+from aadl_hvd.safeguard import Backoff, LossWatch
+from aadl_hvd.schema import (
+    anything,
+    entries,
+    every,
+    instance,
+    integer,
+    listed,
+    number,
+    one_of,
+    optional,
+    refuse,
+    sequence,
+    tensor,
+)
 from aadl_hvd.sharding import Sharding
 
 FORMAT = 2  # of the entry "anderson" of a state_dict; 1 had no history
@@ -48,13 +65,56 @@ _LARGE = 2**16  # bytes from which a tensor travels by itself
 _ELSEWHERE = "tensor sent after this"
 
 History = dict[str, Any]
-_WANTED = {
-    "replicated": {
-        *("calls", "stored", "columns", "last", "gram", "averages", "pushed"),
-        *("noise", "losses", "backoff"),
+
+# What a state_dict's entry "anderson" looks like; tensors of a history: see `_check_part`.
+_ENTRY = entries(
+    {"counters": anything},
+    {
+        "config": instance(dict),
+        "parameters": listed(sequence(listed(integer()), instance(str), instance(bool))),
+        "settings": listed(listed(number())),
+        "last_rates": listed(number()),
     },
-    "columns": {"index", "y", "r", "mixings", "scales", "products"},
-}
+)
+_WITH_HISTORY = entries(
+    dict.fromkeys(("config", "parameters", "settings", "last_rates", "history"), anything)
+)
+_UNDO = entries({"whole": instance(bool), "entries": every(instance(dict), key=integer())})
+_PART = entries(
+    {
+        "sharding": entries(
+            {
+                "layout": one_of("rows", "columns"),
+                **{"n": integer(), "size": integer(1), "rank": integer()},
+                "rows": listed(integer(), 2),
+            }
+        ),
+        "replicated": entries(
+            {
+                **{"calls": integer(), "stored": integer(), "columns": integer()},
+                "last": integer(0, 1),
+                "gram": entries({"matrix": anything, "fresh": listed(integer())}),
+                "averages": WeightAverages.STATE,
+                "pushed": optional(integer()),
+                "noise": optional(NoiseMeter.SHARE),
+                "losses": LossWatch.STATE,
+                "backoff": Backoff.STATE,
+            }
+        ),
+        "rows": instance(dict),
+        "columns": entries({"index": listed(integer())}),
+        "undo": entries(
+            {},
+            {
+                "residual": entries({"norm": number(0.0), "undo": _UNDO}),
+                "loss": entries({"undo": optional(_UNDO)}),
+            },
+        ),
+        "ranks": integer(1),
+        "own": instance(dict),
+    }
+)
+_OWN = entries({"noise": NoiseMeter.PART, "losses": LossWatch.PART})
 
 
 # Files
@@ -137,7 +197,7 @@ def merge_shards(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     whole = _Whole()
     anderson: dict[str, Any] | None = None
-    with _readable("parts"):
+    with readable("parts"):
         for part in parts:
             anderson = anderson or dict(part["anderson"])
             whole.add(part["anderson"]["history"])
@@ -275,12 +335,8 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
     Raises:
         CheckpointError: of another n, not all rows or columns are there, or it is damaged.
     """
+    _check_part(history)
     found, same, columns = history["sharding"], history["replicated"], history["columns"]
-    for section, wanted in _WANTED.items():
-        if absent := wanted - history[section].keys():
-            raise CheckpointError(
-                f"Invalid history: it is damaged, {section!r} lacks {sorted(absent)}."
-            )
     lo, hi = sharding.rows
     first, last = found["rows"]
     if found["n"] != sharding.n:
@@ -297,8 +353,6 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
     dropped = max(0, same["columns"] - sharding.depth)
     h = same["columns"] - dropped
     matrix = same["gram"]["matrix"]
-    if matrix.shape != (h + dropped, h + dropped) or same["stored"] <= h > 0:
-        raise CheckpointError("Invalid history: it is damaged, its numbers contradict each other.")
     index = [i - dropped for i in _columns_wanted(same["stored"], same["columns"], sharding)]
     places = {held - dropped: place for place, held in enumerate(columns["index"])}
     if absent := [i for i in index if i not in places]:
@@ -317,7 +371,8 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
         else:
             products = _products(columns, held, [places[i - dropped] for i in fresh])
     own = history["own"].get(str(rank)) if history["ranks"] == ranks else None
-    part = {
+    optional(_OWN)(own, f"history['own']['{rank}']")
+    return {
         "sharding": {
             "layout": sharding.layout,
             "n": sharding.n,
@@ -346,10 +401,71 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
         "ranks": ranks,
         "own": {} if own is None else {str(rank): copy.deepcopy(own)},
     }
-    lengths = [t.shape[-1] for t in [*part["rows"].values(), part["columns"]["y"]]]
-    if any(length != hi - lo for length in lengths):
-        raise CheckpointError("Invalid history: it is damaged, its tensors are too short.")
-    return part
+
+
+def _check_part(history: Any) -> None:
+    """Raises a CheckpointError where a part is not what all that takes it in can go on from.
+
+    Columns and iterates may hold NaN, as those of a run that has seen one: the next accelerated
+    step restarts the history. What would never heal must be finite.
+    """
+    _PART(history, "history")
+    found, same, columns = history["sharding"], history["replicated"], history["columns"]
+    (lo, hi), h, stored, pushed = found["rows"], same["columns"], same["stored"], same["pushed"]
+    averages, index, fresh = same["averages"], columns["index"], same["gram"]["fresh"]
+    numbers = {
+        "sharding": lo <= hi <= found["n"] and found["rank"] < found["size"],
+        "replicated: stored, columns": h < stored or h == stored == 0,
+        "replicated: fresh": len({*fresh}) == len(fresh) and all(i < h for i in fresh),
+        "replicated: averages": averages["measured"] <= averages["count"]
+        and len(averages["kinds"]) == len(averages["gains"]),
+        "columns: index": index == sorted({*index}) and all(i < h for i in index),
+    }
+    _raise_contradictions(numbers)
+    rows, held, double = hi - lo, len(index), (torch.float64,)
+    wanted = {"pair": tensor(2, rows)} if stored else {}
+    if pushed is not None:
+        wanted["iterates"] = tensor(None, rows)
+    if averages["count"]:
+        wanted |= {
+            f"average {kind}": tensor(1 if kind < 1 else 2, 2, rows, finite=True)
+            for kind in averages["kinds"]
+        }
+    tensors = {
+        "replicated": entries(
+            {"gram": entries({"matrix": tensor(h, h, dtypes=double, finite=True)})}
+        ),
+        "rows": entries(wanted, {"base": tensor(rows)}, others=_unknown),
+        "columns": entries(
+            {
+                **{"y": tensor(held, rows), "r": tensor(held, rows)},
+                "mixings": tensor(held, dtypes=double, finite=True),
+                "scales": optional(tensor(2, held, finite=True)),
+                "products": optional(tensor(held, len(fresh), dtypes=double)),
+            }
+        ),
+    }
+    entries(tensors)(history, "history")
+    matrix, scales = same["gram"]["matrix"], columns["scales"]
+    _raise_contradictions(
+        {
+            "matrix": torch.equal(matrix, matrix.T) and bool((matrix.diagonal() >= 0.0).all()),
+            "columns: y, r": columns["y"].dtype == columns["r"].dtype,
+            "columns: scales": scales is None or bool((scales > 0.0).all()),
+            "pushed, iterates": pushed is None or len(history["rows"]["iterates"]) <= pushed,
+        }
+    )
+
+
+def _raise_contradictions(sound: Mapping[str, bool]) -> None:
+    if wrong := [name for name, ok in sound.items() if not ok]:
+        raise CheckpointError(
+            f"Invalid history: it is damaged, its numbers contradict each other ({wrong[0]})."
+        )
+
+
+def _unknown(value: Any, name: str) -> None:
+    refuse(value, name, "absent, for nothing else in the history speaks of it")
 
 
 def _columns_wanted(stored: int, columns: int, sharding: Sharding) -> list[int]:
@@ -678,22 +794,26 @@ def examined(
     Raises:
         CheckpointError: damaged, from a newer version, or of another model: says what differs.
     """
-    with _readable("state_dict['anderson']"):
-        _check_format("state_dict['anderson']['format']", anderson["format"], FORMAT)
+    what = "state_dict['anderson']"
+    with readable(what):
+        entries({"format": anything})(anderson, what)
+        _check_format(f"{what}['format']", anderson["format"], FORMAT)
+        _ENTRY(anderson, what)
         rehearsal = Stats()
         rehearsal.load_counters(anderson["counters"])
         rehearsal.load_measured(anderson.get("measured", {}))
+        history = anderson.get("history")
         if "parameters" in anderson:
-            _compare(anderson["parameters"], parameters, dtypes=bool(anderson.get("history")))
-        if not anderson.get("history"):
+            _compare(anderson["parameters"], parameters, dtypes=history is not None)
+        if history is None:
             return None, ""
+        _WITH_HISTORY(anderson, what)
         before = anderson["config"]
         if before["residual"] != config["residual"]:
             return None, f"residual={config['residual']!r}, and was {before['residual']!r}"
         if [p[2] for p in anderson["parameters"]] != [p[2] for p in parameters]:
             return None, "other parameters are trained (requires_grad)"
-        tuple(anderson["last_rates"]), list(anderson["settings"])
-        part = _fitted(anderson["history"], sharding, ranks, rank)
+        part = _fitted(_in_host_memory(history), sharding, ranks, rank)
         if any(before[name] != config[name] for name in _TRIED_WITH):
             part["undo"], part["own"] = {}, {}
             part["rows"].pop("base", None)
@@ -735,8 +855,199 @@ def _compare(saved: list[list[Any]], here: list[list[Any]], dtypes: bool) -> Non
         )
 
 
+# Of torch.optim's classes: what a parameter's state holds once there is any, of its own shape.
+_SHAPED: dict[Any, tuple[str, ...]] = {
+    torch.optim.SGD: (),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.NAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.RAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SparseAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adamax: ("exp_avg", "exp_inf"),
+    torch.optim.Adagrad: ("sum",),
+    torch.optim.RMSprop: ("square_avg",),
+    torch.optim.Adadelta: ("square_avg", "acc_delta"),
+    torch.optim.ASGD: ("ax",),
+    torch.optim.Rprop: ("prev", "step_size"),
+}
+# And tensors of one number.
+_SINGLE: dict[Any, tuple[str, ...]] = {
+    torch.optim.NAdam: ("step", "mu_product"),
+    torch.optim.ASGD: ("step", "eta", "mu"),
+    **dict.fromkeys((torch.optim.SGD, torch.optim.SparseAdam), ()),
+}
+if hasattr(torch.optim, "Muon"):  # not in every version
+    _SHAPED[torch.optim.Muon], _SINGLE[torch.optim.Muon] = ("momentum_buffer",), ()
+if hasattr(torch.optim, "Adafactor"):
+    _SHAPED[torch.optim.Adafactor] = ()
+# Asked for by a flag among the settings.
+_SWITCHED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+# Where torch's constructors refuse numbers; all others only have to be finite.
+_NOT_NEGATIVE = {
+    *("lr", "momentum", "weight_decay", "eps", "alpha", "betas", "rho", "lr_decay"),
+    *("momentum_decay", "etas", "step_sizes"),
+}
+_BELOW_ONE = {"betas", "rho"}
+
+
+def check_base(state_dict: Mapping[str, Any]) -> None:
+    """Raises a CheckpointError where torch would load something else than was saved, or trip."""
+    entries({"state": instance(dict), "param_groups": listed(instance(dict))})(
+        state_dict, "state_dict"
+    )
+    groups = state_dict["param_groups"]
+    for i, group in enumerate(groups):
+        entries({"params": listed(anything)})(group, f"state_dict['param_groups'][{i}]")
+    keys = [key for group in groups for key in group["params"]]
+    named = all(type(key) is str for key in keys) and len({*keys}) == len(keys)
+    if not named and not (all(type(k) is int for k in keys) and keys == [*range(len(keys))]):
+        refuse(keys, "params in state_dict['param_groups']", "the parameters' places in order")
+
+
+def check_loaded(
+    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Mapping[Any, Any]
+) -> None:
+    """Raises a CheckpointError where a base optimizer could not train on with what it has loaded.
+
+    Flags that another version of torch did not have are what they were.
+
+    Args:
+        optimizer: as torch has loaded it, all that it makes up for itself included.
+        groups: its parameter groups from before.
+        state: its state from before.
+    """
+    for i, (group, before) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        place = f"state_dict['param_groups'][{i}]"
+        for name, here in before.items():
+            if name in group and name != "params":
+                _check_setting(group[name], here, name, f"{place}[{name!r}]")
+            elif here is None or isinstance(here, bool):
+                group[name] = here
+            elif name in optimizer.defaults and name not in group:  # not a scheduler's
+                raise CheckpointError(f"Invalid {place}: it is damaged, it lacks {name!r}.")
+    needs_all = isinstance(optimizer, torch.optim.Adagrad)  # which makes no state in a step
+    found = {
+        i: optimizer.state.get(p)
+        for i, (p, _) in enumerate(_with_groups(optimizer))
+        if p in optimizer.state or needs_all
+    }
+    check_entries(found, optimizer, "state_dict['state']", like=state)
+
+
+def check_entries(
+    found: Mapping[int, Any],
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    whole: bool = True,
+    like: Mapping[Any, Any] | None = None,
+) -> None:
+    """Raises a CheckpointError where a parameter's state is not what its optimizer needs.
+
+    What the classes of torch.optim need is known; others' tensors must have the shape of those that
+    they take the place of. None may be NaN.
+
+    Args:
+        found: states, by the parameters' places.
+        optimizer: which is to go on from them.
+        name: what messages call them.
+        whole: nothing may be missing.
+        like: the state, by parameter, that these take the place of.
+    """
+    pairs = _with_groups(optimizer)
+    for place, entry in found.items():
+        what = f"{name}[{place}]"
+        if not 0 <= place < len(pairs):
+            raise CheckpointError(f"Invalid {what}: there are {len(pairs)} parameters.")
+        needed, shapes = _needs(optimizer, *pairs[place], (like or {}).get(pairs[place][0]))
+        if not isinstance(entry, dict):
+            refuse(entry, what, "a dict")
+        # One that is empty is made at the first step, but for Adagrad's.
+        begun = whole and (entry or isinstance(optimizer, torch.optim.Adagrad))
+        if absent := sorted(needed - entry.keys()) if begun else []:
+            raise CheckpointError(f"Invalid {what}: it is damaged, it lacks {absent}.")
+        for key, value in entry.items():
+            if value is not None or key in needed:
+                _check_value(value, shapes.get(key), f"{what}[{key!r}]")
+
+
+def _needs(
+    optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any], like: Any
+) -> tuple[set[str], dict[str, torch.Size]]:
+    """What a parameter's state must hold; and the shapes of what is known of it."""
+    cls: Any = None
+    if type(optimizer).__module__.startswith("torch.optim"):  # not of classes derived from them
+        cls = next((c for c in type(optimizer).__mro__ if c in _SHAPED), None)
+    if cls is None:
+        known = like.items() if isinstance(like, dict) else ()
+        return set(), {k: v.shape for k, v in known if isinstance(v, Tensor) and v.numel() > 1}
+    needed = dict.fromkeys(_SHAPED[cls], p.shape)
+    needed |= {key: p.shape for flag, key in _SWITCHED.items() if group.get(flag)}
+    needed |= dict.fromkeys(_SINGLE.get(cls, ("step",)), torch.Size(()))
+    if cls is torch.optim.RMSprop and group["momentum"] > 0:
+        needed["momentum_buffer"] = p.shape
+    if cls is getattr(torch.optim, "Adafactor", None):
+        if p.dim() > 1:
+            needed["row_var"] = torch.Size([*p.shape[:-1], 1])
+            needed["col_var"] = torch.Size([*p.shape[:-2], 1, p.shape[-1]])
+        else:
+            needed["variance"] = p.shape
+    possible = dict.fromkeys(("momentum_buffer", *_SWITCHED.values()), p.shape)
+    return {*needed}, possible | needed
+
+
+def _check_value(value: Any, shape: torch.Size | None, name: str) -> None:
+    if isinstance(value, Tensor):
+        ok = value.layout == torch.strided and value.device.type != "meta"
+        wanted = "dense, without NaN"
+        if shape is not None:
+            single = shape.numel() == value.numel() == 1  # [] and [1] are both around
+            ok = ok and value.is_floating_point() and (single or value.shape == shape)
+            wanted += f", floating, of shape {[*shape]}"
+        ok = ok and not value.isnan().any()
+    else:
+        ok, wanted = shape is None and value == value, "a tensor, or a number"
+    if not ok:
+        refuse(value, name, wanted)
+
+
+def _with_groups(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    return [(p, group) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check_setting(found: Any, here: Any, name: str, place: str) -> None:
+    """A number must stand where there is a number; flags and texts may be others."""
+    if isinstance(here, list | tuple):
+        listed(anything, len(here))(found, place)
+        for i, (item, own) in enumerate(zip(found, here, strict=True)):
+            _check_setting(item, own, name, f"{place}[{i}]")
+    elif here is None or isinstance(here, bool | str):
+        instance(type(None), bool, int, float, str)(found, place)
+    elif isinstance(here, int | float | Tensor):
+        single = isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point()
+        if single and (name == "lr" or isinstance(here, Tensor)):
+            found = float(found)
+        if isinstance(here, Tensor):
+            here = float(here)
+        low = 0.0 if name in _NOT_NEGATIVE and here >= 0.0 else -_LARGEST_SETTING
+        high = 1.0 if name in _BELOW_ONE else _LARGEST_SETTING
+        if isinstance(found, bool) or found != here:
+            number(low, high)(found, place)
+
+
+_LARGEST_SETTING = torch.finfo(torch.float32).max
+
+
+def _in_host_memory(value: Any) -> Any:
+    """What torch.load may have put on a GPU; what is in host memory is not copied."""
+    if isinstance(value, dict):
+        return {key: _in_host_memory(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_in_host_memory, value))
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
 def _check_format(what: str, found: Any, newest: int) -> None:
-    if not isinstance(found, int) or not 1 <= found <= newest:
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= newest:
         raise CheckpointError(
             f"Invalid {what}={found!r}. Must be at most {newest}: it was written by another "
             "version of aadl_hvd."
@@ -744,13 +1055,19 @@ def _check_format(what: str, found: Any, newest: int) -> None:
 
 
 @contextlib.contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """What is not as it should be trips those who read it in many ways."""
+def readable(what: str) -> Iterator[None]:
+    """What is not as it should be trips those who read it in many ways: a CheckpointError here."""
     try:
         yield
-    except CheckpointError:
+    except (AndersonError, torch.cuda.OutOfMemoryError):
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except _TRIPPED as error:
         raise CheckpointError(
             f"Invalid {what}: damaged, or not of aadl_hvd ({type(error).__name__}: {error})."
         ) from error
+
+
+_TRIPPED = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),
+    RuntimeError,  # NotImplementedError among them
+)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aadl_hvd.safeguard import Rejection, Restart
+from aadl_hvd.schema import entries, every, instance, integer, number
 
 # Order of an accelerated step; "read" copies this rank's rows, "replicas" compares all weights,
 # "write" puts the update in place.
@@ -27,7 +28,11 @@ PARTS = (
     "average",
 )
 _SMOOTHING = 0.9
+_COUNTED = "steps", "stored", "accelerated", "averaged"
 _MEASURED = "promised_reduction", "condition", "rank", "noise_variance", "signal", "gate"
+_CAUSES = every(integer(), key=instance(str))
+_COUNTERS = entries(dict.fromkeys(_COUNTED, integer()) | {"rejected": _CAUSES, "restarts": _CAUSES})
+_MEASUREMENTS = entries({}, dict.fromkeys(_MEASURED, number(finite=False)))
 
 
 @dataclasses.dataclass
@@ -112,28 +117,32 @@ class Stats:
 
     def counters(self) -> dict[str, Any]:
         """The counts alone, in plain types: what a checkpoint keeps."""
-        return {
-            "steps": self.steps,
-            "stored": self.stored,
-            "accelerated": self.accelerated,
-            "averaged": self.averaged,
-            "rejected": dict(self.rejected),
-            "restarts": dict(self.restarts),
-        }
+        counts = {name: getattr(self, name) for name in _COUNTED}
+        return counts | {"rejected": dict(self.rejected), "restarts": dict(self.restarts)}
 
     def load_counters(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what `counters` returned; causes unknown here are kept."""
-        for name in ("steps", "stored", "accelerated", "averaged"):
-            setattr(self, name, int(saved[name]))
-        self.rejected.update(saved["rejected"])
-        self.restarts.update(saved["restarts"])
+        """Takes over what `counters` returned; causes unknown here are kept.
+
+        Raises:
+            CheckpointError: something in it is no count. Nothing is taken over.
+        """
+        _COUNTERS(saved, "counters")
+        for name in _COUNTED:
+            setattr(self, name, saved[name])
+        self.rejected = self.rejected | saved["rejected"]
+        self.restarts = self.restarts | saved["restarts"]
 
     def measured(self) -> dict[str, float]:
         """What was measured last, or smoothed: what a checkpoint keeps beside the counts."""
         return {name: getattr(self, name) for name in _MEASURED}
 
     def load_measured(self, saved: Mapping[str, float]) -> None:
-        """Takes over what `measured` returned."""
+        """Takes over what `measured` returned.
+
+        Raises:
+            CheckpointError: something in it is no number. Nothing is taken over.
+        """
+        _MEASUREMENTS(saved, "measured")
         for name in _MEASURED:
             setattr(self, name, saved.get(name, getattr(self, name)))
 

@@ -141,5 +141,4 @@ class Gram:
 
     def clear(self) -> None:
         """Forgets everything, together with the history."""
-        self._matrix[:] = 0.0
-        self._fresh.clear()
+        self._matrix, self._fresh = np.zeros_like(self._matrix), {}

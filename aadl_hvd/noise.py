@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd.schema import entries, integer, listed, number, optional, sequence, tensor
 from aadl_hvd.solve import Matrix, Vector
 
 # Coordinates looked at: holding deviations of all of them from step to step would cost n numbers.
@@ -201,6 +202,15 @@ class NoiseMeter:
     # effective dimension on average, measured 0.05 to 0.1; full batches have 0.4 to 0.8.
     ALIKE = 0.6
     MEMORY = 0.9  # of the share of noise, per attempt
+    # What `share` and `part` return; a share may be below 0 by rounding.
+    SHARE = number(-1.0, 1.0)
+    PART = entries(
+        {
+            "call": integer(-1),
+            "now": optional(sequence(tensor(None, None), tensor())),
+            "changes": listed(sequence(integer(), tensor(None, None)), most=2),
+        }
+    )
 
     def __init__(self) -> None:
         self._share: float | None = None
@@ -293,7 +303,7 @@ class NoiseMeter:
     def clear(self) -> None:
         """Forgets all steps."""
         self._now = self._last = None
-        self._changes.clear()
+        self._changes = deque(maxlen=2)
 
 
 def variance_from_history(gram: Matrix) -> float | None:

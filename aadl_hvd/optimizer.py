@@ -530,47 +530,48 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         If only some have, the history restarts on all of them. In the middle of a run the next
         accelerated step finds out, or `anderson.agree(...)`.
 
+        In the middle of a run the history and its averages are copied to host memory meanwhile, so
+        that they can be put back.
+
         Raises:
             CheckpointError: damaged, from a newer version, of another model, or a part that is
-                not this rank's: says what differs.
+                not this rank's: says what differs. The base optimizer's state is examined, too: a
+                tensor that holds NaN, of which nothing good can come, is damage.
         """
         accelerator: Accelerator = self.anderson
         problem = self._anderson_problem
-        saved: Any = state_dict.get("anderson")
-        part, left_out = None, ""
-        if saved is not None:
-            hash(problem.signature)  # up to date with the parameter groups
-            part, left_out = checkpoint.examined(
-                saved,
-                checkpoint.described(self),
-                accelerator.config.to_dict(),
-                accelerator.share(problem.n),
-                accelerator.comm.size,
-                accelerator.comm.rank,
-            )
-        if saved is None or "param_groups" in state_dict:
-            before = self.state, self.param_groups
-            try:
-                base("load_state_dict")(self, state_dict)
-            except BaseException:
-                self.state, self.param_groups = before
-                raise
-            self._accelerated.param_groups, self._accelerated.state = self.param_groups, self.state
-        accelerator.restart(Restart.LOADED)
-        if part is not None:
-            problem.last_rates = tuple(saved["last_rates"])
-            if problem.settings == saved["settings"]:
+        hash(problem.signature)  # up to date with the parameter groups
+        with _all_or_nothing(self), checkpoint.readable("state_dict"):
+            part, left_out = None, ""
+            saved: Any = state_dict.get("anderson")
+            if "anderson" in state_dict:
+                part, left_out = checkpoint.examined(
+                    saved,
+                    checkpoint.described(self),
+                    accelerator.config.to_dict(),
+                    accelerator.share(problem.n),
+                    accelerator.comm.size,
+                    accelerator.comm.rank,
+                )
+            if saved is None or not {"state", "param_groups"}.isdisjoint(state_dict):
+                _load_base(self, state_dict, base("load_state_dict"))
+            if part is not None:
+                problem.last_rates = tuple(saved["last_rates"])
+                if problem.settings == saved["settings"]:
+                    _check_undo(self, part["undo"])
+                else:
+                    part, left_out = None, "learning rates or weight decays are others"
+            accelerator.restart(Restart.LOADED)
+            if part is not None:
                 accelerator.load(problem, part, checkpoint.claim_of(saved["history"]))
-            else:
-                left_out = "learning rates or weight decays are others"
-        if saved:
-            accelerator.stats.load_counters(saved["counters"])
-            accelerator.stats.load_measured(saved.get("measured", {}))
-        if left_out:
-            warnings.warn(
-                f"load_state_dict leaves out the history, which rebuilds itself: {left_out}.",
-                stacklevel=2,
-            )
+            if saved is not None:
+                accelerator.stats.load_counters(saved["counters"])
+                accelerator.stats.load_measured(saved.get("measured", {}))
+            if left_out:
+                warnings.warn(
+                    f"load_state_dict leaves out the history, which rebuilds itself: {left_out}.",
+                    stacklevel=2,
+                )
 
     def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
         """As in torch; the history restarts in the next step."""
@@ -596,6 +597,42 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         __repr__,
     )
     return {**below, **{f.__name__: f for f in own}}
+
+
+@contextlib.contextmanager
+def _all_or_nothing(optimizer: Any) -> Iterator[None]:
+    """What a load has changed is put back, bit for bit, where it raises."""
+    problem = optimizer._anderson_problem
+    attributes = [(o, dict(vars(o))) for o in (optimizer, optimizer._accelerated)]
+    rates, put_back = problem.last_rates, optimizer.anderson.hold()
+    try:
+        yield
+    except BaseException:
+        for owner, before in attributes:
+            vars(owner).clear()
+            vars(owner).update(before)
+        problem.last_rates = rates
+        hash(problem.signature)  # up to date with the parameter groups
+        put_back()
+        raise
+
+
+def _load_base(optimizer: Any, state_dict: dict[str, Any], load: Callable[..., None]) -> None:
+    """Loads the base optimizer's state; what it could not train on with is an error."""
+    checkpoint.check_base(state_dict)
+    groups, state = optimizer.param_groups, optimizer.state
+    load(optimizer, state_dict)
+    checkpoint.check_loaded(optimizer, groups, state)
+    optimizer._accelerated.param_groups = optimizer.param_groups
+    optimizer._accelerated.state = optimizer.state
+
+
+def _check_undo(optimizer: Any, undo: dict[str, Any]) -> None:
+    for name, trial in undo.items():
+        if (back := trial["undo"]) is not None:
+            what = f"history['undo'][{name!r}]"
+            entries, whole = back["entries"], back["whole"]
+            checkpoint.check_entries(entries, optimizer, what, whole, optimizer.state)
 
 
 def _anderson_state(optimizer: Any) -> dict[str, Any]:

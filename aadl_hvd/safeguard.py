@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from aadl_hvd.schema import entries, instance, integer, listed, number, optional, sequence
 from aadl_hvd.solve import Matrix, Vector
 
 
@@ -70,6 +71,7 @@ class Backoff:
     LONGEST = 64
     STUCK = 0.5
     MEMORY = 0.97  # of the share of attempts that descent rejects, per attempt
+    STATE = sequence(integer(0, LONGEST), integer(FIRST, LONGEST), number(0.0, 1.0))  # see `state`
 
     def __init__(self) -> None:
         self._left_out, self._next = 0, self.FIRST
@@ -124,13 +126,28 @@ class LossWatch:
     # In standard deviations of the difference of two losses.
     TOLERANCE = 2.0
     ROUNDING = 1e-6  # relative; losses are float32, and at rest they only round differently
+    SPREADS = 20  # of late, that a loss's own spread is the median of
+    # What `state` and `part` return; losses may be what they will.
+    STATE = entries(
+        {
+            **{"observed": instance(bool), "verdict_due": instance(bool)},
+            **{"loss": number(finite=False), "tolerance": number(0.0, finite=False)},
+        }
+    )
+    PART = entries(
+        {
+            "losses": listed(listed(number(finite=False)), most=2),
+            "variances": listed(number(0.0), most=SPREADS),
+            "last_difference": optional(number(finite=False)),
+        }
+    )
 
     def __init__(self) -> None:
         self.observed = False
         self.verdict_due = False
         self._given: list[float | Tensor] = []
         self._losses: list[list[float | Tensor]] = []  # of the last step and of this one
-        self._variances: deque[float] = deque(maxlen=20)
+        self._variances: deque[float] = deque(maxlen=self.SPREADS)
         self._last_difference: float | None = None
         self._after_base_step = True
         self._loss = math.nan
@@ -228,8 +245,7 @@ class LossWatch:
         if part is not None:
             self._losses = [list(losses) for losses in part["losses"]]
             self._last_difference = part["last_difference"]
-            self._variances.clear()
-            self._variances.extend(part["variances"])
+            self._variances = deque(part["variances"], maxlen=self.SPREADS)
 
     def try_out(self, base_rows: Tensor, undo: Any) -> None:
         """Puts an accepted point on trial.

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "aadl_hvd"
 
 # A module may import from layers below its own, and only from those.
 LAYERS = [
-    {"config", "errors", "sharding", "comm.base", "flatten", "solve", "memory"},
+    {"config", "errors", "sharding", "comm.base", "flatten", "solve", "memory", "schema"},
     {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
     {
         "history",
@@ -36,6 +36,7 @@ LAYERS = [
 BESIDE = {
     "config": {"errors"},
     "sharding": {"errors"},
+    "schema": {"errors"},
     "comm.base": {"errors"},
     "comm.horovod": {"comm.local", "comm.mpi"},
     "gram": {"history", "replicas"},
