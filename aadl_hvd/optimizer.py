@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import checkpoint, replicas
+from aadl_hvd import base_state, checkpoint, replicas
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.comm.base import Communicator, ShardGroup
@@ -619,10 +619,10 @@ def _all_or_nothing(optimizer: Any) -> Iterator[None]:
 
 def _load_base(optimizer: Any, state_dict: dict[str, Any], load: Callable[..., None]) -> None:
     """Loads the base optimizer's state; what it could not train on with is an error."""
-    checkpoint.check_base(state_dict)
+    base_state.check_base(state_dict)
     groups, state = optimizer.param_groups, optimizer.state
     load(optimizer, state_dict)
-    checkpoint.check_loaded(optimizer, groups, state)
+    base_state.check_loaded(optimizer, groups, state)
     optimizer._accelerated.param_groups = optimizer.param_groups
     optimizer._accelerated.state = optimizer.state
 
@@ -632,7 +632,7 @@ def _check_undo(optimizer: Any, undo: dict[str, Any]) -> None:
         if (back := trial["undo"]) is not None:
             what = f"history['undo'][{name!r}]"
             entries, whole = back["entries"], back["whole"]
-            checkpoint.check_entries(entries, optimizer, what, whole, optimizer.state)
+            base_state.check_entries(entries, optimizer, what, whole, optimizer.state)
 
 
 def _anderson_state(optimizer: Any) -> dict[str, Any]:

@@ -14,7 +14,17 @@ PACKAGE = ROOT / "aadl_hvd"
 
 # A module may import from layers below its own, and only from those.
 LAYERS = [
-    {"config", "errors", "sharding", "comm.base", "flatten", "solve", "memory", "schema"},
+    {
+        "config",
+        "errors",
+        "sharding",
+        "comm.base",
+        "flatten",
+        "solve",
+        "memory",
+        "schema",
+        "base_state",
+    },
     {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
     {
         "history",
@@ -37,6 +47,7 @@ BESIDE = {
     "config": {"errors"},
     "sharding": {"errors"},
     "schema": {"errors"},
+    "base_state": {"errors", "schema"},
     "comm.base": {"errors"},
     "comm.horovod": {"comm.local", "comm.mpi"},
     "gram": {"history", "replicas"},

@@ -230,6 +230,26 @@ def test_errors_on_every_rank(folder):
     assert_replicas_equal(model)
 
 
+@pytest.mark.parametrize("what", ["shape", "missing", "rate"])
+def test_a_state_that_does_not_fit_a_fresh_optimizer(what):
+    """There is no state to compare it with; the class is Horovod's to look at."""
+    model, opt = built("Adam", {})
+    train(model, opt, 0, 3)
+    state = copy.deepcopy(opt.state_dict())
+    if what == "shape":
+        state["state"][0]["exp_avg"] = torch.zeros(7)
+    elif what == "missing":
+        del state["state"][0]["exp_avg_sq"]
+    else:
+        state["param_groups"][0]["lr"] = float("nan")
+    model, opt = built("Adam", {})
+    with pytest.raises(CheckpointError, match="param_groups" if what == "rate" else "exp_avg"):
+        opt.load_state_dict(state)
+    assert not opt.state
+    train(model, opt, 0, 3)
+    assert_replicas_equal(model)
+
+
 def test_process_set(all_but_rank_0, folder):
     """Its ranks are numbered from 0; a rank outside trains, and saves, by itself."""
     model, opt = built("SGD", {}, process_set=all_but_rank_0)

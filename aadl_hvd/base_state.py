@@ -1,0 +1,192 @@
+"""Whether a base optimizer can train on from a state that was saved: shapes, settings, no NaN.
+
+torch takes in nearly anything, and trips in the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadl_hvd.errors import CheckpointError
+from aadl_hvd.schema import anything, entries, instance, listed, number, refuse
+
+# Of torch.optim's classes: what a parameter's state holds once there is any, of its own shape.
+_SHAPED: dict[Any, tuple[str, ...]] = {
+    torch.optim.SGD: (),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.NAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.RAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SparseAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adamax: ("exp_avg", "exp_inf"),
+    torch.optim.Adagrad: ("sum",),
+    torch.optim.RMSprop: ("square_avg",),
+    torch.optim.Adadelta: ("square_avg", "acc_delta"),
+    torch.optim.ASGD: ("ax",),
+    torch.optim.Rprop: ("prev", "step_size"),
+}
+# And tensors of one number.
+_SINGLE: dict[Any, tuple[str, ...]] = {
+    torch.optim.NAdam: ("step", "mu_product"),
+    torch.optim.ASGD: ("step", "eta", "mu"),
+    **dict.fromkeys((torch.optim.SGD, torch.optim.SparseAdam), ()),
+}
+if hasattr(torch.optim, "Muon"):  # not in every version
+    _SHAPED[torch.optim.Muon], _SINGLE[torch.optim.Muon] = ("momentum_buffer",), ()
+if hasattr(torch.optim, "Adafactor"):
+    _SHAPED[torch.optim.Adafactor] = ()
+# Asked for by a flag among the settings.
+_SWITCHED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+# Where torch's constructors refuse numbers; all others only have to be finite.
+_NOT_NEGATIVE = {
+    *("lr", "momentum", "weight_decay", "eps", "alpha", "betas", "rho", "lr_decay"),
+    *("momentum_decay", "etas", "step_sizes"),
+}
+_BELOW_ONE = {"betas", "rho"}
+_LARGEST_SETTING = torch.finfo(torch.float32).max
+
+
+def check_base(state_dict: Mapping[str, Any]) -> None:
+    """Raises a CheckpointError where torch would load something else than was saved, or trip."""
+    entries({"state": instance(dict), "param_groups": listed(instance(dict))})(
+        state_dict, "state_dict"
+    )
+    groups = state_dict["param_groups"]
+    for i, group in enumerate(groups):
+        entries({"params": listed(anything)})(group, f"state_dict['param_groups'][{i}]")
+    keys = [key for group in groups for key in group["params"]]
+    named = all(type(key) is str for key in keys) and len({*keys}) == len(keys)
+    if not named and not (all(type(k) is int for k in keys) and keys == [*range(len(keys))]):
+        refuse(keys, "params in state_dict['param_groups']", "the parameters' places in order")
+
+
+def check_loaded(
+    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Mapping[Any, Any]
+) -> None:
+    """Raises a CheckpointError where a base optimizer could not train on with what it has loaded.
+
+    Flags that another version of torch did not have are what they were.
+
+    Args:
+        optimizer: as torch has loaded it, all that it makes up for itself included.
+        groups: its parameter groups from before.
+        state: its state from before.
+    """
+    for i, (group, before) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        place = f"state_dict['param_groups'][{i}]"
+        for name, here in before.items():
+            if name in group and name != "params":
+                _check_setting(group[name], here, name, f"{place}[{name!r}]")
+            elif here is None or isinstance(here, bool):
+                group[name] = here
+            elif name in optimizer.defaults and name not in group:  # not a scheduler's
+                raise CheckpointError(f"Invalid {place}: it is damaged, it lacks {name!r}.")
+    needs_all = isinstance(optimizer, torch.optim.Adagrad)  # which makes no state in a step
+    found = {
+        i: optimizer.state.get(p)
+        for i, (p, _) in enumerate(_with_groups(optimizer))
+        if p in optimizer.state or needs_all
+    }
+    check_entries(found, optimizer, "state_dict['state']", like=state)
+
+
+def check_entries(
+    found: Mapping[int, Any],
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    whole: bool = True,
+    like: Mapping[Any, Any] | None = None,
+) -> None:
+    """Raises a CheckpointError where a parameter's state is not what its optimizer needs.
+
+    What the classes of torch.optim need is known; others' tensors must have the shape of those that
+    they take the place of. None may be NaN.
+
+    Args:
+        found: states, by the parameters' places.
+        optimizer: which is to go on from them.
+        name: what messages call them.
+        whole: nothing may be missing.
+        like: the state, by parameter, that these take the place of.
+    """
+    pairs = _with_groups(optimizer)
+    for place, entry in found.items():
+        what = f"{name}[{place}]"
+        if not 0 <= place < len(pairs):
+            raise CheckpointError(f"Invalid {what}: there are {len(pairs)} parameters.")
+        needed, shapes = _needs(optimizer, *pairs[place], (like or {}).get(pairs[place][0]))
+        if not isinstance(entry, dict):
+            refuse(entry, what, "a dict")
+        # One that is empty is made at the first step, but for Adagrad's.
+        begun = whole and (entry or isinstance(optimizer, torch.optim.Adagrad))
+        if absent := sorted(needed - entry.keys()) if begun else []:
+            raise CheckpointError(f"Invalid {what}: it is damaged, it lacks {absent}.")
+        for key, value in entry.items():
+            if value is not None or key in needed:
+                _check_value(value, shapes.get(key), f"{what}[{key!r}]")
+
+
+def _needs(
+    optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any], like: Any
+) -> tuple[set[str], dict[str, torch.Size]]:
+    """What a parameter's state must hold; and the shapes of what is known of it."""
+    cls: Any = type(getattr(optimizer, "_accelerated", optimizer))
+    if cls not in _SHAPED:  # nor classes derived from these, which may keep what they like
+        known = like.items() if isinstance(like, dict) else ()
+        return set(), {k: v.shape for k, v in known if isinstance(v, Tensor) and v.numel() > 1}
+    needed = dict.fromkeys(_SHAPED[cls], p.shape)
+    needed |= {key: p.shape for flag, key in _SWITCHED.items() if group.get(flag)}
+    needed |= dict.fromkeys(_SINGLE.get(cls, ("step",)), torch.Size(()))
+    if cls is torch.optim.RMSprop and group["momentum"] > 0:
+        needed["momentum_buffer"] = p.shape
+    if cls is getattr(torch.optim, "Adafactor", None):
+        if p.dim() > 1:
+            needed["row_var"] = torch.Size([*p.shape[:-1], 1])
+            needed["col_var"] = torch.Size([*p.shape[:-2], 1, p.shape[-1]])
+        else:
+            needed["variance"] = p.shape
+    possible = dict.fromkeys(("momentum_buffer", *_SWITCHED.values()), p.shape)
+    return {*needed}, possible | needed
+
+
+def _check_value(value: Any, shape: torch.Size | None, name: str) -> None:
+    if isinstance(value, Tensor):
+        ok = value.layout == torch.strided and value.device.type != "meta"
+        wanted = "dense, without NaN"
+        if shape is not None:
+            single = shape.numel() == value.numel() == 1  # [] and [1] are both around
+            ok = ok and value.is_floating_point() and (single or value.shape == shape)
+            wanted += f", floating, of shape {[*shape]}"
+        ok = ok and not value.isnan().any()
+    else:
+        ok, wanted = shape is None and value == value, "a tensor, or a number"
+    if not ok:
+        refuse(value, name, wanted)
+
+
+def _with_groups(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    return [(p, group) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check_setting(found: Any, here: Any, name: str, place: str) -> None:
+    """A number must stand where there is a number; flags and texts may be others."""
+    if isinstance(here, list | tuple):
+        listed(anything, len(here))(found, place)
+        for i, (item, own) in enumerate(zip(found, here, strict=True)):
+            _check_setting(item, own, name, f"{place}[{i}]")
+    elif here is None or isinstance(here, bool | str):
+        instance(type(None), bool, int, float, str)(found, place)
+    elif isinstance(here, int | float | Tensor):
+        single = isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point()
+        if single and (name == "lr" or isinstance(here, Tensor)):
+            found = float(found)
+        if isinstance(here, Tensor):
+            here = float(here)
+        low = 0.0 if name in _NOT_NEGATIVE and here >= 0.0 else -_LARGEST_SETTING
+        high = 1.0 if name in _BELOW_ONE else _LARGEST_SETTING
+        if isinstance(found, bool) or found != here:
+            number(low, high)(found, place)
