@@ -345,6 +345,8 @@ DAMAGED_PARTS = [
     (("anderson",), REMOVED),
     (("anderson", "history"), {}),
     (("anderson", "history", "columns", "y"), lambda y: y[:, :-1]),
+    (("anderson", "history", "replicated", "averages"), None),
+    (("anderson", "history", "replicated", "backoff"), []),
     (("of",), "another"),
     ((library_checkpoint._MARK,), 9),
 ]
