@@ -102,7 +102,7 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Time against length, one line for each way and number of ranks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for i, ranks in enumerate(sorted({run["ranks"] for run in runs})):
         for through, style in (("mpi4py", "o-"), ("Horovod", "s--")):
@@ -121,7 +121,7 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
                 label=f"{through}, {ranks} ranks{shared}",
             )
     axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="us, median and quartiles")
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     report.save(figure, path)
 
 
