@@ -704,6 +704,7 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
                 _begin_reductions(self)
             comm.attend(_reduced(self))
             horovods["synchronize"](self)
+            self._anderson_joined = False
         except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
             comm.explain(error)
             raise
@@ -803,10 +804,17 @@ def _begin_reductions(optimizer: Any) -> None:
 
 
 def _reduced(optimizer: Any) -> Callable[[], bool]:
-    """Whether all reductions that were begun are done, to be asked again and again."""
-    from horovod.torch import poll
+    """Whether there is no more to attend to, to be asked again and again.
+
+    Where the first reduction is done all ranks have come, and the rest is left to Horovod, which
+    waits with fewer turns; on Gloo it is not. Where parameters have joined, other ranks may not
+    know of them.
+    """
+    from horovod.torch import mpi_enabled, poll
 
     begun = [handle for handle, _ in optimizer._handles.values() if isinstance(handle, int)]
+    if mpi_enabled() and not optimizer._anderson_joined:
+        begun = begun[:1]
 
     def done() -> bool:
         while begun and poll(begun[-1]):
@@ -834,6 +842,7 @@ def _register_new_parameters(optimizer: Any) -> None:
         for j, p in enumerate(group["params"]):
             if not p.requires_grad or p in optimizer._requires_update:
                 continue
+            optimizer._anderson_joined = True
             optimizer._parameter_names.setdefault(p, f"allreduce.added.{i}.{j}")
             optimizer._allreduce_delay[p] = optimizer.backward_passes_per_step
             optimizer._requires_update.add(p)
@@ -865,7 +874,7 @@ def _attach(
         return starting[p] if handle is not None and handle[0] is not None else p  # type: ignore[index]
 
     accelerated._accelerated = optimizer
-    accelerated._averaged = False
+    accelerated._averaged = accelerated._anderson_joined = False
     accelerated._anderson_passes, accelerated._anderson_summed = passes, summed
     accelerated._anderson_problem = OptimizerFixedPoint(
         accelerated, config.residual, before if starting is not None else None

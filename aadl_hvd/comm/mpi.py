@@ -109,9 +109,8 @@ class MpiCommunicator(Communicator):
         self._gradients += 1
         started, asked = time.monotonic(), False
         while not done():
-            waited = time.monotonic() - started
-            time.sleep(NAP if waited > 100 * NAP else 0.0)
-            if waited > ASK:
+            time.sleep(NAP)
+            if time.monotonic() - started > ASK:
                 self._answer(done, ask=not asked)
                 asked = True
 
