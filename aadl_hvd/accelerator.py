@@ -111,8 +111,8 @@ class FixedPoint(Protocol):
     def reset_momentum(self, undoable: bool) -> Any:
         """Sets the base optimizer's momentum to zero; for `restore`, None if not undoable."""
 
-    def write(self, flat: Tensor) -> None:
-        """Sets the weights from a flat vector [>= n]."""
+    def write(self, flat: Tensor, lo: int = 0) -> None:
+        """Sets rows [lo, lo + k) of the weights from `flat` [k]; what lies beyond n is left out."""
 
     def snapshot(self) -> Any:
         """A copy of the base optimizer's state: plain types and tensors, for `restore`."""
@@ -266,7 +266,7 @@ class Accelerator:
             if self.mean_over_ranks(np.array([float(rows is not None)]))[0] < 1.0:
                 return False
             assert rows is not None
-            problem.write(self._gather(rows))
+            self._put(problem, rows)
             return True
 
     @property
@@ -540,7 +540,8 @@ class Accelerator:
             if confirm and not self._confirm(problem, r):
                 return result
             self._note_noise(problem)
-            if store and problem.moves:  # at learning rate 0 r says nothing
+            stored = store and problem.moves  # at learning rate 0 r says nothing
+            if stored:
                 self._store(w, r, problem.uniform_mixing)
             if accelerate:
                 with self.stats.timed("average"):
@@ -549,7 +550,7 @@ class Accelerator:
                     noise = self._noise.measured()
                 with self.stats.timed("replicas"):
                     checksum = self._checksum(problem)
-                self._accelerate(problem, w, r, [noise, checksum, gains])
+                self._accelerate(problem, w, r, stored, [noise, checksum, gains])
             if average:
                 self._replace_by_average(problem, r)
         return result
@@ -567,12 +568,12 @@ class Accelerator:
             self.stats.stored += 1
 
     def _accelerate(
-        self, problem: FixedPoint, w: Tensor, r: Tensor, measured: list[Tensor]
+        self, problem: FixedPoint, w: Tensor, r: Tensor, stored: bool, measured: list[Tensor]
     ) -> None:
         stats, config = self.stats, self.config
         with stats.timed("gram"):
             # All at once: on a GPU this is one of the two waits of an event.
-            asked = [self._gram.partial(r), *measured, *self._losses.unread()]
+            asked = [self._gram.partial(r, stored), *measured, *self._losses.unread()]
             partial, deviations, checksum, gains, *unread = numbers_of(asked)
             self._losses.read(unread)
             riders = np.concatenate(
@@ -583,7 +584,7 @@ class Accelerator:
                     gains,
                 ]
             )
-            system, sums = self._gram.assemble(partial, riders)
+            system, sums = self._gram.assemble(partial, riders, r, stored)
             stats.bytes["gram"] += self._gram.message_bytes(len(riders))
         lengths = NoiseMeter.RIDERS, LossWatch.RIDERS, replicas.RIDERS
         noise, losses, same, gains = np.split(sums, np.cumsum(lengths))
@@ -615,9 +616,11 @@ class Accelerator:
             gamma = self._solve(gram, b, rr, r, slots)
         with stats.timed("update"):
             mixing = config.damping * self._mixing(problem)
-            update = self._history.update(r, gamma, mixing, self._history.scratch(w, r))
-            partial_slope = float(chunked_dot(update, r, self._sharding.summed))
-            slope = float(self._comm.allreduce(np.array([partial_slope]))[0])
+            start = w if self._sharding.layout == "rows" else None  # else parts are added up first
+            update, partial_slope = self._history.update(
+                r, gamma, mixing, self._history.scratch(w, r), start, config.relaxation
+            )
+            slope = float(self._comm.allreduce(partial_slope.reshape(1).cpu().numpy())[0])
             stats.bytes["update"] += 8
         cause = safeguard.judge_update(slope, config.safeguard)
         self._backoff.judged_by_descent(cause is Rejection.DESCENT)
@@ -637,14 +640,16 @@ class Accelerator:
             self._trial = Trial(base_rows, problem.snapshot(), math.sqrt(rr))
         if config.safeguard == "loss":
             base_loss = self._mean_loss(problem)
-        with stats.timed("gather"):
-            point = self._gather_point(w, update)
-        with stats.timed("write"):
-            problem.write(point)
+        if self._sharding.layout == "columns":
+            with stats.timed("gather"):
+                stats.bytes["gather"] += update.numel() * update.element_size()
+                update = self._group.comm.sum_tensor(update)
+                torch.add(w, update, alpha=config.relaxation, out=update)
+        self._put(problem, update)
         if config.safeguard == "loss":
             cause = safeguard.judge_loss(base_loss, self._mean_loss(problem))
             if cause is not None:
-                problem.write(self._gather(base_rows))
+                self._put(problem, base_rows)
                 return self._reject(cause)
         if config.momentum == "reset":
             undo = problem.reset_momentum(undoable=observed)
@@ -764,23 +769,27 @@ class Accelerator:
         self.stats.promised_reduction = promised_reduction(gram, b, rr, gamma[slots])
         return torch.from_numpy(gamma)
 
-    def _gather_point(self, w: Tensor, update: Tensor) -> Tensor:
-        """w+ from every rank's part, [>= n]; the one large message of a step."""
-        if self._sharding.layout == "columns":
-            self.stats.bytes["gather"] += update.numel() * update.element_size()
-            update = self._group.comm.sum_tensor(update)
-            return self._gather(torch.add(w, update, alpha=self.config.relaxation, out=update))
-        return self._gather(torch.add(w, update, alpha=self.config.relaxation, out=update))
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        """The flat vector [>= n] from every rank's rows of it."""
-        sharding = self._sharding
-        if sharding.layout == "columns":
-            return rows.to(self._weights_device)  # every rank has all of them
+    def _put(self, problem: FixedPoint, rows: Tensor) -> None:
+        """Makes the flat vector of every rank's rows the weights: the large message of a step."""
+        sharding, comm, device = self._sharding, self._group.comm, self._weights_device
+        if sharding.layout == "columns":  # every rank has all of them
+            with self.stats.timed("write"):
+                return problem.write(rows.to(device))
         if rows.numel() < sharding.block:
             rows = torch.nn.functional.pad(rows, (0, sharding.block - rows.numel()))
         self.stats.bytes["gather"] += rows.numel() * rows.element_size()
-        return self._group.comm.allgather(rows.to(self._weights_device, non_blocking=True))
+        pieces = comm.gather_by_pieces(rows.to(device, non_blocking=True))
+        while True:
+            with self.stats.timed("gather"):
+                first, everybodys = next(pieces, (0, None))
+            if everybodys is None:
+                return None
+            with self.stats.timed("write"):
+                if everybodys.shape[1] == sharding.block:
+                    problem.write(everybodys.reshape(-1))
+                    continue
+                for rank, piece in enumerate(everybodys):
+                    problem.write(piece, rank * sharding.block + first)
 
     def _confirm_loss(self, problem: FixedPoint) -> bool:
         """Judges the accelerated step before this one by its loss; goes back if it was bad."""
@@ -794,7 +803,7 @@ class Accelerator:
             if trial is None:
                 return True
             base_rows, undo = trial
-            problem.write(self._gather(base_rows))
+            self._put(problem, base_rows)
             if undo is not None:
                 problem.restore(undo)
             self._trial = None  # of the same step
@@ -815,7 +824,7 @@ class Accelerator:
             cause = safeguard.judge_residual(trial.norm, math.sqrt(squared))
             if cause is None:
                 return True
-            problem.write(self._gather(trial.base_rows))
+            self._put(problem, trial.base_rows)
             problem.restore(trial.undo)
             if self._average is not None:
                 self._average.replace_last(trial.base_rows)  # the rejected point was never there
@@ -838,7 +847,7 @@ class Accelerator:
             if not missing and math.isfinite(spread) and not calm:
                 mean = average.mean()
                 average.replace_last(mean)
-                problem.write(self._gather(mean))
+                self._put(problem, mean)
                 self.stats.averaged += 1
 
     def _mean_loss(self, problem: FixedPoint) -> float:

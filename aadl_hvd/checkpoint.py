@@ -93,7 +93,12 @@ _PART = entries(
             {
                 **{"calls": integer(), "stored": integer(), "columns": integer()},
                 "last": integer(0, 1),
-                "gram": entries({"matrix": anything, "fresh": listed(integer())}),
+                "gram": entries(
+                    {
+                        **{"matrix": anything, "carried": anything},
+                        **{"fresh": listed(integer()), "drift": number(0.0)},
+                    }
+                ),
                 "averages": WeightAverages.STATE,
                 "pushed": optional(integer()),
                 "noise": optional(NoiseMeter.SHARE),
@@ -352,7 +357,7 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
     cut = slice(max(lo - first, 0), max(hi - first, 0))
     dropped = max(0, same["columns"] - sharding.depth)
     h = same["columns"] - dropped
-    matrix = same["gram"]["matrix"]
+    matrix, carried = same["gram"]["matrix"], same["gram"]["carried"]
     index = [i - dropped for i in _columns_wanted(same["stored"], same["columns"], sharding)]
     places = {held - dropped: place for place, held in enumerate(columns["index"])}
     if absent := [i for i in index if i not in places]:
@@ -386,6 +391,8 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
             "gram": {
                 "matrix": matrix[dropped:, dropped:].clone(),
                 "fresh": [i - dropped for i in fresh],
+                "carried": None if carried is None else carried[dropped:].clone(),
+                "drift": same["gram"]["drift"],
             },
         },
         "rows": {name: tensor[..., cut].clone() for name, tensor in history["rows"].items()},
@@ -433,7 +440,14 @@ def _check_part(history: Any) -> None:
         }
     tensors = {
         "replicated": entries(
-            {"gram": entries({"matrix": tensor(h, h, dtypes=double, finite=True)})}
+            {
+                "gram": entries(
+                    {
+                        "matrix": tensor(h, h, dtypes=double, finite=True),
+                        "carried": optional(tensor(h, dtypes=double, finite=True)),
+                    }
+                )
+            }
         ),
         "rows": entries(wanted, {"base": tensor(rows)}, others=_unknown),
         "columns": entries(

@@ -108,12 +108,13 @@ class Stats:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Adds the wall-clock time of the block to `seconds[part]`."""
-        start = time.perf_counter()
+        """Adds the wall-clock time of the block to `seconds[part]`, less that of parts in it."""
+        start, others = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - start
+            others = sum(self.seconds.values()) - others
+            self.seconds[part] += time.perf_counter() - start - others
 
     def counters(self) -> dict[str, Any]:
         """The counts alone, in plain types: what a checkpoint keeps."""

@@ -212,16 +212,17 @@ class OptimizerFixedPoint:
         scale = self.mixing(lo, hi)  # residuals are proportional to it, and outlive it
         return self.read(lo, hi, out).sub_(w).div_(scale)
 
-    def write(self, flat: Tensor) -> None:
+    def write(self, flat: Tensor, lo: int = 0) -> None:
         if self._residual != "state":
-            return self._layout.write(self._parameters, flat)
+            return self._layout.write(self._parameters, flat, lo)
         # At rate 0 the state says nothing of the momentum: it stays what it is.
         pairs = list(zip(self._momenta(), self._rates, strict=True))
         momenta = [momentum if rate else None for momentum, rate in pairs]
-        self._layout.write([*self._parameters, *momenta], flat)
-        for momentum, rate in pairs:
-            if momentum is not None and rate:
-                momentum.div_(rate)
+        flat = flat.clone()  # may be anybody's
+        for index, first, last in self._layout.segments(lo, lo + flat.numel()):
+            if (place := index - len(self._parameters)) >= 0 and (rate := pairs[place][1]):
+                flat[first - lo : last - lo].div_(rate)
+        self._layout.write([*self._parameters, *momenta], flat, lo)
 
     # What it does
 

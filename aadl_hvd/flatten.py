@@ -66,19 +66,40 @@ class FlatLayout:
         _read_whole(whole, out[start:])
         return out
 
-    def write(self, tensors: Sequence[Tensor | None], flat: Tensor) -> None:
-        """Copies the flat vector [>= n] into the tensors; None takes nothing."""
-        present = [tensor is not None and tensor.numel() > 0 for tensor in tensors]
-        if all(present):
-            targets = [tensor for tensor in tensors if tensor is not None]
-            sources = _pieces(flat, targets)
-        else:
-            targets, sources = [], []
-            for index, tensor in enumerate(tensors):
-                if tensor is not None and tensor.numel() > 0:
-                    lo, hi = self.offsets[index], self.offsets[index + 1]
-                    targets.append(tensor)
-                    sources.append(flat[lo:hi].view(self.shapes[index]))
+    def write(self, tensors: Sequence[Tensor | None], flat: Tensor, lo: int = 0) -> None:
+        """Copies rows of the flat vector, from `lo` on, into the tensors; None takes nothing.
+
+        Args:
+            tensors: one for each shape.
+            flat: [k]; what goes beyond the flat vector's end is not written.
+            lo: the row that it begins with.
+        """
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        whole: list[Tensor] = []
+        start = 0  # of the whole tensors in `flat`, which is cut up for them at once
+        for index, first, last in self.segments(lo, lo + flat.numel()):
+            tensor = tensors[index]
+            if tensor is not None and last - first == tensor.numel():
+                if not whole:
+                    start = first - lo
+                whole.append(tensor)
+                continue
+            sources += _pieces(flat[start:], whole)
+            targets += whole
+            whole = []
+            if tensor is None:
+                continue
+            piece, begin = flat[first - lo : last - lo], first - self.offsets[index]
+            if tensor.is_contiguous():
+                targets.append(tensor.view(-1)[begin : begin + len(piece)])
+                sources.append(piece)
+            else:  # memory in another order than the flat vector's
+                rows = tensor.contiguous().view(-1)
+                rows[begin : begin + len(piece)] = piece
+                tensor.copy_(rows.view(tensor.shape))
+        sources += _pieces(flat[start:], whole)
+        targets += whole
         if targets:
             torch._foreach_copy_(targets, sources)
 
@@ -106,4 +127,6 @@ def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
 
     One call of torch, where slices and views would be two for every tensor.
     """
+    if not like:
+        return []
     return list(torch._C._nn.unflatten_dense_tensors(flat, like))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from aadl_hvd import replicas
 from aadl_hvd.comm.base import Communicator
-from aadl_hvd.history import History, chunked_dot
+from aadl_hvd.history import History
 from aadl_hvd.solve import Matrix, Vector
 
 System = tuple[Matrix, Vector, float]
+
+# By how much R^T r, carried forward, may be less accurate than if it were multiplied out.
+DRIFT = 30.0
 
 
 class Gram:
@@ -26,6 +30,13 @@ class Gram:
     In the row layout the rows are computed at assembly, in one pass over R. In the column layout
     nobody holds two columns of different ranks, so each rank multiplies its own columns with a new
     one while that is at hand, when it is stored.
+
+    R^T r needs no pass of its own where r was stored last: r is the r of the last assembly and what
+    was stored since, whose products with R are the new rows. Only the new columns are multiplied
+    with r. What rounding adds is bounded by eps ||R_j|| sum ||r_k - r_(k-1)||; where that is
+    more than DRIFT times what rounding makes of ||R_j|| ||r||, all is multiplied out, which costs a
+    tiny message, too. So it is where r was not stored, and where columns are rounded: then
+    r is not the sum of what is stored.
     """
 
     def __init__(self, history: History, comm: Communicator) -> None:
@@ -34,42 +45,57 @@ class Gram:
         self._depth = history.sharding.depth
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
         self._fresh: dict[int, Tensor | None] = {}
+        # R^T r [m] of the last pair that was stored, and the norms that its rounding goes by; None
+        # where it is not known. There are no columns yet: zeros are right.
+        self._carried: Vector | None = np.zeros(self._depth)
+        self._drift = 0.0
 
     def message_bytes(self, riders: int) -> int:
         """Length of what a rank hands to the allreduce of `assemble`."""
         tokens = 2 * len(self._history.tokens)
         return 8 * ((self._depth + 1) * self._depth + 1 + tokens + riders)
 
-    def partial(self, r: Tensor) -> Tensor:
+    def partial(self, r: Tensor, newest: bool) -> Tensor:
         """This rank's part of the rows of new columns, of R^T r and of r^T r, one after the other.
 
         Args:
             r: this rank's rows of the residual, [rows].
+            newest: whether it was stored, last of all; the same on every rank.
 
         Returns:
             [(k + 1) own slots + 1] float64, on the device.
         """
-        sharding = self._history.sharding
-        if not self._history.stored:
+        history, sharding = self._history, self._history.sharding
+        if not history.stored:
             return torch.zeros(len(sharding.slots) + 1, dtype=torch.float64)
-        if sharding.layout == "columns":
-            known = [column for column in self._fresh.values() if column is not None]
-            own = torch.stack([*known, self._history.inner([], r)[0]])
-        else:
-            own = self._history.inner(list(self._fresh), r)
-        return torch.cat([own.reshape(-1), chunked_dot(r, r, sharding.counted).reshape(1)])
+        known = [column for column in self._fresh.values() if column is not None]
+        slots = list(self._fresh) if sharding.layout == "rows" else []
+        only = None
+        if self._carries(newest):
+            only = [slot for slot in self._fresh if history.place(slot) is not None]
+        own, square = history.inner(slots, r, only)
+        square = square * float(sharding.counts_replicated)
+        return torch.cat([*(row.reshape(-1) for row in (*known, own)), square.reshape(1)])
+
+    def _carries(self, newest: bool) -> bool:
+        exact = self._history.dtype == self._history.work_dtype
+        return newest and exact and self._carried is not None
 
     def stored(self, slot: int, column: Tensor | None) -> None:
         """Takes note of a new column in `slot`, as `History.push` returned it; no communication."""
         self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
-        self._fresh[slot] = None if column is None else self._history.inner([], column)[0]
+        self._fresh[slot] = None if column is None else self._multiplied(column)
 
-    def assemble(self, partial: Vector, riders: Vector) -> tuple[System | None, Vector]:
-        """Brings R^T R up to date and multiplies R with r. Collective: one allreduce.
+    def assemble(
+        self, partial: Vector, riders: Vector, r: Tensor, newest: bool
+    ) -> tuple[System | None, Vector]:
+        """Brings R^T R up to date and multiplies R with r. Collective: one allreduce, rarely two.
 
         Args:
             partial: what `partial` returned, on the host.
             riders: [e] numbers to be summed over ranks in the same message.
+            r: what `partial` was given.
+            newest: what `partial` was given.
 
         Returns:
             R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, for the h columns in
@@ -87,13 +113,32 @@ class Gram:
         numbers, tokens = np.split(message, [-2 * len(tokens)])
         if not replicas.equal(tokens, self._comm.size):
             return None, summed
-        table = numbers[:-1].reshape(m + 1, m)
+        table, rr = numbers[:-1].reshape(m + 1, m), float(numbers[-1])
         for slot, row in zip(self._fresh, table[:k], strict=True):
             self._matrix[slot, :] = row
             self._matrix[:, slot] = row
+        b = self._multiply(table[:k], table[m], math.sqrt(max(rr, 0.0)), r, newest)
         self._fresh.clear()
         live = self._history.live
-        return (self._matrix[np.ix_(live, live)], table[m, live], float(numbers[-1])), summed
+        return (self._matrix[np.ix_(live, live)], b[live], rr), summed
+
+    def _multiply(self, rows: Matrix, last: Vector, norm: float, r: Tensor, newest: bool) -> Vector:
+        """R^T r [m] from what was summed up: rows of new columns, the last one, and ||r||."""
+        direct = not self._carries(newest)
+        if not direct:
+            assert self._carried is not None
+            carried, fresh = self._carried + rows.sum(axis=0), list(self._fresh)
+            carried[fresh] = last[fresh]
+            self._drift += float(np.sqrt(self._matrix[fresh, fresh].clip(min=0.0)).sum())
+            if self._drift > DRIFT * norm:  # the same on every rank
+                direct, last = True, self.project(r)
+            else:
+                last = carried
+        if direct:
+            self._drift = norm
+        known = newest and math.isfinite(self._drift) and bool(np.isfinite(last).all())
+        self._carried = last if known else None
+        return last
 
     def project(self, v: Tensor) -> Vector:
         """R^T v [m], the same on every rank. Collective: one allreduce.
@@ -102,18 +147,25 @@ class Gram:
             v: this rank's rows of a vector, [rows].
         """
         sums = np.zeros(self._depth)
-        own = self._history.inner([], v)[0].cpu().numpy()
-        sums[list(self._history.sharding.slots)] = own
+        sums[list(self._history.sharding.slots)] = self._multiplied(v).cpu().numpy()
         return self._comm.allreduce(sums)
+
+    def _multiplied(self, v: Tensor) -> Tensor:
+        """This rank's part of R^T v, [own slots]."""
+        return self._history.inner([], v)[0][0]
 
     def state(self) -> dict[str, Any]:
         """R^T R of the columns in use [h, h] float64, from the oldest, and what is missing in it.
 
-        The same on every rank: "matrix"; "fresh": columns whose rows have yet to be computed.
+        The same on every rank: "matrix"; "fresh": columns whose rows have yet to be computed;
+        "carried": R^T r [h] float64, None if it is not known, and "drift": see the class.
         """
         live = self._history.live
         fresh = [live.index(slot) for slot in self._fresh if slot in live]
-        return {"matrix": torch.from_numpy(self._matrix[np.ix_(live, live)]), "fresh": fresh}
+        state = {"matrix": torch.from_numpy(self._matrix[np.ix_(live, live)]), "fresh": fresh}
+        if self._carried is None or len(fresh) < len(self._fresh):
+            return state | {"carried": None, "drift": 0.0}
+        return state | {"carried": torch.from_numpy(self._carried[live]), "drift": self._drift}
 
     def products(self) -> Tensor | None:
         """With the column layout [columns held, fresh ones] float64, on the host, else None."""
@@ -130,6 +182,10 @@ class Gram:
         self.clear()
         live = self._history.live
         self._matrix[np.ix_(live, live)] = state["matrix"].numpy()
+        self._drift, self._carried = state["drift"], None
+        if state["carried"] is not None:
+            self._carried = np.zeros(self._depth)
+            self._carried[live] = state["carried"].numpy()
         held = [place for slot in live if (place := self._history.place(slot)) is not None]
         for i, index in enumerate(state["fresh"]):
             row = None
@@ -142,3 +198,4 @@ class Gram:
     def clear(self) -> None:
         """Forgets everything, together with the history."""
         self._matrix, self._fresh = np.zeros_like(self._matrix), {}
+        self._carried, self._drift = np.zeros(self._depth), 0.0

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from aadl_hvd.sharding import Sharding
 
-# Rows that are worked on at a time: on a processor two vectors, 128 KB each, stay in the second
-# level of the cache while the columns pass by, on a GPU few launches matter more. float32 sums stay
-# short.
-CHUNK = 2**15
+# Rows that are worked on at a time: on a processor a vector, 256 KB, stays in the second level of
+# the cache while the columns pass by, and the columns, 5 MB, in the third where they are needed
+# more than once; on a GPU few launches matter more. float32 sums stay short.
+CHUNK = 2**16
 CHUNK_GPU = 2**21
 # At most, of columns that are widened for it: that takes memory, 4 m bytes a row, beside a history
 # whose point is to be small.
@@ -152,15 +152,20 @@ class History:
                 if place is not None:
                     self._scales[:, place] = scales
         for rows in chunks(r) if slot is not None else ():
-            # Nobody needs the pair before last again: its memory may hold the differences.
-            dw = torch.sub(next_w[rows], last_w[rows], out=last_w[rows])
-            dr = torch.sub(next_r[rows], last_r[rows], out=last_r[rows])
-            if mixing:
-                dw.add_(dr, alpha=mixing)
+            # Straight to where it stays; else to the memory of the pair before last, which nobody
+            # needs again.
+            in_place = place is not None and self.dtype == self.work_dtype
+            to_r = self._r[place, rows] if in_place else last_r[rows]
+            to_y = self._y[place, rows] if in_place else last_w[rows]
+            dr = torch.sub(next_r[rows], last_r[rows], out=to_r)
+            if place is not None or self._scales is not None:
+                dw = torch.sub(next_w[rows], last_w[rows], out=to_y)
+                if mixing:
+                    dw.add_(dr, alpha=mixing)
             if self._scales is not None:
                 dr.div_(scales[0])
                 dw.div_(scales[1])
-            if place is not None:
+            if place is not None and not in_place:
                 self._y[place, rows].copy_(dw)
                 self._r[place, rows].copy_(dr)
             if column is not None:
@@ -170,8 +175,10 @@ class History:
         self.stored += 1
         return None if slot is None else (slot, column)
 
-    def inner(self, slots: list[int], vector: Tensor) -> Tensor:
-        """[R_slots, v]^T R over the rows that this rank sums up.
+    def inner(
+        self, slots: list[int], vector: Tensor, only: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[R_slots, v]^T R and v^T v over the rows that this rank sums up.
 
         One pass over R as the memory sees it: on a processor each product reads a chunk of R, which
         is in the cache after the first.
@@ -179,29 +186,35 @@ class History:
         Args:
             slots: slots that this rank holds.
             vector: v, [rows].
+            only: of v^T R only these columns, slots that this rank holds, and zeros; None: all.
 
         Returns:
-            [len(slots) + 1, len(self.sharding.slots)] float64, on the device.
+            [len(slots) + 1, len(self.sharding.slots)] and [], float64, on the device.
         """
         places = [self._place[slot] for slot in slots]
+        few = None if only is None else [self._place[slot] for slot in only]
         pieces = list(self._chunks(vector, self.sharding.summed))
         shape = len(pieces), len(places) + 1, self._r.shape[0]
-        parts = torch.empty(shape, dtype=self.work_dtype, device=self.device)
+        parts = torch.zeros(shape, dtype=self.work_dtype, device=self.device)
+        squares = torch.zeros(len(pieces), dtype=self.work_dtype, device=self.device)
         wide = self._wide(vector)
-        for part, rows in zip(parts, pieces, strict=True):
-            columns = _widened(self._r[:, rows], wide)
-            others = [*(columns[place] for place in places), vector[rows]]
+        for part, square, rows in zip(parts, squares, pieces, strict=True):
+            columns, piece = _widened(self._r[:, rows], wide), vector[rows]
+            others = [*(columns[place] for place in places), *([] if few is not None else [piece])]
             if self.device.type == "cpu":  # BLAS packs narrow matrices, which takes longer
-                for out, other in zip(part, others, strict=True):
+                for out, other in zip(part, others, strict=False):
                     torch.mv(columns, other, out=out)
-            else:
-                torch.mm(torch.stack(others), columns.T, out=part)
+            elif others:
+                torch.mm(torch.stack(others), columns.T, out=part[: len(others)])
+            for place in few or ():
+                torch.dot(columns[place], piece, out=part[-1, place])
+            torch.dot(piece, piece, out=square)
         total = parts.sum(dim=0, dtype=torch.float64)
         if self._scales is not None:
             total *= self._scales[0]
             for row, place in zip(total, places, strict=False):  # a list as index is copied there
                 row *= self._scales[0, place]
-        return total
+        return total, squares.sum(dtype=torch.float64)
 
     def residual_left(self, r: Tensor, gamma: Tensor) -> Tensor:
         """This rank's part of r - R gamma, [rows]; gamma [depth] float64 on the host.
@@ -216,15 +229,26 @@ class History:
         return out
 
     def update(
-        self, r: Tensor, gamma: Tensor, mixing: float | Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        """This rank's part of -W gamma + mixing * (r - R gamma), [rows].
+        self,
+        r: Tensor,
+        gamma: Tensor,
+        mixing: float | Tensor,
+        out: Tensor | None = None,
+        start: Tensor | None = None,
+        relaxation: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's part of u = -W gamma + mixing * (r - R gamma), and of u . r.
 
         Args:
             r: residual, [rows].
             gamma: [depth] float64 on the host.
             mixing: a number, or one for every row, [rows].
             out: where to, [rows]; None: new memory.
+            start: w, [rows], for w + relaxation u in place of u; with the row layout.
+            relaxation: beta.
+
+        Returns:
+            [rows], and the product over the rows that this rank sums up: [] float64, on the device.
         """
         assert self._y is not None
         own = self._own(gamma)
@@ -235,6 +259,7 @@ class History:
         rest = in_rest if missing.any() else None
         out = torch.empty_like(r) if out is None else out
         share, wide = float(self.sharding.counts_replicated), self._wide(r)
+        summed, slopes = self.sharding.summed, []
         for rows in self._chunks(r):
             piece = out[rows]
             if isinstance(mixing, Tensor):
@@ -245,7 +270,13 @@ class History:
                 _less(r[rows], share * mixing, _widened(self._y[:, rows], wide), in_y, piece)
             if rest is not None:
                 _less(piece, 1.0, _widened(self._r[:, rows], wide), rest, piece)
-        return out
+            # While it is in the cache.
+            counted = slice(max(rows.start, summed.start), min(rows.stop, summed.stop))
+            if counted.start < counted.stop:
+                slopes.append(torch.dot(out[counted], r[counted]))
+            if start is not None:
+                torch.add(start[rows], piece, alpha=relaxation, out=piece)
+        return out, _total(slopes, r)
 
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
@@ -397,9 +428,12 @@ def chunked_dot(a: Tensor, b: Tensor, part: slice = slice(None)) -> Tensor:
     Products of chunks in the dtype of the vectors, their sum in float64: close to float64's
     accuracy at float32's speed.
     """
-    parts = [torch.dot(a[rows], b[rows]) for rows in chunks(a, part)]
+    return _total([torch.dot(a[rows], b[rows]) for rows in chunks(a, part)], a)
+
+
+def _total(parts: list[Tensor], like: Tensor) -> Tensor:
     if not parts:
-        return torch.zeros((), dtype=torch.float64, device=a.device)
+        return torch.zeros((), dtype=torch.float64, device=like.device)
     return torch.stack(parts).sum(dtype=torch.float64)
 
 

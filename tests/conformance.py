@@ -1,5 +1,7 @@
 """What every communicator must do. Each function is called on all ranks of `comm` at once."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,20 @@ def check_allgather(comm):
             result = comm.allgather(block)
             assert result.dtype == dtype
             assert torch.equal(result, expected)
+
+
+def check_gather_by_pieces(comm):
+    """Puts together what `allgather` does, whatever the length of a piece."""
+    for dtype in DTYPES:
+        for k, piece in ((1, 2**20), (5, 2**20), (1000, 7 * comm.size), (3, 1), (0, 2**20)):
+            block = torch.from_numpy(numbers(comm.rank, k)).to(dtype)
+            whole = torch.full((comm.size, k), torch.nan, dtype=dtype)
+            with mock.patch("aadl_hvd.comm.mpi.PIECE", piece):
+                for first, rows in comm.gather_by_pieces(block):
+                    assert rows.dtype == dtype
+                    whole[:, first : first + rows.shape[1]] = rows
+            expected = [torch.from_numpy(x).to(dtype) for x in everybodys(comm, k)]
+            assert torch.equal(whole, torch.stack(expected))
 
 
 def check_allgather_of_a_view(comm):

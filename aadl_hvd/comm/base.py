@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,11 +72,24 @@ class Communicator(ABC):
         Returns:
             [size * k]; may share memory with `block` where size is 1.
         """
-        return self._allgather(_checked_tensor(block))
+        return self._allgather(checked_tensor(block))
+
+    def gather_by_pieces(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """As `allgather`, for a result that is used as it comes: in pieces, where that is faster.
+
+        Args:
+            block: [k] float32 or float64, k the same on every rank.
+
+        Yields:
+            Number of the first row of a piece, and the piece's rows of all blocks, [size, rows],
+            by rank. Good until the next one.
+        """
+        if block.numel():
+            yield 0, self.allgather(block).view(self.size, -1)
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """Sum over ranks of a large tensor [k] float32 or float64; may overwrite it."""
-        return self._sum_tensor(_checked_tensor(tensor))
+        return self._sum_tensor(checked_tensor(tensor))
 
     def deliver(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
         """Hands bytes of one rank to another; no third one sees them.
@@ -200,7 +213,8 @@ def _checked_values(values: Values) -> Values:
     return np.ascontiguousarray(array)
 
 
-def _checked_tensor(tensor: Tensor) -> Tensor:
+def checked_tensor(tensor: Tensor) -> Tensor:
+    """The tensor in one piece of memory; an error where it is none that can be sent."""
     if tensor.dtype not in TENSOR_DTYPES or tensor.dim() != 1:
         raise CommunicationError(
             f"Invalid tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}. "

@@ -114,6 +114,11 @@ class HorovodCommunicator(Communicator):
             )
             return np.asarray(_finished(handle))
 
+    def gather_by_pieces(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+        if self.host is not None and block.device.type == "cpu":
+            return self.host.gather_by_pieces(block)
+        return super().gather_by_pieces(block)
+
     def _allgather(self, block: Tensor) -> Tensor:
         with self._explained():
             handle = hvd.allgather_async(

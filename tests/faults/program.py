@@ -97,7 +97,7 @@ def one_step(step, x, y):
     if here("is killed", step):
         kill_itself()
     if here("is killed amid the step", step):
-        opt.anderson._gather_point = kill_itself
+        opt.anderson._put = kill_itself
     if here("shuts down", step):
         hvd.shutdown()
         time.sleep(2)

@@ -1,6 +1,5 @@
 """Any range of the flat vector, of tensors of any layout, against torch.cat."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +128,22 @@ def test_a_replaced_storage_is_read_anew():
     assert layout.offsets == [0, 3]
 
 
-def test_flat_vector_too_short_is_an_error():
-    with pytest.raises(RuntimeError):
-        FlatLayout([torch.Size([4])]).write([torch.zeros(4)], torch.zeros(3))
+@given(LISTS, st.data())
+def test_write_any_range(spec, data):
+    """Rows outside of it, and tensors that are None, keep their bits."""
+    tensors = tensors_of(spec)
+    layout = FlatLayout([t.shape for t in tensors])
+    gone = data.draw(st.sets(st.integers(0, len(tensors) - 1))) if tensors else set()
+    lo = data.draw(st.integers(0, layout.n))
+    hi = data.draw(st.integers(lo, layout.n))
+    beyond = 2 if hi == layout.n else 0  # as blocks of equal length are padded
+    flat = torch.randn(hi - lo + beyond, dtype=torch.float64)
+    expected = joined(tensors)
+    for index, first, last in layout.segments(lo, hi):
+        if index not in gone:
+            expected[first:last] = flat[first - lo : last - lo].to(tensors[index].dtype).double()
+    given_tensors = [None if i in gone else t for i, t in enumerate(tensors)]
+    strides = [t.stride() for t in tensors]
+    layout.write(given_tensors, flat, lo)
+    assert torch.equal(joined(tensors), expected)
+    assert [t.stride() for t in tensors] == strides

@@ -6,11 +6,12 @@ being ahead gains. And that what is computed in the GPU's way is what the proces
 
 import contextlib
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, history
+from aadl_hvd import AndersonConfig, AndersonOptimizer, gram, history
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
 from tests.pretend_gpu import GPU, PretendGpu
@@ -167,6 +168,13 @@ def test_history_on_the_host_waits_for_the_residual_alone():
         assert "copy_" in gpu.waits
 
 
+@pytest.fixture
+def slowly(monkeypatch):
+    """As if residuals fell slowly: R^T r is carried forward."""
+    monkeypatch.setattr(gram, "DRIFT", math.inf)
+
+
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize(
     ("name", "most"),
     [
@@ -193,6 +201,14 @@ def test_waits_of_an_event_alone(name, most):
     assert not any(others)
 
 
+@pytest.mark.parametrize("name", ["bare", "columns"])
+def test_waits_where_the_product_with_r_is_multiplied_out(name, monkeypatch):
+    monkeypatch.setattr(gram, "DRIFT", 0.0)
+    event, _, others = last_event(on_two_ranks(GPU, AndersonConfig(**SETTINGS[name])))
+    assert (len(event), any(others)) == (3, False)
+
+
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RAdam])
 def test_steps_counted_on_the_device_are_left_there(make):
     """One for each parameter: asked for one by one they would be a wait for each."""
@@ -203,6 +219,7 @@ def test_steps_counted_on_the_device_are_left_there(make):
     assert max(map(len, run.waits)) == 2
 
 
+@pytest.mark.usefixtures("slowly")
 def test_waits_for_observed_losses():
     """In the event with all else; and in the verdict, once."""
     event, after, others = last_event(on_two_ranks(GPU, AndersonConfig(), observe=True))
@@ -212,6 +229,7 @@ def test_waits_for_observed_losses():
     assert [len(waits) for waits in run.waits[-5:]] == [1, 2, 1, 2, 1]
 
 
+@pytest.mark.usefixtures("slowly")
 def test_waits_for_a_moving_average():
     event, after, others = last_event(
         on_two_ranks(GPU, AndersonConfig(**SETTINGS["moving average"]))
@@ -219,6 +237,7 @@ def test_waits_for_a_moving_average():
     assert (len(event), len(after), others) == (3, 1, [1, 1])
 
 
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize("make", [sgd, adam])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_an_ordinary_step_is_the_base_optimizers(make, passes):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aadl_hvd import gram as gram_module
 from aadl_hvd import history as history_module
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
@@ -37,8 +38,8 @@ class ListOfColumns:
         self.columns, self.last, self.pushed = [], None, 0
 
 
-def assemble(gram, r, riders):
-    return gram.assemble(gram.partial(r).numpy(), riders)
+def assemble(gram, r, riders, newest=False):
+    return gram.assemble(gram.partial(r, newest).numpy(), riders, r, newest)
 
 
 def stored_column(held, slot):
@@ -52,8 +53,9 @@ def stored_column(held, slot):
 MIXINGS = 0.05, 0.05, 0.0, 1.0
 # One run: pushes, and now and then an assembly of the Gram matrix or a new start.
 EVENTS = st.lists(
-    st.sampled_from(["push", "push", "push", "push", "solve", "clear", 0, 1, 3]), max_size=25
-)  # a number: how many columns to keep
+    st.sampled_from(["push", "push", "push", "push", "solve", "newest", "clear", 0, 1, 3]),
+    max_size=25,
+)  # a number: how many columns to keep; "newest": a solve for what was pushed last
 
 
 @pytest.fixture(params=[2, 2**18], ids=["chunks of 2", "one chunk"], autouse=True)
@@ -86,7 +88,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
                 held.clear()
                 gram.clear()
                 plain.clear()
-            elif event != "solve":
+            elif isinstance(event, int):
                 held.keep(event)
                 plain.keep(event)
             live = [slot for slot, _, _ in plain.columns]
@@ -102,9 +104,12 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
                     np.testing.assert_array_equal(stored_column(held, slot), column[part])
             W = np.column_stack([column for _, column, _ in plain.columns])
             R = np.column_stack([column for _, _, column in plain.columns])
-            if event == "solve":
+            if event in ("solve", "newest"):
+                if event == "newest":
+                    r = plain.last[1]
                 riders = np.array([1.0, comm.rank, w[0]])
-                system, sums = assemble(gram, torch.from_numpy(r[part]), riders)
+                own = torch.from_numpy(r[part])
+                system, sums = assemble(gram, own, riders, event == "newest")
                 ranks = comm.size * (comm.size - 1) / 2
                 np.testing.assert_allclose(sums, [comm.size, ranks, comm.size * w[0]])
                 G, b, rr = system
@@ -120,7 +125,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             for mixing in (1.0, 0.05, 0.0, np.linspace(0.0, 2.0, n)):
                 expected = -W @ random_gamma + mixing * (r - R @ random_gamma)
                 own = mixing if isinstance(mixing, float) else torch.from_numpy(mixing[part])
-                mine = held.update(torch.from_numpy(r[part]), torch.from_numpy(gamma), own)
+                mine, _ = held.update(torch.from_numpy(r[part]), torch.from_numpy(gamma), own)
                 whole = np.zeros(n)
                 whole[part] = mine.numpy()
                 np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-11)
@@ -177,6 +182,51 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
     run_ranks(2, program)
 
 
+class Counting(LocalCommunicator):
+    """Counts what goes over all ranks, of which there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = ()
+
+    def _allreduce_sum(self, values):
+        self.sent += (values.nbytes,)
+        return values
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@given(
+    falls=st.lists(st.sampled_from([1.0, 0.9, 0.3, 1e-2, 1e-5]), min_size=8, max_size=16),
+    every=st.integers(1, 3),
+)
+def test_the_product_with_r_is_carried_forward_until_rounding_would_show(layout, falls, every):
+    """In float32, with residuals that fall at any speed; without a pass where they do slowly."""
+    n, depth = 400, 6
+    random = torch.Generator().manual_seed(0)
+    # Near one direction: columns and residuals are anything but orthogonal.
+    common = torch.randn(n, generator=random)
+    sizes = torch.tensor(falls).cumprod(0).clip(min=1e-12)  # squares are far from 0
+    residuals = [size * (common + torch.randn(n, generator=random)) for size in sizes]
+    comm = Counting()
+    held = History(
+        Sharding(layout, n, depth, 1, 0), torch.float32, torch.float32, torch.device("cpu")
+    )
+    gram, attempts = Gram(held, comm), 0
+    for i, r in enumerate(residuals):
+        if (new := held.push(torch.zeros(n), r)) is not None:
+            gram.stored(*new)
+        if i % every or not held.columns:
+            continue
+        attempts += 1
+        (G, b, rr), _ = assemble(gram, r, np.zeros(0), newest=True)
+        R = torch.stack([b - a for a, b in itertools.pairwise(residuals[: i + 1])][-depth:])
+        exact = (R.double() @ r.double()).numpy()
+        bound = np.sqrt(G.diagonal() * rr) * torch.finfo(torch.float32).eps
+        assert (np.abs(b - exact) <= 2 * gram_module.DRIFT * bound).all()
+    if min(falls) >= 0.9:
+        assert len(comm.sent) == attempts, "multiplied out without need"
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @given(
     magnitudes=st.lists(
@@ -216,7 +266,7 @@ def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing, late
             gamma = torch.zeros(depth, dtype=torch.float64)
             gamma[slot] = -1.0
             whole = np.zeros(n)
-            whole[part] = held.update(torch.zeros(n)[part], gamma, later).numpy()
+            whole[part] = held.update(torch.zeros(n)[part], gamma, later)[0].numpy()
             expected = (W[i] + later * R[i]).numpy()
             rounded = W[i] + mixing * R[i], (later - mixing) * R[i]
             size = sum(float(x.abs().max()) for x in rounded) or 1.0
@@ -240,13 +290,6 @@ def test_dot_adds_up_in_float64(monkeypatch):
 
 def test_message_bytes_is_what_is_sent():
     """The documented (m + 1) m + 9 numbers, whatever is stored, and what rides along."""
-
-    class Counting(LocalCommunicator):
-        sent: tuple[int, ...] = ()
-
-        def _allreduce_sum(self, values):
-            self.sent += (values.nbytes,)
-            return values
 
     comm = Counting()
     history = History(
