@@ -154,7 +154,7 @@ class MpiCommunicator(Communicator):
                 f"Invalid block of {length} numbers on rank {self.rank}. Must be of one length on "
                 f"all ranks, and is of {-shortest:.0f} to {longest:.0f}."
             )
-        rows = min(length, max(1, PIECE // self.size))
+        rows = max(1, min(length, PIECE // self.size))
         memory = self._pieces.get(block.dtype)
         if memory is None or memory.size < rows * self.size:  # new memory would take as long again
             memory = self._pieces[block.dtype] = np.empty(rows * self.size, numbers.dtype)

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
+from aadl_hvd.comm import mpi
 
 STEPS = 16
 FAULT = sys.argv[1]
 AT = int(sys.argv[2]) if len(sys.argv) > 2 else 10
 
+if FAULT == "raises amid the gathering":
+    mpi.PIECE = 4  # of 26 weights
 hvd.init()
 LAST = hvd.rank() == hvd.size() - 1
 
@@ -45,6 +48,10 @@ class Images(torch.utils.data.IterableDataset):
             if here("data ends", step):
                 return
             yield x, y
+
+
+def raise_error(*_):
+    raise DamagedImage("image 7")
 
 
 def kill_itself(*_):
@@ -83,7 +90,8 @@ def one_step(step, x, y):
     closure()
     if here("raises after backward", step):
         raise DamagedImage("image 7")
-    if FAULT == "scaler alone":  # and not as Horovod's documentation has it
+    # Not as Horovod's documentation has it. In every step it would change gradients on their way.
+    if FAULT == "scaler alone" and step == AT:
         scaler.step(opt)
         scaler.update()
         return
@@ -98,6 +106,8 @@ def one_step(step, x, y):
         kill_itself()
     if here("is killed amid the step", step):
         opt.anderson._put = kill_itself
+    if here("raises amid the gathering", step):
+        opt._anderson_problem.write = raise_error
     if here("shuts down", step):
         hvd.shutdown()
         time.sleep(2)

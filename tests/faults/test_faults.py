@@ -26,6 +26,7 @@ ENDS = [
     ("exits", 2, "mpirun", None, None),
     ("is killed", 2, "gloo", None, None),
     ("is killed amid the step", 2, "mpirun", None, None),
+    ("raises amid the gathering", 3, "mpirun", DAMAGED, f"Rank 2 has left: {DAMAGED}"),
     ("shuts down", 2, "mpirun", "MPI is shut down", None),
     ("skips", 2, "mpirun", f"Rank 0 waits for this one, rank 1, .*{ALL_MUST}", "Rank 1 has left"),
     ("scaler alone", 2, "mpirun", "AssertionError: .*zero_grad", "Rank 1 has left: Assertion"),
