@@ -1,4 +1,8 @@
-"""Time of the tiny reduction, through mpi4py and through Horovod, on real ranks: `--help`."""
+"""Time of the tiny reduction, through mpi4py and through Horovod, on real ranks: `--help`.
+
+Beside them MPI's own Allreduce, called as mpi4py's users do: it takes a rank that has left, or is
+in another operation, for one that is late, and waits.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ SIZES = (1, 255, 440)
 RANKS = (2, 4, 8)
 WARM_UP = 10
 OUT = report.RESULTS / "latency.json"
+BARE = "MPI_Allreduce"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,15 +85,25 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     from aadl_hvd.comm.horovod import HorovodCommunicator, horovod_communicator
 
     comm = horovod_communicator(hvd.global_process_set)
-    backends = {"Horovod": HorovodCommunicator(hvd.global_process_set)}
+    operations: dict[str, Callable[[Any], Any]]
+    operations = {"Horovod": HorovodCommunicator(hvd.global_process_set).allreduce}
     if isinstance(comm, HorovodCommunicator) and comm.host is not None:
-        backends = {"mpi4py": comm, **backends}
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD.Dup()
+
+        def bare(values: Any) -> Any:
+            result = np.empty_like(values)
+            world.Allreduce(values, result)
+            return result
+
+        operations = {"mpi4py": comm.allreduce, BARE: bare, **operations}
     found = []
-    for through, backend in backends.items():
+    for through, operation in operations.items():
         for numbers in options.sizes:
             values = np.full(numbers, 0.5)
             seconds = times(
-                lambda backend=backend, values=values: backend.allreduce(values),  # type: ignore[misc]
+                lambda operation=operation, values=values: operation(values),  # type: ignore[misc]
                 options.repeats,
                 # The lightest there is: another tiny reduction, of the same kind.
                 lambda: comm.allreduce(np.zeros(1)),
@@ -105,7 +120,7 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for i, ranks in enumerate(sorted({run["ranks"] for run in runs})):
-        for through, style in (("mpi4py", "o-"), ("Horovod", "s--")):
+        for through, style in (("mpi4py", "o-"), (BARE, "^:"), ("Horovod", "s--")):
             chosen = [run for run in runs if (run["ranks"], run["through"]) == (ranks, through)]
             if not chosen:
                 continue
