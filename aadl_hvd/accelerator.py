@@ -584,8 +584,9 @@ class Accelerator:
                     gains,
                 ]
             )
+            sent = self._gram.sent
             system, sums = self._gram.assemble(partial, riders, r, stored)
-            stats.bytes["gram"] += self._gram.message_bytes(len(riders))
+            stats.bytes["gram"] += self._gram.sent - sent
         lengths = NoiseMeter.RIDERS, LossWatch.RIDERS, replicas.RIDERS
         noise, losses, same, gains = np.split(sums, np.cumsum(lengths))
         self._losses.event(losses, self._comm.size)
@@ -778,18 +779,20 @@ class Accelerator:
         if rows.numel() < sharding.block:
             rows = torch.nn.functional.pad(rows, (0, sharding.block - rows.numel()))
         self.stats.bytes["gather"] += rows.numel() * rows.element_size()
-        pieces = comm.gather_by_pieces(rows.to(device, non_blocking=True))
-        while True:
-            with self.stats.timed("gather"):
-                first, everybodys = next(pieces, (0, None))
-            if everybodys is None:
-                return None
-            with self.stats.timed("write"):
-                if everybodys.shape[1] == sharding.block:
-                    problem.write(everybodys.reshape(-1))
-                    continue
-                for rank, piece in enumerate(everybodys):
-                    problem.write(piece, rank * sharding.block + first)
+        with contextlib.closing(
+            comm.gather_by_pieces(rows.to(device, non_blocking=True))
+        ) as pieces:
+            while True:
+                with self.stats.timed("gather"):
+                    first, everybodys = next(pieces, (0, None))
+                if everybodys is None:
+                    return None
+                with self.stats.timed("write"):
+                    if everybodys.shape[1] == sharding.block:
+                        problem.write(everybodys.reshape(-1))
+                        continue
+                    for rank, piece in enumerate(everybodys):
+                        problem.write(piece, rank * sharding.block + first)
 
     def _confirm_loss(self, problem: FixedPoint) -> bool:
         """Judges the accelerated step before this one by its loss; goes back if it was bad."""

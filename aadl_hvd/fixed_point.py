@@ -218,7 +218,8 @@ class OptimizerFixedPoint:
         # At rate 0 the state says nothing of the momentum: it stays what it is.
         pairs = list(zip(self._momenta(), self._rates, strict=True))
         momenta = [momentum if rate else None for momentum, rate in pairs]
-        flat = flat.clone()  # may be anybody's
+        if lo + flat.numel() > self._layout.offsets[len(self._parameters)]:
+            flat = flat.clone()  # may be anybody's
         for index, first, last in self._layout.segments(lo, lo + flat.numel()):
             if (place := index - len(self._parameters)) >= 0 and (rate := pairs[place][1]):
                 flat[first - lo : last - lo].div_(rate)

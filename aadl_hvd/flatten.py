@@ -94,10 +94,13 @@ class FlatLayout:
             if tensor.is_contiguous():
                 targets.append(tensor.view(-1)[begin : begin + len(piece)])
                 sources.append(piece)
-            else:  # memory in another order than the flat vector's
-                rows = tensor.contiguous().view(-1)
+            else:  # memory in another order than the flat vector's: what it meets of the first axis
+                each = tensor.numel() // len(tensor)
+                met = tensor[begin // each : -(-(begin + len(piece)) // each)]
+                rows = met.contiguous().view(-1)
+                begin %= each
                 rows[begin : begin + len(piece)] = piece
-                tensor.copy_(rows.view(tensor.shape))
+                met.copy_(rows.view(met.shape))
         sources += _pieces(flat[start:], whole)
         targets += whole
         if targets:

@@ -17,7 +17,7 @@ from aadl_hvd.solve import Matrix, Vector
 System = tuple[Matrix, Vector, float]
 
 # By how much R^T r, carried forward, may be less accurate than if it were multiplied out.
-DRIFT = 30.0
+DRIFT = 10.0
 
 
 class Gram:
@@ -31,12 +31,16 @@ class Gram:
     nobody holds two columns of different ranks, so each rank multiplies its own columns with a new
     one while that is at hand, when it is stored.
 
-    R^T r needs no pass of its own where r was stored last: r is the r of the last assembly and what
-    was stored since, whose products with R are the new rows. Only the new columns are multiplied
-    with r. What rounding adds is bounded by eps ||R_j|| sum ||r_k - r_(k-1)||; where that is
-    more than DRIFT times what rounding makes of ||R_j|| ||r||, all is multiplied out, which costs a
-    tiny message, too. So it is where r was not stored, and where columns are rounded: then
-    r is not the sum of what is stored.
+    R^T r needs no product of its own where r was stored last: r is the r of the last assembly and
+    what was stored since, whose products with R are the new rows. Only the new columns are
+    multiplied with r. What rounding adds is bounded by eps ||R_j|| sum ||r_k - r_(k-1)||; before
+    that is more than DRIFT times eps ||R_j|| ||r||, all is multiplied out, in the same pass; where
+    r has fallen at once, in one more pass and tiny message. All is, too, where r was not stored;
+    where columns are rounded, so that r is not the sum of what is stored; and where a GPU
+    multiplies rows of R: there one row more in a product of matrices costs next to nothing.
+
+    Attributes:
+        sent: bytes that a rank has handed to allreduces, ever.
     """
 
     def __init__(self, history: History, comm: Communicator) -> None:
@@ -45,15 +49,11 @@ class Gram:
         self._depth = history.sharding.depth
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
         self._fresh: dict[int, Tensor | None] = {}
-        # R^T r [m] of the last pair that was stored, and the norms that its rounding goes by; None
-        # where it is not known. There are no columns yet: zeros are right.
-        self._carried: Vector | None = np.zeros(self._depth)
+        # R^T r [m] of the last pair that was stored, None where it is not known, and the norms that
+        # its rounding goes by.
+        self._carried: Vector | None = None
         self._drift = 0.0
-
-    def message_bytes(self, riders: int) -> int:
-        """Length of what a rank hands to the allreduce of `assemble`."""
-        tokens = 2 * len(self._history.tokens)
-        return 8 * ((self._depth + 1) * self._depth + 1 + tokens + riders)
+        self.sent = 0
 
     def partial(self, r: Tensor, newest: bool) -> Tensor:
         """This rank's part of the rows of new columns, of R^T r and of r^T r, one after the other.
@@ -78,8 +78,14 @@ class Gram:
         return torch.cat([*(row.reshape(-1) for row in (*known, own)), square.reshape(1)])
 
     def _carries(self, newest: bool) -> bool:
-        exact = self._history.dtype == self._history.work_dtype
-        return newest and exact and self._carried is not None
+        some = len(self._fresh) < self._history.columns  # else all are new
+        return newest and some and self._carried is not None
+
+    @property
+    def _worthwhile(self) -> bool:
+        history = self._history
+        on_gpu = history.device.type != "cpu" and history.sharding.layout == "rows"
+        return history.dtype == history.work_dtype and not on_gpu
 
     def stored(self, slot: int, column: Tensor | None) -> None:
         """Takes note of a new column in `slot`, as `History.push` returned it; no communication."""
@@ -108,8 +114,9 @@ class Gram:
         products, rr = partial[:-1], partial[-1]
         table[own] = products.reshape(table[own].shape)
         tokens = np.array(self._history.tokens, dtype=np.float64)
+        tokens[1] = 2.0 * tokens[1] + newest  # what is done with the sums hangs on it
         message = np.concatenate([riders, table.reshape(-1), [rr], tokens, tokens**2])
-        summed, message = np.split(self._comm.allreduce(message), [len(riders)])
+        summed, message = np.split(self._sum(message), [len(riders)])
         numbers, tokens = np.split(message, [-2 * len(tokens)])
         if not replicas.equal(tokens, self._comm.size):
             return None, summed
@@ -129,15 +136,18 @@ class Gram:
             assert self._carried is not None
             carried, fresh = self._carried + rows.sum(axis=0), list(self._fresh)
             carried[fresh] = last[fresh]
-            self._drift += float(np.sqrt(self._matrix[fresh, fresh].clip(min=0.0)).sum())
+            moved = float(np.sqrt(self._matrix[fresh, fresh].clip(min=0.0)).sum())
+            self._drift += moved
             if self._drift > DRIFT * norm:  # the same on every rank
                 direct, last = True, self.project(r)
             else:
                 last = carried
         if direct:
-            self._drift = norm
-        known = newest and math.isfinite(self._drift) and bool(np.isfinite(last).all())
-        self._carried = last if known else None
+            self._drift, moved = norm, 0.0
+        sound = math.isfinite(self._drift) and bool(np.isfinite(last).all())
+        # Where the next one, or the one after, might be too much, it is multiplied out in time.
+        lasts = self._drift + 2.0 * moved <= DRIFT * norm
+        self._carried = last if newest and sound and lasts and self._worthwhile else None
         return last
 
     def project(self, v: Tensor) -> Vector:
@@ -148,7 +158,11 @@ class Gram:
         """
         sums = np.zeros(self._depth)
         sums[list(self._history.sharding.slots)] = self._multiplied(v).cpu().numpy()
-        return self._comm.allreduce(sums)
+        return self._sum(sums)
+
+    def _sum(self, message: Vector) -> Vector:
+        self.sent += message.nbytes
+        return self._comm.allreduce(message)
 
     def _multiplied(self, v: Tensor) -> Tensor:
         """This rank's part of R^T v, [own slots]."""
@@ -183,7 +197,7 @@ class Gram:
         live = self._history.live
         self._matrix[np.ix_(live, live)] = state["matrix"].numpy()
         self._drift, self._carried = state["drift"], None
-        if state["carried"] is not None:
+        if state["carried"] is not None and self._worthwhile:
             self._carried = np.zeros(self._depth)
             self._carried[live] = state["carried"].numpy()
         held = [place for slot in live if (place := self._history.place(slot)) is not None]
@@ -198,4 +212,4 @@ class Gram:
     def clear(self) -> None:
         """Forgets everything, together with the history."""
         self._matrix, self._fresh = np.zeros_like(self._matrix), {}
-        self._carried, self._drift = np.zeros(self._depth), 0.0
+        self._carried, self._drift = None, 0.0

@@ -1,6 +1,6 @@
 """What every communicator must do. Each function is called on all ranks of `comm` at once."""
 
-from unittest import mock
+import contextlib
 
 import numpy as np
 import pytest
@@ -123,12 +123,30 @@ def check_gather_by_pieces(comm):
         for k, piece in ((1, 2**20), (5, 2**20), (1000, 7 * comm.size), (3, 1), (0, 2**20)):
             block = torch.from_numpy(numbers(comm.rank, k)).to(dtype)
             whole = torch.full((comm.size, k), torch.nan, dtype=dtype)
-            with mock.patch("aadl_hvd.comm.mpi.PIECE", piece):
-                for first, rows in comm.gather_by_pieces(block):
-                    assert rows.dtype == dtype
-                    whole[:, first : first + rows.shape[1]] = rows
+            through = getattr(comm, "host", None) or comm
+            through.piece, before = piece, getattr(through, "piece", None)
+            for first, rows in comm.gather_by_pieces(block):
+                assert rows.dtype == dtype
+                whole[:, first : first + rows.shape[1]] = rows
+            through.piece = before
             expected = [torch.from_numpy(x).to(dtype) for x in everybodys(comm, k)]
             assert torch.equal(whole, torch.stack(expected))
+
+
+def check_gathering_left_by_one(comm):
+    """In the midst: the others get all of theirs, and all go on together."""
+    through = getattr(comm, "host", None) or comm
+    through.piece, before = 4 * comm.size, getattr(through, "piece", None)
+    got = 0
+    with contextlib.closing(comm.gather_by_pieces(torch.full((50,), comm.rank + 0.5))) as pieces:
+        for _, rows in pieces:
+            assert torch.equal(rows[:, 0], torch.arange(comm.size) + 0.5)
+            got += rows.shape[1]
+            if comm.rank == comm.size - 1:
+                break
+    through.piece = before
+    assert got == 50 or comm.rank == comm.size - 1
+    assert comm.allreduce(np.ones(1))[0] == comm.size
 
 
 def check_allgather_of_a_view(comm):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class Communicator(ABC):
         """
         return self._allgather(checked_tensor(block))
 
-    def gather_by_pieces(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
         """As `allgather`, for a result that is used as it comes: in pieces, where that is faster.
 
         Args:
@@ -82,7 +82,7 @@ class Communicator(ABC):
 
         Yields:
             Number of the first row of a piece, and the piece's rows of all blocks, [size, rows],
-            by rank. Good until the next one.
+            by rank. Good until the next one. To be closed where it is not used up.
         """
         if block.numel():
             yield 0, self.allgather(block).view(self.size, -1)

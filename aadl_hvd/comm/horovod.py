@@ -11,7 +11,7 @@ import platform
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import horovod.torch as hvd
@@ -45,7 +45,7 @@ class HorovodCommunicator(Communicator):
             through Horovod too, which costs about a millisecond of negotiation each.
     """
 
-    def __init__(self, process_set: Any, host: Communicator | None = None) -> None:
+    def __init__(self, process_set: Any, host: MpiCommunicator | None = None) -> None:
         self._set = process_set
         self.rank = process_set.rank()
         self.size = process_set.size()
@@ -114,8 +114,8 @@ class HorovodCommunicator(Communicator):
             )
             return np.asarray(_finished(handle))
 
-    def gather_by_pieces(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
-        if self.host is not None and block.device.type == "cpu":
+    def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
+        if self.host is not None and self.host.on_one_node and block.device.type == "cpu":
             return self.host.gather_by_pieces(block)
         return super().gather_by_pieces(block)
 

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,7 +30,6 @@ _VALUES, _LEFT, _WAITS, _JOINS, _ROWS = 1, 2, 3, 4, 5  # tags
 _GRADIENTS = 0.0  # in place of an operation's header: waits for gradients
 
 _SPINS = range(2000)  # looks for a message, each 0.2 microseconds, before time is given away
-PIECE = 2**20  # numbers that are gathered at a time: they are in the cache when they are used
 NAP = 1e-4  # seconds
 ASK = 1.0  # seconds after which a rank that keeps others waiting is told so
 GRACE = 0.1  # seconds that the last word of a rank may take
@@ -55,16 +54,21 @@ class MpiCommunicator(Communicator):
     HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, if set, ends the wait, as in Horovod's own collectives.
 
     So are large blocks in host memory that are gathered by pieces: in memory that is kept, in half
-    the time that Horovod takes. Other large tensors and objects go through MPI's collectives,
-    without all that: in training Horovod carries them.
+    the time that Horovod takes. Every rank fetches all others' by itself: for ranks of one node.
+    Other large tensors and objects go through MPI's collectives, without all that: in training
+    Horovod carries them.
 
     Args:
         ranks: processes of MPI's world, in the order of this communicator's ranks. Collective
             over these and nobody else. `world_rank` must not be None on any of them.
 
     Attributes:
+        on_one_node: whether all ranks are.
+        piece: numbers that are gathered at a time: they are in the cache when they are used.
         left: what ranks said that have left, by rank.
     """
+
+    piece = 2**20
 
     def __init__(self, ranks: list[int]) -> None:
         from mpi4py import MPI
@@ -75,6 +79,9 @@ class MpiCommunicator(Communicator):
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # as exceptions
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.on_one_node = node.Get_size() == self.size
+        node.Free()
         self._parent, self._children = _neighbours(self.rank, self.size)
         self._lines: dict[tuple[str, int], _Line] = {}
         self._pieces: dict[torch.dtype, NDArray[Any]] = {}  # memory, by what is in it
@@ -141,44 +148,55 @@ class MpiCommunicator(Communicator):
     def _broadcast(self, values: Values) -> Values:
         return self._talk("broadcast", values)
 
-    def gather_by_pieces(self, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
         block = checked_tensor(block)
         if block.device.type != "cpu":
             yield from super().gather_by_pieces(block)
             return
         numbers, length = block.numpy(), block.numel()
         # All are here, and in the same operation, before anything large is on its way.
-        longest, shortest = self._talk("gathering", np.array([length, -length], np.float64))
+        longest, shortest = self._talk("gathering", np.array([1.0, -1.0]) * numbers.nbytes)
         if longest != -shortest:
             raise CommunicationError(
-                f"Invalid block of {length} numbers on rank {self.rank}. Must be of one length on "
-                f"all ranks, and is of {-shortest:.0f} to {longest:.0f}."
+                f"Invalid block of {numbers.nbytes} bytes on rank {self.rank}. Must be of one "
+                f"length and dtype on all ranks, and is of {-shortest:.0f} to {longest:.0f} bytes."
             )
-        rows = max(1, min(length, PIECE // self.size))
+        rows = max(1, min(length, self.piece // self.size))
         memory = self._pieces.get(block.dtype)
         if memory is None or memory.size < rows * self.size:  # new memory would take as long again
             memory = self._pieces[block.dtype] = np.empty(rows * self.size, numbers.dtype)
+        wanted = True
         for first in range(0, length, rows):
             own = numbers[first : first + rows]
             piece = memory[: own.size * self.size].reshape(self.size, own.size)
             self._exchange_rows(own, piece)
-            yield first, torch.from_numpy(piece)
+            if first + rows >= length:  # nobody leaves before all have everything
+                self._talk("gathering", np.zeros(2))
+            try:
+                if wanted:
+                    yield first, torch.from_numpy(piece)
+            except GeneratorExit:  # the others want theirs all the same
+                wanted = False
 
     def _exchange_rows(self, own: NDArray[Any], everybodys: NDArray[Any]) -> None:
         """This rank's rows to all, all ranks' into [size, rows]; waits as `_talk` does."""
         others = [(self.rank + i) % self.size for i in range(1, self.size)]
+        requests: list[tuple[Any, int]] = []
         with self._use():
-            if self._closed:
-                self._give_up()
-            requests = [(self._comm.Irecv(everybodys[i], i, _ROWS), i) for i in reversed(others)]
-            requests += [(self._comm.Isend(own, i, _ROWS), i) for i in others]
-            everybodys[self.rank] = own
-            try:
-                for request, rank in requests:
-                    self._wait(request.Test, rank, self._code)
-            except CommunicationError:
-                self._sent.append((requests, own, everybodys))  # MPI may yet use this memory
-                raise
+            if not self._closed:
+                try:
+                    for i in reversed(others):
+                        requests.append((self._comm.Irecv(everybodys[i], i, _ROWS), i))
+                    for i in others:
+                        requests.append((self._comm.Isend(own, i, _ROWS), i))
+                    everybodys[self.rank] = own
+                    for request, rank in requests:
+                        self._wait(request.Test, rank, self._code)
+                except BaseException:
+                    self._sent.append((requests, own, everybodys))  # MPI may yet use this memory
+                    raise
+                return
+        self._give_up()
 
     def _allgather(self, block: Tensor) -> Tensor:
         host = block.cpu()
@@ -216,6 +234,7 @@ class MpiCommunicator(Communicator):
         self._talking = True  # as `_use` does
         try:
             if self._closed or self.left:
+                self._talking = False  # MPI may be at its end already
                 self._give_up()
             line = self._lines.get((kind, len(values))) or self._new_line(kind, len(values))
             self._number += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -80,6 +80,12 @@ class SimulatedCommunicator(Communicator):
 
     def _allgather(self, block: Tensor) -> Tensor:
         return torch.cat(self._exchange(block.clone()))
+
+    def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
+        """In three or four, as there is no reason to: so that those who use them are tried."""
+        whole, rows = self.allgather(block).view(self.size, -1), max(1, block.numel() // 3)
+        for first in range(0, block.numel(), rows):
+            yield first, whole[:, first : first + rows].clone()
 
     def _deliver(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int

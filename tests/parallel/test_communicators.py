@@ -7,7 +7,7 @@ import torch
 from conformance import CHECKS
 from problems import TEXTBOOK
 
-from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
+from aadl_hvd import AndersonConfig, CommunicationError, DistributedAndersonOptimizer
 from aadl_hvd.comm.horovod import HorovodCommunicator, horovod_communicator
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
@@ -114,3 +114,16 @@ def test_training_on_a_part_of_the_ranks(all_but_rank_0):
     assert weights[0] != weights[1]
     rows = -(-8 // max(1, hvd.size() - 1)) if hvd.rank() else 8
     assert opt.anderson.history_bytes <= 4 * rows * (2 * 3 + 4)
+
+
+@pytest.mark.parametrize("kind", ["length", "dtype"])
+def test_blocks_that_differ_are_refused_on_all_ranks(kind):
+    comm = horovod_communicator(hvd.global_process_set)
+    if comm.host is None:
+        pytest.skip("Horovod does not run on MPI here")
+    last = hvd.rank() == hvd.size() - 1
+    block = torch.zeros(7 + (kind == "length" and last))
+    block = block.double() if kind == "dtype" and last else block
+    with pytest.raises(CommunicationError, match="bytes on rank"):
+        list(comm.gather_by_pieces(block))
+    assert comm.allreduce(np.ones(1))[0] == hvd.size()

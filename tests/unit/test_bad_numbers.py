@@ -169,7 +169,8 @@ def test_it_goes_on_after_zero_gradients():
 def test_history_in_float16_does_not_overflow(ranks, layout):
     """Differences above 65504, the largest number it knows: as in float32, but rounded."""
     problem = Problem(SEVERAL)
-    problem.gradient = lambda k, w: 1e5 * np.cos(np.arange(len(w)) + k)
+    # Of full rank: else rounding decides which columns count.
+    problem.gradient = lambda k, w: 1e5 * np.cos(np.arange(len(w)) ** 2 * (0.3 + 0.1 * k))
 
     def program(comm, dtype):
         config = AndersonConfig(**SETTINGS, layout=layout, history_dtype=dtype)
@@ -181,7 +182,7 @@ def test_history_in_float16_does_not_overflow(ranks, layout):
     assert reset == {}
     assert count == same_count
     assert count["accelerated"] > 0
-    np.testing.assert_allclose(path[-1], expected[-1], rtol=0, atol=3e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(path[-1], expected[-1], rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("residual", ["gradient", "step"])

@@ -201,13 +201,6 @@ def test_waits_of_an_event_alone(name, most):
     assert not any(others)
 
 
-@pytest.mark.parametrize("name", ["bare", "columns"])
-def test_waits_where_the_product_with_r_is_multiplied_out(name, monkeypatch):
-    monkeypatch.setattr(gram, "DRIFT", 0.0)
-    event, _, others = last_event(on_two_ranks(GPU, AndersonConfig(**SETTINGS[name])))
-    assert (len(event), any(others)) == (3, False)
-
-
 @pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RAdam])
 def test_steps_counted_on_the_device_are_left_there(make):

@@ -125,10 +125,18 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             for mixing in (1.0, 0.05, 0.0, np.linspace(0.0, 2.0, n)):
                 expected = -W @ random_gamma + mixing * (r - R @ random_gamma)
                 own = mixing if isinstance(mixing, float) else torch.from_numpy(mixing[part])
-                mine, _ = held.update(torch.from_numpy(r[part]), torch.from_numpy(gamma), own)
+                given_r, given_gamma = torch.from_numpy(r[part]), torch.from_numpy(gamma)
+                mine, slope = held.update(given_r, given_gamma, own)
                 whole = np.zeros(n)
                 whole[part] = mine.numpy()
                 np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-11)
+                total = comm.allreduce(slope.reshape(1).numpy())[0]
+                assert total == pytest.approx(expected @ r, abs=1e-10)
+                if layout == "rows":
+                    start = torch.from_numpy(w[part])
+                    point, again = held.update(given_r, given_gamma, own, None, start, 0.7)
+                    assert torch.equal(again, slope)
+                    np.testing.assert_allclose(point, w[part] + 0.7 * mine.numpy(), atol=1e-11)
             whole = np.zeros(n)
             left = held.residual_left(torch.from_numpy(r[part]), torch.from_numpy(gamma))
             whole[part] = left.numpy()
@@ -194,37 +202,120 @@ class Counting(LocalCommunicator):
         return values
 
 
+def residuals_that_fall(falls, n=400):
+    """Near one direction: columns and residuals are anything but orthogonal."""
+    random = torch.Generator().manual_seed(0)
+    common = torch.randn(n, generator=random)
+    sizes = torch.tensor(falls).cumprod(0).clip(min=1e-12)  # squares are far from 0
+    return [size * (common + torch.randn(n, generator=random)) for size in sizes]
+
+
+def attempts(layout, residuals, every=1, dtype=torch.float32, depth=6):
+    """Each of R^T R, R^T r and r^T r, what they are exactly, and the number of messages."""
+    n, comm = len(residuals[0]), Counting()
+    sharding = Sharding(layout, n, depth, 1, 0)
+    held = History(sharding, dtype, torch.float32, torch.device("cpu"))
+    gram = Gram(held, comm)
+    for i, r in enumerate(residuals):
+        if (new := held.push(torch.zeros(n), r)) is not None:
+            gram.stored(*new)
+        if i % every or not held.columns:
+            continue
+        before = len(comm.sent)
+        system, _ = assemble(gram, r, np.zeros(0), newest=True)
+        R = torch.stack([b - a for a, b in itertools.pairwise(residuals[: i + 1])][-depth:])
+        yield system, (R.to(dtype).double() @ r.double()).numpy(), len(comm.sent) - before
+    assert gram.sent == sum(comm.sent)
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @given(
     falls=st.lists(st.sampled_from([1.0, 0.9, 0.3, 1e-2, 1e-5]), min_size=8, max_size=16),
     every=st.integers(1, 3),
 )
 def test_the_product_with_r_is_carried_forward_until_rounding_would_show(layout, falls, every):
-    """In float32, with residuals that fall at any speed; without a pass where they do slowly."""
-    n, depth = 400, 6
-    random = torch.Generator().manual_seed(0)
-    # Near one direction: columns and residuals are anything but orthogonal.
-    common = torch.randn(n, generator=random)
-    sizes = torch.tensor(falls).cumprod(0).clip(min=1e-12)  # squares are far from 0
-    residuals = [size * (common + torch.randn(n, generator=random)) for size in sizes]
-    comm = Counting()
-    held = History(
-        Sharding(layout, n, depth, 1, 0), torch.float32, torch.float32, torch.device("cpu")
-    )
-    gram, attempts = Gram(held, comm), 0
-    for i, r in enumerate(residuals):
-        if (new := held.push(torch.zeros(n), r)) is not None:
-            gram.stored(*new)
-        if i % every or not held.columns:
-            continue
-        attempts += 1
-        (G, b, rr), _ = assemble(gram, r, np.zeros(0), newest=True)
-        R = torch.stack([b - a for a, b in itertools.pairwise(residuals[: i + 1])][-depth:])
-        exact = (R.double() @ r.double()).numpy()
+    for (G, b, rr), exact, _ in attempts(layout, residuals_that_fall(falls), every):
         bound = np.sqrt(G.diagonal() * rr) * torch.finfo(torch.float32).eps
         assert (np.abs(b - exact) <= 2 * gram_module.DRIFT * bound).all()
-    if min(falls) >= 0.9:
-        assert len(comm.sent) == attempts, "multiplied out without need"
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_how_often_the_product_with_r_is_multiplied_out(layout, monkeypatch):
+    carried = []
+    inner = History.inner
+
+    def counting(self, slots, vector, only=None):
+        carried.append(only is not None)
+        return inner(self, slots, vector, only)
+
+    monkeypatch.setattr(History, "inner", counting)
+
+    def messages(falls, **options):
+        carried.clear()
+        return [sent for *_, sent in attempts(layout, residuals_that_fall(falls), **options)]
+
+    # Differences are as long as residuals: some, then all is multiplied out, in the one pass.
+    assert messages([1.0] * 24) == [1] * 23
+    assert 17 <= sum(carried) <= 21
+    assert messages([0.9] * 12, every=2) == [1] * 5
+    assert any(carried) and not carried[0], "at first all columns are new"
+    # The residual falls to a thousandth at once.
+    assert messages([1.0] * 6 + [1e-3] + [1.0] * 3) == [1] * 5 + [2] + [1] * 3
+    assert sum(carried) == 8
+    assert messages([1e-3, 1.0] * 8, every=6) == [1, 1]
+    assert sum(carried) == 0, "all columns are new"
+    assert messages([1e-3, 1.0] * 6, dtype=torch.bfloat16) == [1] * 11
+    assert sum(carried) == 0, "r is not the sum of rounded columns"
+
+
+def test_columns_that_were_rounded_carry_nothing():
+    """Not into a history that rounds them no more either: r is not their sum."""
+    for dtype, known in ((torch.float32, True), (torch.bfloat16, False)):
+        sharding = Sharding("rows", 50, 3, 1, 0)
+        held = History(sharding, dtype, torch.float32, torch.device("cpu"))
+        gram = Gram(held, LocalCommunicator())
+        for _ in range(5):
+            r = torch.randn(50)
+            if (new := held.push(torch.zeros(50), r)) is not None:
+                gram.stored(*new)
+            assemble(gram, r, np.zeros(0), newest=True)
+        assert (gram.state()["carried"] is not None) == known
+
+
+@pytest.mark.parametrize("carry", [0.0, np.inf])
+def test_two_groups_share_the_sums(carry, monkeypatch):
+    """Each holds a whole history and adds up a part of its rows; slopes and R^T r, too."""
+    monkeypatch.setattr(gram_module, "DRIFT", carry)
+    n, depth = 23, 3
+    pairs = [(np.random.randn(n), np.random.randn(n)) for _ in range(8)]
+
+    def program(comm):
+        group = comm.shard_group(2)
+        sharding = Sharding("rows", n, depth, group.comm.size, group.comm.rank, 2, group.index)
+        part = slice(*sharding.rows)
+        held = History(sharding, torch.float64, torch.float64, torch.device("cpu"))
+        gram = Gram(held, comm)
+        for i, (w, r) in enumerate(pairs):
+            own_w, own_r = (torch.from_numpy(x[part]) for x in (w, r))
+            if (new := held.push(own_w, own_r)) is not None:
+                gram.stored(*new)
+            (G, b, _), _ = assemble(gram, own_r, np.zeros(0), newest=True)
+            W, R = (
+                np.array([y[j] - x[j] for x, y in itertools.pairwise(pairs[: i + 1])][-depth:])
+                for j in (0, 1)
+            )
+            if not i:
+                continue
+            np.testing.assert_allclose(G, R @ R.T, atol=1e-12)
+            np.testing.assert_allclose(b, R @ r, atol=1e-12)
+            gamma = np.zeros(depth)
+            gamma[held.live] = np.arange(1.0, len(R) + 1)
+            mine, slope = held.update(own_r, torch.from_numpy(gamma), 0.5)
+            u = -gamma[held.live] @ W + 0.5 * (r - gamma[held.live] @ R)
+            np.testing.assert_allclose(mine, u[part], atol=1e-12)
+            assert comm.allreduce(slope.reshape(1).numpy())[0] == pytest.approx(u @ r)
+
+    run_ranks(4, program)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -288,7 +379,7 @@ def test_dot_adds_up_in_float64(monkeypatch):
     assert float(chunked_dot(a[:0], a[:0])) == 0.0
 
 
-def test_message_bytes_is_what_is_sent():
+def test_length_of_the_message():
     """The documented (m + 1) m + 9 numbers, whatever is stored, and what rides along."""
 
     comm = Counting()
@@ -300,4 +391,5 @@ def test_message_bytes_is_what_is_sent():
         if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
             gram.stored(*new)
         assemble(gram, torch.randn(6).double(), np.zeros(7))
-    assert comm.sent == (gram.message_bytes(7),) * 3 == (8 * (29 + 7),) * 3
+    assert comm.sent == (8 * (29 + 7),) * 3
+    assert gram.sent == sum(comm.sent)
