@@ -263,9 +263,12 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
             axes.bar(names, heights, bottom=bottom, label=part)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         axes.axhline(1000 * run["floor_s"], color="black", linestyle="--", label="floor")
-        axes.set(title=f"{run['ranks']} ranks", ylabel="ms per event and the stores before it")
-        axes.tick_params(axis="x", rotation=30)
-    panels[0].legend(fontsize="small")
+        axes.set(title=f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}")
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    panels[0].set_ylabel("ms per event and the stores before it")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper"
+    )
     report.save(figure, path)
 
 

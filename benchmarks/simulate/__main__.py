@@ -259,7 +259,7 @@ def _validation(options: argparse.Namespace, m: int) -> dict[str, Any]:
     print("\n## here: real ranks of this machine\n")
     print(
         f"Measured with 2 ranks: copying {figures.memory_bandwidth / 1e9:.1f} GB/s a rank, "
-        f"Horovod's allgather {figures.intranode_bandwidth / 1e9:.2f} GB/s after "
+        f"gathering {figures.intranode_bandwidth / 1e9:.2f} GB/s after "
         f"{1e6 * here.negotiation:.0f} us, latency {1e6 * figures.intranode_latency:.1f} us."
     )
     rows = {}

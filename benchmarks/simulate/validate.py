@@ -34,7 +34,7 @@ class Here:
 
     Attributes:
         machine: bandwidths and latencies; one node.
-        negotiation: seconds of Horovod's smallest allgather.
+        negotiation: seconds of the smallest gathering: through Horovod it is negotiated.
     """
 
     machine: Machine
@@ -202,11 +202,16 @@ def _calibrate() -> dict[str, float]:
     hvd.barrier()
     copy = copy_bandwidth()["median"]
     block = torch.ones(CALIBRATION // comm.size)
+
+    def gather(own: torch.Tensor) -> None:
+        for _ in comm.gather_by_pieces(own):  # as a step does
+            pass
+
     return {
         "copy": copy,
         "tiny": median(lambda: comm.allreduce(np.zeros(1)), 200),
-        "negotiation": median(lambda: comm.allgather(torch.ones(1)), 50),
-        "large": median(lambda: comm.allgather(block)),
+        "negotiation": median(lambda: gather(torch.ones(1)), 50),
+        "large": median(lambda: gather(block)),
     }
 
 
