@@ -83,6 +83,7 @@ class Gram:
 
     @property
     def _worthwhile(self) -> bool:
+        """Whether R^T r may be carried forward at all, and gains by it: see the class."""
         history = self._history
         on_gpu = history.device.type != "cpu" and history.sharding.layout == "rows"
         return history.dtype == history.work_dtype and not on_gpu
