@@ -71,6 +71,7 @@ FROM_INSIDE = {
         "aadl_hvd.comm.base",
         "aadl_hvd.diagnostics",
         "aadl_hvd.fixed_point",
+        "aadl_hvd.gram",
         "aadl_hvd.history",
         "aadl_hvd.noise",
         "aadl_hvd.replicas",
