@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import memory, replicas, safeguard
+from aadl_hvd import kernels, memory, replicas, safeguard
 from aadl_hvd.averaging import MovingAverage, WeightAverages
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import PendingCommunicator
@@ -75,6 +75,10 @@ class FixedPoint(Protocol):
     @property
     def device(self) -> torch.device:
         """Where w is."""
+
+    @property
+    def tensors(self) -> list[Tensor] | None:
+        """What w consists of, one after the other; None where it is no mere copy of tensors."""
 
     @property
     def moves(self) -> bool:
@@ -171,7 +175,8 @@ class Accelerator:
             calls: number of the last step, the same on all of them.
         """
         self._comm, self._group, self._calls = comm, group, calls
-        self.agreed = False
+        self.agreed = self._fused = False
+        self._summer: kernels.Checksum | None = None
         self._wish: dict[str, Any] | None = None  # a loaded history that is not taken in yet
         self.consolidated: dict[str, Any] | None = None
         self._signature: Hashable = None
@@ -457,11 +462,19 @@ class Accelerator:
         if self._wish is not None:
             self._prepare(problem)
         self.agreed = True
-        claims = self._comm.allreduce(replicas.riders(self._history.claim))
-        if not replicas.equal(claims, self._comm.size):
+        fuses = kernels.usable(problem.device)
+        *claims, able = self._comm.allreduce(np.append(replicas.riders(self._history.claim), fuses))
+        self._fuse(able == self._comm.size)
+        if not replicas.equal(np.array(claims), self._comm.size):
             self._restart_equal()
         elif self._wish is not None:
             self._take(continues=True)
+
+    def _fuse(self, able: bool) -> None:
+        """Has `kernels` do the work where they can, if all ranks are able to."""
+        self._fused = able
+        self._history.fused = able and kernels.usable(self._history.device)
+        self._averages.fused = self._history.fused
 
     @torch.no_grad()
     def _take(self, continues: bool) -> None:
@@ -660,7 +673,13 @@ class Accelerator:
 
     def _checksum(self, problem: FixedPoint) -> Tensor:
         if self._comm.size == 1:
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        tensors = problem.tensors if self._fused and kernels.usable(problem.device) else None
+        if tensors is not None:
+            sizes = tuple(tensor.numel() for tensor in tensors)
+            if self._summer is None or self._summer.sizes != sizes:
+                self._summer = kernels.Checksum(sizes, problem.device)
+            return self._summer.of(tensors, replicas.PRIME)
         work = _work_dtype(problem)
         return replicas.checksum(problem.read, problem.n, work, problem.device)
 
@@ -917,6 +936,7 @@ class Accelerator:
         self._averages = WeightAverages(config.averages, config.frequency, hi - lo, work, device)
         if config.average_window is not None:
             self._average = MovingAverage(config.average_window, hi - lo, work, device)
+        self._fuse(self._fused)
 
 
 def _work_dtype(problem: FixedPoint) -> torch.dtype:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import kernels
 from aadl_hvd.history import chunks
 from aadl_hvd.schema import entries, integer, listed, number
 from aadl_hvd.solve import Vector
@@ -108,6 +109,8 @@ class WeightAverages:
         device: where the parameters are.
 
     Attributes:
+        fused: whether `kernels` do the work; the same on every rank, or averages of two groups
+            would differ by rounding.
         count: iterates taken in.
         parts: each of the averages.
     """
@@ -131,6 +134,7 @@ class WeightAverages:
         self.kinds = tuple(kinds)
         self._every = every
         self.parts = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
+        self.fused = False
         self._gains: Vector = np.zeros(len(self.kinds))
         self._measured = self.count = 0
 
@@ -152,11 +156,17 @@ class WeightAverages:
         The sum is over rows `part` alone. [kinds] float64, on the device.
         """
         if not self.parts:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
         if not self.count:  # nothing to compare with, but `push` is to know if w is finite
             largest = w.abs().max() if w.numel() else w.new_zeros(())
             return (0.0 * largest).double().expand(len(self.kinds))
-        # 1/2 <r + avg r, avg w - w>; chunks outside, so that w and r are read once.
+        # 1/2 <r + avg r, avg w - w>
+        if self.fused:
+            sums = [average.sums for average in self.parts]
+            divisors = [average.divisor for average in self.parts]
+            first, end, _ = part.indices(w.numel())
+            return kernels.gains(w, r, sums, divisors, slice(first, end)).mul_(0.5)
+        # Chunks outside, so that w and r are read once.
         zero = w.new_zeros(len(self.parts), dtype=torch.float64)
         parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
         return torch.stack(parts).sum(dim=0).mul_(0.5)
@@ -173,7 +183,10 @@ class WeightAverages:
             return
         for average in self.parts:
             average.begin()
-        for rows in chunks(w):
+        if self.fused and self.parts:
+            sums = [average.now for average in self.parts]
+            kernels.take_in(w, r, sums, [average.weight for average in self.parts])
+        for rows in () if self.fused else chunks(w):
             for average in self.parts:
                 average.take(w[rows], r[rows], rows)
         self.count += 1
@@ -231,7 +244,12 @@ class WeightAverages:
 
 
 class _Average:
-    """One running average of w and r."""
+    """One running average of w and r.
+
+    Attributes:
+        sums: exponential averages of both, [1, 2, rows], or sums of two halves, [2, 2, rows].
+        now: of these, [2, rows], what is taken in goes to.
+    """
 
     def __init__(
         self, kind: float, every: int, rows: int, dtype: torch.dtype, device: torch.device
@@ -241,7 +259,7 @@ class _Average:
         self._half = max(1, round(kind / (2 * every)))
         halves = 1 if self._decay is not None else 2
         self.sums = torch.zeros((halves, 2, rows), dtype=dtype, device=device)
-        self._now = self.sums[0]
+        self.now = self.sums[0]
         self.count = 0
 
     @property
@@ -252,26 +270,35 @@ class _Average:
         """Makes room for an iterate, which `take` is then given chunk by chunk."""
         if self.count == 0:
             self.sums.zero_()
-        self._now = self.sums[self.count // self._half % 2 if self._decay is None else 0]
+        self.now = self.sums[self.count // self._half % 2 if self._decay is None else 0]
         if self._decay is None and self.count % self._half == 0:
-            self._now.zero_()
+            self.now.zero_()
         self.count += 1
+
+    @property
+    def weight(self) -> float:
+        """Of what is taken in, in a mean; 0 where it is added to a sum."""
+        # The plain mean as long as there are too few to fill the horizon.
+        return 0.0 if self._decay is None else max(1.0 - self._decay, 1.0 / self.count)
+
+    @property
+    def divisor(self) -> int:
+        """What makes means of `sums`, added up."""
+        if self._decay is not None:
+            return 1
+        complete = self._half if self.count > self._half else 0
+        return complete + (self.count - 1) % self._half + 1
 
     def take(self, w: Tensor, r: Tensor, rows: slice) -> None:
         """Takes in rows of an iterate and of its residual."""
-        if self._decay is None:
-            self._now[0, rows].add_(w)
-            self._now[1, rows].add_(r)
-        else:
-            # The plain mean as long as there are too few to fill the horizon.
-            weight = max(1.0 - self._decay, 1.0 / self.count)
-            self._now[0, rows].lerp_(w, weight)
-            self._now[1, rows].lerp_(r, weight)
+        for now, new in zip(self.now, (w, r), strict=True):
+            if self._decay is None:
+                now[rows].add_(new)
+            else:
+                now[rows].lerp_(new, self.weight)
 
     def mean(self, rows: slice = slice(None)) -> Tensor:
         """The averages of w and r, [2, rows]."""
         if self._decay is not None:
             return self.sums[0, :, rows]
-        complete = self._half if self.count > self._half else 0
-        inside = (self.count - 1) % self._half + 1
-        return self.sums[:, :, rows].sum(dim=0).div_(complete + inside)
+        return self.sums[:, :, rows].sum(dim=0).div_(self.divisor)

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -286,8 +287,8 @@ class _Whole:
         self._columns = {
             "y": like.new_empty((h, n)),
             "r": like.new_empty((h, n)),
-            "mixings": torch.zeros(h, dtype=torch.float64),
-            "products": torch.zeros((h, fresh), dtype=torch.float64),
+            "mixings": torch.zeros(h, dtype=torch.float64, device="cpu"),
+            "products": torch.zeros((h, fresh), dtype=torch.float64, device="cpu"),
         }
         self._undo = dict(part["undo"])
         self._covered = [[] for _ in range(h + 1)]
@@ -498,7 +499,7 @@ def _unscaled(columns: dict[str, Any], which: int, name: str, row: int) -> Tenso
 
 def _products(columns: dict[str, Any], held: list[int], fresh: list[int]) -> Tensor:
     """R_held^T R_fresh [held, fresh] float64, where the columns were not held whole before."""
-    products = torch.zeros((len(held), len(fresh)), dtype=torch.float64)
+    products = torch.zeros((len(held), len(fresh)), dtype=torch.float64, device="cpu")
     for k, new in enumerate(fresh):
         column = _unscaled(columns, 0, "r", new)
         for row, place in enumerate(held):
@@ -554,9 +555,10 @@ def consolidate(
                 rest, tensors = take_apart(part if needed else {"own": part["own"]})
                 header = bytes_of(rest)
             except Exception as error:  # the others are in step with this rank: it must go on
-                problem, header = f"{type(error).__name__}: {error}", torch.zeros(0).byte()
+                problem = f"{type(error).__name__}: {error}"
+                header = torch.zeros(0, dtype=torch.uint8, device="cpu")
         header = comm.deliver(header, source, to)
-        count = int(comm.allreduce(torch.tensor([len(tensors)]).double().numpy(), "max")[0])
+        count = int(comm.allreduce(np.array([len(tensors)], dtype=np.float64), "max")[0])
         received = []
         for i in range(count):
             own = tensors[i].reshape(-1).view(torch.uint8) if comm.rank == source else None

@@ -166,7 +166,7 @@ def _of_rank_0(value: Any) -> Any:
     rest, sizes = hvd.broadcast_object((rest, sizes), name="aadl_hvd.elastic")
     received: list[Tensor] = []
     for i, size in enumerate(sizes):
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
         if hvd.rank() == 0:
             data = large[i].detach().cpu().reshape(-1).view(torch.uint8)
         received.append(hvd.broadcast_(data, 0, name="aadl_hvd.elastic.tensor"))

@@ -66,6 +66,7 @@ class OptimizerFixedPoint:
         # w and r on the way to memory of another device.
         self._stages: tuple[Tensor, Tensor] | None = None
         self._gradient: _Gradient | None = None
+        self._layout = FlatLayout([])
         self._deviations: Deviations | None = None
         self._check()
         self._refresh()
@@ -124,6 +125,10 @@ class OptimizerFixedPoint:
     @property
     def device(self) -> torch.device:
         return self._parameters[0].device if self._parameters else torch.device("cpu")
+
+    @property
+    def tensors(self) -> list[Tensor] | None:
+        return [*self._parameters] if self._residual != "state" else None
 
     @property
     def moves(self) -> bool:
@@ -317,9 +322,10 @@ class OptimizerFixedPoint:
         self._parameters: list[Tensor] = [p for p, _ in pairs]
         self._group_of = [group for _, group in pairs]
         self._rates = [_learning_rate(group) for group in self._group_of]
-        shapes = [p.shape for p in self._parameters]
         # The momentum of a parameter that has none yet reads as zeros.
-        self._layout = FlatLayout(shapes * 2 if self._residual == "state" else shapes)
+        shapes = tuple(p.shape for p in self._parameters) * (1 + (self._residual == "state"))
+        if self._layout.shapes != shapes:
+            self._layout = FlatLayout(shapes)
         if len({p.device for p in self._parameters}) > 1:
             devices = sorted({str(p.device) for p in self._parameters})
             raise UnsupportedError(
@@ -502,7 +508,9 @@ def _rectification(beta: float, steps: float | Tensor) -> Tensor:
     """r_t of RAdam (Liu et al. 2020, Algorithm 2), []; 0 where it does not divide yet."""
     longest = 2.0 / (1.0 - beta) - 1.0
     length = longest - 2.0 * steps * beta**steps / (1.0 - beta**steps)
-    length = torch.as_tensor(length, dtype=torch.float64)
+    if not isinstance(length, Tensor):
+        length = torch.tensor(length, dtype=torch.float64, device="cpu")
+    length = length.double()
     ratio = (length - 4.0) * (length - 2.0) * longest
     ratio = ratio / ((longest - 4.0) * (longest - 2.0) * length)
     return torch.where(length > 5.0, ratio.clamp_min(0.0).sqrt(), 0.0)

@@ -67,7 +67,7 @@ class Gram:
         """
         history, sharding = self._history, self._history.sharding
         if not history.stored:
-            return torch.zeros(len(sharding.slots) + 1, dtype=torch.float64)
+            return torch.zeros(len(sharding.slots) + 1, dtype=torch.float64, device="cpu")
         known = [column for column in self._fresh.values() if column is not None]
         slots = list(self._fresh) if sharding.layout == "rows" else []
         only = None
@@ -190,7 +190,8 @@ class Gram:
         held = [place for slot in live if (place := self._history.place(slot)) is not None]
         known = [self._fresh[live[i]] for i in self.state()["fresh"]]
         rows = [row.cpu()[held] for row in known if row is not None]
-        return torch.stack(rows, dim=1) if rows else torch.zeros((len(held), 0)).double()
+        nothing = torch.zeros((len(held), 0), dtype=torch.float64, device="cpu")
+        return torch.stack(rows, dim=1) if rows else nothing
 
     def take(self, state: dict[str, Any], products: Tensor | None) -> None:
         """Takes in `state` and `products`; the history has taken its columns before."""
@@ -205,7 +206,7 @@ class Gram:
         for i, index in enumerate(state["fresh"]):
             row = None
             if products is not None and self._history.sharding.layout == "columns":
-                row = torch.zeros(len(self._history.sharding.slots), dtype=torch.float64)
+                row = products.new_zeros(len(self._history.sharding.slots))
                 row[held] = products[:, i]
                 row = row.to(self._history.device)
             self._fresh[live[index]] = row

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadl_hvd import kernels
 from aadl_hvd.sharding import Sharding
 
 # Rows that are worked on at a time: on a processor a vector, 256 KB, stays in the second level of
@@ -43,6 +44,8 @@ class History:
         pinned: pairs lie in pinned memory, to which a GPU copies without a wait.
 
     Attributes:
+        fused: whether `kernels` do products and updates; the same on every rank, or weights of two
+            groups would differ by rounding.
         stored: pairs stored since the last restart.
         generation: number of restarts.
         claim: names what this rank has loaded and waits to take in, below 2^36; 0 for nothing.
@@ -62,6 +65,7 @@ class History:
         self.work_dtype = work_dtype
         self.device = device
         self._pinned = pinned
+        self.fused = False
         self.stored = 0
         self.generation = 0
         self.claim = 0
@@ -186,12 +190,15 @@ class History:
         Args:
             slots: slots that this rank holds.
             vector: v, [rows].
-            only: of v^T R only these columns, slots that this rank holds, and zeros; None: all.
+            only: of v^T R only these columns, slots that this rank holds, are wanted; None: all.
 
         Returns:
             [len(slots) + 1, len(self.sharding.slots)] and [], float64, on the device.
         """
         places = [self._place[slot] for slot in slots]
+        if self.fused:
+            total, square = kernels.inner(self._r, places, vector, self.sharding.summed)
+            return self._unscaled(total, places), square
         few = None if only is None else [self._place[slot] for slot in only]
         pieces = list(self._chunks(vector, self.sharding.summed))
         shape = len(pieces), len(places) + 1, self._r.shape[0]
@@ -210,11 +217,7 @@ class History:
                 torch.dot(columns[place], piece, out=part[-1, place])
             torch.dot(piece, piece, out=square)
         total = parts.sum(dim=0, dtype=torch.float64)
-        if self._scales is not None:
-            total *= self._scales[0]
-            for row, place in zip(total, places, strict=False):  # a list as index is copied there
-                row *= self._scales[0, place]
-        return total, squares.sum(dtype=torch.float64)
+        return self._unscaled(total, places), squares.sum(dtype=torch.float64)
 
     def residual_left(self, r: Tensor, gamma: Tensor) -> Tensor:
         """This rank's part of r - R gamma, [rows]; gamma [depth] float64 on the host.
@@ -254,11 +257,14 @@ class History:
         own = self._own(gamma)
         # Y holds c_j R, which is what is wanted only where c_j is the mixing of now.
         wanted = 0.0 if isinstance(mixing, Tensor) else mixing
-        missing = (wanted - torch.tensor(self._mixings, dtype=torch.float64)) * own
+        missing = (wanted - torch.tensor(self._mixings, dtype=torch.float64, device="cpu")) * own
+        share = float(self.sharding.counts_replicated)
+        out = torch.empty_like(r) if out is None else out
+        if self.fused and not (isinstance(mixing, Tensor) and missing.any()):
+            return out, self._update(r, own, missing, mixing, share, out, start, relaxation)
         in_y, in_r, in_rest = self._scaled([own, own, missing], [1, 0, 0])
         rest = in_rest if missing.any() else None
-        out = torch.empty_like(r) if out is None else out
-        share, wide = float(self.sharding.counts_replicated), self._wide(r)
+        wide = self._wide(r)
         summed, slopes = self.sharding.summed, []
         for rows in self._chunks(r):
             piece = out[rows]
@@ -277,6 +283,44 @@ class History:
             if start is not None:
                 torch.add(start[rows], piece, alpha=relaxation, out=piece)
         return out, _total(slopes, r)
+
+    def _update(
+        self,
+        r: Tensor,
+        own: Tensor,
+        missing: Tensor,
+        mixing: float | Tensor,
+        share: float,
+        out: Tensor,
+        start: Tensor | None,
+        relaxation: float,
+    ) -> Tensor:
+        """`update` by a kernel; returns its second number."""
+        assert self._y is not None
+        each = mixing if isinstance(mixing, Tensor) else None
+        in_r, factor = (own, share) if isinstance(mixing, Tensor) else (missing, share * mixing)
+        factors = torch.tensor([factor, relaxation], dtype=torch.float64, device="cpu")
+        numbers = torch.cat([own, in_r, factors]).to(self.work_dtype)  # one copy to the device
+        moved, m = numbers.to(self.device, non_blocking=True), len(own)
+        in_y, of_r, factors = moved[:m], moved[m : 2 * m], moved[2 * m :]
+        if self._scales is not None:
+            in_y, of_r = in_y * self._scales[1], of_r * self._scales[0]
+        with_r = each is not None or bool(missing.any())
+        return kernels.update(
+            *(r, in_y, self._y, factors, self.sharding.summed, out),
+            in_r=of_r if with_r else None,
+            columns=self._r if with_r else None,
+            mixing=each,
+            start=start,
+        )
+
+    def _unscaled(self, table: Tensor, places: list[int]) -> Tensor:
+        """Products of columns as stored, [len(places) + 1, columns], into products of columns."""
+        if self._scales is not None:
+            table *= self._scales[0]
+            for row, place in zip(table, places, strict=False):  # a list as index is copied there
+                row *= self._scales[0, place]
+        return table
 
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
@@ -307,10 +351,11 @@ class History:
         places = [place for _, place in held]
         part: dict[str, Any] = {"index": [i for i, _ in held], "scales": None, "pair": None}
         for name in ("y", "r"):
-            part[name] = torch.empty((len(held), hi - lo), dtype=self.dtype)
+            part[name] = torch.empty((len(held), hi - lo), dtype=self.dtype, device="cpu")
             for row, place in zip(part[name], places, strict=True):
                 row.copy_(getattr(self, f"_{name}")[place])
-        part["mixings"] = torch.tensor([self._mixings[i] for i in places], dtype=torch.float64)
+        mixings = [self._mixings[i] for i in places]
+        part["mixings"] = torch.tensor(mixings, dtype=torch.float64, device="cpu")
         if self._scales is not None:
             part["scales"] = self._scales[:, places].cpu()
         if self.stored:

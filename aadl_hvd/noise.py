@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import kernels
 from aadl_hvd.schema import entries, integer, listed, number, optional, sequence, tensor
 from aadl_hvd.solve import Matrix, Vector
 
@@ -60,12 +61,13 @@ class GradientSamples:
     def __init__(self, parameters: Sequence[Tensor], samples: int = 1, factor: float = 1.0) -> None:
         self.samples, self.factor = samples, factor
         n = sum(p.numel() for p in parameters)
-        generator = torch.Generator().manual_seed(_SEED)
+        generator = torch.Generator("cpu").manual_seed(_SEED)
         if n <= COORDINATES:
-            chosen = torch.arange(n)
+            chosen = torch.arange(n, device="cpu")
         else:
             # With replacement, for a permutation of n would cost n; what is drawn twice goes.
-            chosen = torch.unique(torch.randint(n, (COORDINATES,), generator=generator))
+            drawn = torch.randint(n, (COORDINATES,), generator=generator, device="cpu")
+            chosen = torch.unique(drawn)
         self._scale = n / max(len(chosen), 1)
         self._places: dict[int, tuple[slice, Tensor | None]] = {}
         ends = np.cumsum([p.numel() for p in parameters])
@@ -79,8 +81,19 @@ class GradientSamples:
         self._parameters = [p for p in parameters if id(p) in self._places]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
         device = parameters[0].device if parameters else torch.device("cpu")
+        self._at_once: kernels.Places | None = None
+        if kernels.usable(device) and self._parameters:
+            counts, firsts = np.diff(bounds), ends - [p.numel() for p in parameters]
+            offsets = chosen - torch.from_numpy(np.repeat(firsts, counts))
+            counts = counts[counts > 0]
+            tensors = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+            self._at_once = kernels.Places(tensors, offsets, device)
         self._own = torch.zeros((samples, len(chosen)), dtype=dtype, device=device)
         self._mean = torch.zeros_like(self._own[0])
+        # Made once: a hook runs for every parameter.
+        self._to = {
+            key: [row[where] for row in self._own] for key, (where, _) in self._places.items()
+        }
         self._taken: dict[int, int] = {}
         self._reduced = False
         self._at_mean: list[_Mark] = []
@@ -93,8 +106,7 @@ class GradientSamples:
             self._taken, self._reduced = {}, False
         passes = self._taken.get(id(p), 0)
         if passes < self.samples:
-            where, _ = self._places[id(p)]
-            self._read(p, self._own[passes, where])
+            self._read(p, self._to[id(p)][passes])
         self._taken[id(p)] = passes + 1
 
     def take_mean(self) -> None:
@@ -160,6 +172,9 @@ class GradientSamples:
         return int(where.stop - where.start)
 
     def _read_all(self, out: Tensor) -> Tensor:
+        gradients = [p.grad for p in self._parameters]
+        if self._at_once is not None and self._at_once.read(gradients, out):
+            return out
         for p in self._parameters:
             self._read(p, out[self._places[id(p)][0]])
         return out
@@ -168,16 +183,24 @@ class GradientSamples:
         gradient = p.grad
         if gradient is None:
             return out.zero_()
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        flat, chosen = gradient.detach().reshape(-1), self._places[id(p)][1]
+        values, chosen = _in_memory(gradient.detach()), self._places[id(p)][1]
         if chosen is None:
-            out.copy_(flat)
-        elif flat.dtype == out.dtype:  # one kernel, where an index and a copy are two and more
-            torch.index_select(flat, 0, chosen, out=out)
-        else:
-            out.copy_(flat[chosen])
-        return out
+            return out.copy_(values.reshape(-1))
+        if values.dtype != out.dtype:
+            return out.copy_(values.reshape(-1)[chosen])
+        # One kernel, where an index and a copy are two and more; each is the faster one there.
+        if values.device.type == "cpu":
+            return torch.index_select(values.reshape(-1), 0, chosen, out=out)
+        return torch.take(values, chosen, out=out)
+
+
+def _in_memory(gradient: Tensor) -> Tensor:
+    """A view of which the order is that of the memory, so that nothing has to be copied."""
+    if gradient.layout is not torch.strided:
+        return gradient.to_dense()
+    if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
+        return gradient.permute(0, 2, 3, 1)
+    return gradient
 
 
 # A gradient and how often it has been changed in place; None: there is none.
@@ -229,7 +252,7 @@ class NoiseMeter:
         """What `riders` is to be given, on the device: [2] float64, [0] if this rank cannot say."""
         deviations, last = self._now, self._last
         if deviations is None or last is None or last.values.shape != deviations.values.shape:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         change = deviations.values - last.values
         # Steps that two changes have in common would make their noise alike, too.
         apart = [earlier for call, earlier in self._changes if call <= self._call - 2]

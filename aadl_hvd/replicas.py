@@ -15,7 +15,7 @@ from aadl_hvd.solve import Vector
 CHUNK = 2**17
 CHUNK_GPU = 2**22
 RIDERS = 4
-_PRIME = 2**36 - 5  # two halves of 18 bits, whose squares sum up exactly over 2^16 ranks
+PRIME = 2**36 - 5  # two halves of 18 bits, whose squares sum up exactly over 2^16 ranks
 _HALF = 2**18
 
 # Rows [lo, hi) of the flat vector into memory [hi - lo], as `FixedPoint.read`.
@@ -34,7 +34,7 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
         device: where it is.
     """
     if n == 0:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, n + n % 2)
     buffer = torch.zeros(size, dtype=dtype, device=device)
     sums = []
@@ -46,7 +46,7 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
         sums.append(buffer[: hi - lo + (hi - lo) % 2].view(torch.int64).sum())
     # Odd factors, or chunks could change places unseen.
     factors = torch.arange(1, 2 * len(sums), 2, device=device)
-    return (torch.stack(sums) * factors).sum().remainder(_PRIME)
+    return (torch.stack(sums) * factors).sum().remainder(PRIME)
 
 
 def riders(number: int) -> Vector:

@@ -8,6 +8,10 @@ from hypothesis import settings
 # Ranks, worker processes and pytest share two cores; one thread each is fastest and repeatable.
 torch.set_num_threads(1)
 
+# Before Triton is imported: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("default")
 

@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from aadl_hvd import kernels
+
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
 # Results whose size only the GPU knows, and numbers that the host asks for.
@@ -68,19 +70,24 @@ class _Driver:
             "memory_allocated": lambda device=None: 0,
             "get_device_properties": lambda device: types.SimpleNamespace(uuid="pretended"),
         }
-        self._patch = mock.patch.multiple(torch.cuda, **answers)
+        self._patches = [
+            mock.patch.multiple(torch.cuda, **answers),
+            mock.patch.object(kernels, "usable", lambda device: False),  # not by this GPU
+        ]
 
     def start(self):
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._patch.start()
+                for patch in self._patches:
+                    patch.start()
 
     def stop(self):
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._patch.stop()
+                for patch in self._patches:
+                    patch.stop()
 
 
 _DRIVER = _Driver()

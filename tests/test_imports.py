@@ -20,6 +20,7 @@ LAYERS = [
         "sharding",
         "comm.base",
         "flatten",
+        "kernels",
         "solve",
         "memory",
         "schema",

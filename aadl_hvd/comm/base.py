@@ -112,7 +112,7 @@ class Communicator(ABC):
             return data
         own_length = np.array([0.0 if data is None else float(len(data))])
         length = int(self.allreduce(own_length, "max")[0])
-        result = torch.empty(length, dtype=torch.uint8) if self.rank == to else None
+        result = torch.empty(length, dtype=torch.uint8, device="cpu") if self.rank == to else None
         for lo in range(0, length, _MESSAGE):
             hi = min(lo + _MESSAGE, length)
             own, out = (None if x is None else x[lo:hi].contiguous() for x in (data, result))
@@ -132,7 +132,7 @@ class Communicator(ABC):
         longest = max((len(data) for data in outgoing.values()), default=0)
         longest = int(self.allreduce(np.array([float(longest)]), "max")[0])
         arrived: dict[int, list[Tensor]] = {}
-        nothing = torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         for lo in range(0, longest, most):
             data = [outgoing.get(rank, nothing)[lo : lo + most] for rank in range(self.size)]
             for source, part in enumerate(self._alltoall(data)):

@@ -52,7 +52,7 @@ class HorovodCommunicator(Communicator):
         self.host = host
         # A name that is new, and the same on every rank: those that were outside other process
         # sets, or joined later, have built fewer of these.
-        built = torch.tensor([next(_instances)])
+        built = torch.tensor([next(_instances)], device="cpu")
         newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
         self._name = f"aadl_hvd.{int(newest)}"
 
@@ -81,7 +81,7 @@ class HorovodCommunicator(Communicator):
     def allgather_object(self, item: Any) -> list[Any]:
         # hvd.allgather_object knows no process sets.
         data = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
-        size = torch.tensor([data.numel()])
+        size = torch.tensor([data.numel()], device="cpu")
         name, process_set = f"{self._name}.object", self._process_set
         sizes = hvd.allgather(size, name=f"{name}.size", process_set=process_set)
         joined = hvd.allgather(data, name=name, process_set=process_set)
@@ -131,11 +131,11 @@ class HorovodCommunicator(Communicator):
     ) -> None:
         if self.host is not None:
             return self.host._deliver(data, out, length, source, to)
-        splits = torch.zeros(self.size, dtype=torch.int32)
+        splits = torch.zeros(self.size, dtype=torch.int32, device="cpu")
         if data is not None:
             splits[to] = length
         received, _ = hvd.alltoall(
-            torch.empty(0, dtype=torch.uint8) if data is None else data,
+            torch.empty(0, dtype=torch.uint8, device="cpu") if data is None else data,
             splits,
             name=f"{self._name}.deliver",
             process_set=self._process_set,
@@ -147,7 +147,7 @@ class HorovodCommunicator(Communicator):
     def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
         joined, lengths = hvd.alltoall(
             torch.cat(data),
-            torch.tensor([len(part) for part in data], dtype=torch.int32),
+            torch.tensor([len(part) for part in data], dtype=torch.int32, device="cpu"),
             name=f"{self._name}.alltoall",
             process_set=self._process_set,
         )

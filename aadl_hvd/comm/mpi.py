@@ -200,7 +200,7 @@ class MpiCommunicator(Communicator):
 
     def _allgather(self, block: Tensor) -> Tensor:
         host = block.cpu()
-        result = torch.empty(self.size * host.numel(), dtype=host.dtype)
+        result = torch.empty(self.size * host.numel(), dtype=host.dtype, device="cpu")
         self._comm.Allgather(host.numpy(), result.numpy())
         return result.to(block.device)
 

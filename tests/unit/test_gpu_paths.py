@@ -65,10 +65,18 @@ class Run:
 
 
 def train(
-    device, config=None, comm=None, make=sgd, observe=False, dtype=torch.float32, passes=1, p=P
+    device,
+    config=None,
+    comm=None,
+    make=sgd,
+    observe=False,
+    dtype=torch.float32,
+    passes=1,
+    p=P,
+    pretend=True,
 ):
     """A quadratic, one of its weights in channels_last; config None: the base optimizer alone."""
-    gpu = PretendGpu() if device.type == "cuda" else None
+    gpu = PretendGpu() if device.type == "cuda" and pretend else None
     generator = torch.Generator().manual_seed(0)
     run = Run(torch.empty(0), [], [])
     with gpu or contextlib.nullcontext():

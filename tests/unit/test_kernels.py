@@ -1,0 +1,233 @@
+"""The kernels for a GPU against float64: on a GPU where there is one, else by Triton's interpreter.
+
+And acceleration as a whole with them in place of torch's operations.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aadl_hvd import AndersonConfig, kernels, replicas
+from tests.unit.test_gpu_paths import CPU, on_two_ranks
+
+pytest.importorskip("triton", reason="Triton, which has no wheel for this platform")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+EPS = {torch.float32: 1e-5, torch.float64: 1e-13}
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float16),
+]
+
+
+@pytest.fixture
+def instead(monkeypatch):
+    """Has the library use them here, GPU or not."""
+    monkeypatch.setattr(kernels, "usable", lambda device: True)
+
+
+def drawn(seed, *shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def close(found, wanted, tolerance):
+    """By the norm of what is summed up, not of the sum, which may be near 0."""
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    assert found.shape == wanted.shape
+    assert (found - wanted).norm() <= tolerance * (wanted.norm() + 1.0), (found, wanted)
+
+
+@pytest.mark.parametrize(("work", "stored"), DTYPES)
+@settings(max_examples=10)
+@given(
+    m=st.integers(1, 70),
+    rows=st.integers(0, 700),
+    count=st.integers(0, 9),
+    lo=st.integers(0, 50),
+    seed=st.integers(0, 99),
+)
+def test_inner(work, stored, m, rows, count, lo, seed):
+    columns, v = drawn(seed, m, rows, dtype=stored), drawn(seed + 1, rows, dtype=work)
+    places = [int(i) for i in np.random.default_rng(seed).integers(m, size=count)]
+    summed = slice(min(lo, rows), max(rows - lo // 2, min(lo, rows)))
+    table, square = kernels.inner(columns, places, v, summed)
+    columns, v = columns.double()[:, summed], v.double()[summed]
+    tolerance = EPS[work] * math.sqrt(rows + 1)
+    close(table, torch.stack([*(columns[i] for i in places), v]) @ columns.T, tolerance)
+    close(square, v @ v, tolerance)
+    assert table.dtype == square.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("work", "stored"), DTYPES)
+@settings(max_examples=10)
+@given(
+    m=st.integers(1, 30),
+    rows=st.integers(0, 2500),
+    lo=st.integers(0, 50),
+    with_r=st.booleans(),
+    mixed=st.booleans(),
+    started=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_update(work, stored, m, rows, lo, with_r, mixed, started, seed):
+    y, columns = drawn(seed, 2, m, rows, dtype=stored)
+    r, mixing, w = drawn(seed + 1, 3, rows, dtype=work)
+    in_y, in_r = drawn(seed + 2, 2, m, dtype=work)
+    f, beta = 0.3, 0.7
+    counted = slice(min(lo, rows), rows)
+    out = torch.full_like(r, math.nan)
+    slope = kernels.update(
+        *(r, in_y, y, torch.tensor([f, beta], dtype=work, device=DEVICE), counted, out),
+        in_r=in_r if with_r else None,
+        columns=columns if with_r else None,
+        mixing=mixing if mixed else None,
+        start=w if started else None,
+    )
+    wanted = f * r.double() - (in_r.double() @ columns.double() if with_r else 0.0)
+    wanted = wanted * (mixing.double() if mixed else 1.0) - in_y.double() @ y.double()
+    tolerance = EPS[work] * m
+    close(slope, wanted[counted] @ r.double()[counted], tolerance * (rows + 1))
+    close(out, w.double() + beta * wanted if started else wanted, tolerance)
+
+
+@pytest.mark.parametrize("work", EPS)
+@settings(max_examples=10)
+@given(
+    halves=st.lists(st.integers(1, 2), min_size=1, max_size=5),
+    rows=st.integers(0, 900),
+    lo=st.integers(0, 50),
+    seed=st.integers(0, 99),
+)
+def test_averages(work, halves, rows, lo, seed):
+    w, r = drawn(seed, 2, rows, dtype=work)
+    sums = [drawn(seed + 1 + i, k, 2, rows, dtype=work) for i, k in enumerate(halves)]
+    divisors = [1.0 if k == 1 else 7.0 for k in halves]
+    counted = slice(min(lo, rows), rows)
+    means = [s.double().sum(dim=0) / d for s, d in zip(sums, divisors, strict=True)]
+    products = [((b + r.double()) * (a - w.double()))[counted].sum() for a, b in means]
+    close(
+        kernels.gains(w, r, sums, divisors, counted),
+        torch.stack(products),
+        EPS[work] * (rows + 1),
+    )
+    weights = [0.25 if k == 1 else 0.0 for k in halves]
+    pair = torch.stack([w, r]).double()
+    wanted = [
+        s[0].double() + (x * (pair - s[0].double()) if x else pair)
+        for s, x in zip(sums, weights, strict=True)
+    ]
+    kernels.take_in(w, r, [s[0] for s in sums], weights)
+    for s, after in zip(sums, wanted, strict=True):
+        close(s[0], after, EPS[work])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_places_are_those_of_the_memory(dtype):
+    whole, last = drawn(0, 300, dtype=dtype), drawn(1, 3, 4, 5, 6, dtype=dtype)
+    last = last.to(memory_format=torch.channels_last)
+    tensors, offsets = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([5, 299, 7, 0, 359])
+    places = kernels.Places(tensors, offsets, DEVICE)
+    out = torch.full((5,), math.nan, dtype=torch.float32, device=DEVICE)
+    assert places.read([whole, None, last], out)
+    in_memory = last.permute(0, 2, 3, 1).reshape(-1)
+    zero = whole.new_zeros(())
+    wanted = torch.stack([whole[5], whole[299], zero, in_memory[0], in_memory[359]])
+    assert torch.equal(out, wanted.float())
+    assert places.read([None, None, None], out) and not out.any()
+    for odd in (whole[::2], whole.to(torch.bfloat16), whole.to_sparse()):
+        assert not places.read([odd, None, last], out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_any_bit_changes_the_checksum(dtype):
+    """And two blocks that change places do."""
+    size = kernels.WORDS
+    first, second = drawn(0, 2 * size + 3, dtype=dtype), drawn(1, 7, dtype=dtype)
+    checksum = kernels.Checksum([first.numel(), second.numel()], DEVICE)
+
+    def number():
+        return int(checksum.of([first, second], replicas.PRIME))
+
+    seen = [number()]
+    assert 0 <= seen[0] < 2**36
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for tensor, place, bit in ((first, 0, 0), (first, 2 * size + 2, 3), (second, 6, 14)):
+        tensor.view(bits)[place] ^= 1 << bit
+        seen.append(number())
+        tensor.view(bits)[place] ^= 1 << bit
+        assert number() == seen[0]
+    swapped = torch.cat([first[size : 2 * size], first[:size], first[2 * size :]])
+    seen.append(int(checksum.of([swapped, second], replicas.PRIME)))
+    assert len(set(seen)) == len(seen)
+    # One with gaps is read in its own order, as a copy.
+    assert (
+        int(checksum.of([torch.stack([first, first], 1)[:, 1], second], replicas.PRIME))
+        == (seen[0])
+    )
+
+
+SETTINGS = {
+    "default": {},
+    "float16": {"history_dtype": "float16"},
+    "columns": {"layout": "columns"},
+    "step, refined": {"residual": "step", "safeguard": "none", "noise_gate": None, "refine": 1},
+    "state": {"residual": "state"},
+    "windows": {"averages": (0.9, 8)},
+    "on the host": {"history_device": "cpu"},
+}
+
+
+@pytest.mark.usefixtures("instead")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_acceleration_is_the_same(name, monkeypatch):
+    """In float64, on two ranks, with weights in channels_last, noise and averages."""
+    config = AndersonConfig(**SETTINGS[name])
+    fused = on_two_ranks(DEVICE, config, observe=True, dtype=torch.float64, pretend=False)
+    monkeypatch.setattr(kernels, "usable", lambda device: False)
+    plain = on_two_ranks(CPU, config, observe=True, dtype=torch.float64)
+    assert fused.accelerated == plain.accelerated > 0
+    torch.testing.assert_close(fused.weights, plain.weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("instead")
+@pytest.mark.parametrize("able", [2, 1])
+def test_all_ranks_use_them_or_none(able, monkeypatch):
+    """Ranks of two groups would differ in the last bit; checksums always."""
+    answers = iter([*[True] * able, *[False] * (2 - able), *[True] * 1000])
+    monkeypatch.setattr(kernels, "usable", lambda device: next(answers))
+    used = []
+    inner = kernels.inner
+    monkeypatch.setattr(kernels, "inner", lambda *a: used.append(1) or inner(*a))
+    config = AndersonConfig(noise_gate=None)
+    assert on_two_ranks(DEVICE, config, pretend=False).accelerated
+    assert bool(used) == (able == 2)
+
+
+def test_where_triton_does_not_compile_it_is_said_once(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(kernels, "_tried", broken)
+    kernels.usable.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Triton does not work here .*no C compiler"):
+            assert not kernels.usable(torch.device("cuda", 0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not kernels.usable(torch.device("cuda", 0))
+    finally:
+        kernels.usable.cache_clear()
+
+
+def test_they_are_tried_out():
+    assert not kernels.usable(CPU)
+    assert kernels._tried(DEVICE)
+    assert kernels.usable(DEVICE) == (DEVICE.type == "cuda")
