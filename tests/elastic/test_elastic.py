@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import run_command
+from launching import HOROVODRUN, run_command
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 200  # seconds; 25 where nothing else runs
@@ -23,7 +23,7 @@ def run_elastic(folder, hosts, ranks, *program):
     script = folder / "discover.sh"
     script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
     script.chmod(0o755)
-    command = ["horovodrun", "-np", ranks, "--min-np", 2, "--max-np", 3]
+    command = [*HOROVODRUN, "-np", ranks, "--min-np", 2, "--max-np", 3]
     command += ["--network-interfaces", "lo", "--host-discovery-script", script]
     environment = {"PYTHONPATH": str(ROOT)}
     code, output, _ = run_command([*command, sys.executable, *program], TIME_LIMIT, environment)
