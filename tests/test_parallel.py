@@ -8,11 +8,15 @@ from launching import start
 TIME_LIMIT = 900
 
 # What shows on two ranks on Gloo and on three on MPI what it would show on three on Gloo, which
-# take longest: whole programs, long statistics, what is computed and not how ranks talk.
+# take longest: whole programs, long statistics, what is computed and not how ranks talk. That is
+# in test_communicators.py, on all.
 COMPUTED = (
     "test_averaged_weights.py",
+    "test_checkpoint.py",
     "test_dropin_arguments.py",
+    "test_elastic_state.py",
     "test_examples.py",
+    "test_layouts.py",
     "test_neumann.py",
     "test_noise.py",
     "test_observe.py",
