@@ -31,8 +31,16 @@ setup: ## make .venv: pinned packages, Horovod, the project (once; then it start
 	    echo "          mend: PYTHON=/path/to/python3.11 make setup   (3.11 to 3.13)"; exit 1; } >&2
 	@$(SETUP)
 
+# What only computes goes two files at a time; what starts ranks needs both cores for itself.
 test: setup ## all tests (TEST_ARGS="-k word" for some)
+ifeq ($(strip $(TEST_ARGS)),)
+	@failed=0; \
+	$(IN_VENV) "$(VENV)/bin/python" -m pytest -n 2 --dist loadfile tests/unit || failed=1; \
+	$(IN_VENV) "$(VENV)/bin/python" -m pytest --ignore tests/unit || failed=1; \
+	exit $$failed
+else
 	@$(IN_VENV) "$(VENV)/bin/python" -m pytest $(TEST_ARGS)
+endif
 
 demo: setup ## the main job: Horovod's optimizer against the Anderson one, on real images
 	@$(IN_VENV) "$(VENV)/bin/python" -m models.demo

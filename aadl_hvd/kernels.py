@@ -64,7 +64,7 @@ def _tried(device: torch.device) -> bool:
     take_in(w, v, [sums[0]], [0.5])
     found += [*sums.flatten(), *gains(v, w, [sums], [1.0], every)]
     places = torch.tensor([[0, 0], [5, 2]], device="cpu")
-    Places(*places, device).read([x], chosen)
+    Places(places[0], places[1], device).read([x], chosen)
     number = Checksum([6], device).of([x], 2**36 - 5)
     right = [*(32.0, 77.0, 14.0, 32.0, 14.0), *(-16.0, 3.0, 3.75, 4.5)]
     right += [*(2.5, 3.5, 4.5, 2.5, 3.5, 4.5), *(38.25, 6.0, 3.0)]
