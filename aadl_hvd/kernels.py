@@ -235,7 +235,7 @@ class Places:
         with _on(out):
             _gather[(max(-(-k // ROWS), 1),)](
                 *(_addresses(tensors, out.device), self._tensors, self._offsets, out, k),
-                present[0][:0],  # its dtype
+                present[0],  # for its dtype
                 BLOCK=ROWS,
             )
         return True
@@ -269,7 +269,7 @@ class Checksum:
         sums = torch.empty_like(self._factors)
         with _on(sums):
             _sum_bits[(len(sums),)](
-                *(_addresses(tensors, sums.device), self._blocks, sums, len(sums), tensors[0][:0]),
+                *(_addresses(tensors, sums.device), self._blocks, sums, len(sums), tensors[0]),
                 WORD=tl.int64 if dtype == torch.float64 else tl.int32,
                 BLOCK=ROWS,
                 WORDS=WORDS,

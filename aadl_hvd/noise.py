@@ -138,9 +138,10 @@ class GradientSamples:
         if not reduced or not complete:
             return None
         changed, squared = self._final()
-        # Accumulated sums become samples by differences.
-        own = torch.diff(self._own, dim=0, prepend=torch.zeros_like(self._own[:1]))
-        values = (own.mul_(self.factor) - self._mean).mul_(changed * self._scale**0.5)
+        own = self._own
+        if self.samples > 1:  # accumulated sums become samples by differences
+            own = torch.diff(own, dim=0, prepend=torch.zeros_like(own[:1]))
+        values = torch.sub(own * self.factor, self._mean).mul_(changed * self._scale**0.5)
         self._own.zero_()  # a parameter may get no gradient next time
         return Deviations(values, squared * self._scale)
 

@@ -74,6 +74,7 @@ FROM_INSIDE = {
         "aadl_hvd.fixed_point",
         "aadl_hvd.gram",
         "aadl_hvd.history",
+        "aadl_hvd.kernels",
         "aadl_hvd.noise",
         "aadl_hvd.replicas",
     },

@@ -98,6 +98,7 @@ def same_on_all_ranks(run):
 
 def main():
     hvd.init()
+    torch.backends.cudnn.deterministic = True  # or the network's own gradients differ by rounding
     for name, settings in SETTINGS.items():
         here, there = Run(CPU, **settings).train(STEPS), Run(DEVICE, **settings).train(STEPS)
         stats = there.optimizer.anderson.stats

@@ -133,17 +133,18 @@ def test_averages(work, halves, rows, lo, seed):
 def test_places_are_those_of_the_memory(dtype):
     whole, last = drawn(0, 300, dtype=dtype), drawn(1, 3, 4, 5, 6, dtype=dtype)
     last = last.to(memory_format=torch.channels_last)
-    tensors, offsets = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([5, 299, 7, 0, 359])
+    single = drawn(2, dtype=dtype)
+    tensors, offsets = torch.tensor([0, 1, 1, 2, 3, 3]), torch.tensor([0, 5, 299, 7, 0, 359])
     places = kernels.Places(tensors, offsets, DEVICE)
-    out = torch.full((5,), math.nan, dtype=torch.float32, device=DEVICE)
-    assert places.read([whole, None, last], out)
+    out = torch.full((6,), math.nan, dtype=torch.float32, device=DEVICE)
+    assert places.read([single, whole, None, last], out)
     in_memory = last.permute(0, 2, 3, 1).reshape(-1)
     zero = whole.new_zeros(())
-    wanted = torch.stack([whole[5], whole[299], zero, in_memory[0], in_memory[359]])
+    wanted = torch.stack([single, whole[5], whole[299], zero, in_memory[0], in_memory[359]])
     assert torch.equal(out, wanted.float())
-    assert places.read([None, None, None], out) and not out.any()
+    assert places.read([None] * 4, out) and not out.any()
     for odd in (whole[::2], whole.to(torch.bfloat16), whole.to_sparse()):
-        assert not places.read([odd, None, last], out)
+        assert not places.read([single, odd, None, last], out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -151,10 +152,11 @@ def test_any_bit_changes_the_checksum(dtype):
     """And two blocks that change places do."""
     size = kernels.WORDS
     first, second = drawn(0, 2 * size + 3, dtype=dtype), drawn(1, 7, dtype=dtype)
-    checksum = kernels.Checksum([first.numel(), second.numel()], DEVICE)
+    single = drawn(2, dtype=dtype)
+    checksum = kernels.Checksum([1, first.numel(), second.numel()], DEVICE)
 
-    def number():
-        return int(checksum.of([first, second], replicas.PRIME))
+    def number(of=first):
+        return int(checksum.of([single, of, second], replicas.PRIME))
 
     seen = [number()]
     assert 0 <= seen[0] < 2**36
@@ -165,13 +167,10 @@ def test_any_bit_changes_the_checksum(dtype):
         tensor.view(bits)[place] ^= 1 << bit
         assert number() == seen[0]
     swapped = torch.cat([first[size : 2 * size], first[:size], first[2 * size :]])
-    seen.append(int(checksum.of([swapped, second], replicas.PRIME)))
+    seen.append(number(swapped))
     assert len(set(seen)) == len(seen)
     # One with gaps is read in its own order, as a copy.
-    assert (
-        int(checksum.of([torch.stack([first, first], 1)[:, 1], second], replicas.PRIME))
-        == (seen[0])
-    )
+    assert number(torch.stack([first, first], 1)[:, 1]) == seen[0]
 
 
 SETTINGS = {
