@@ -119,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    device, where = _device(options.ranks)
     print(
-        f"1,797 handwritten digits as JPEGs in {digits}; {options.ranks} ranks, {launcher}\n"
+        f"1,797 handwritten digits as JPEGs in {digits}; {options.ranks} ranks, {launcher}, {where}\n"
         f"Two trainings of {options.steps} steps each; a step sees all {TRAIN_IMAGES:,} training "
         "images."
     )
@@ -132,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "data": digits,
             "out": folder,
             "anderson": anderson,
+            "device": device,
             "epochs": options.steps,
             "batch-size": TRAIN_IMAGES // options.ranks,
         }
@@ -147,6 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot = _plot(runs, out / "comparison.png")
     print(f"\n{table}\n\nplot: {plot}\ntotal: {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def _device(ranks: int) -> tuple[str, str]:
+    """Where the ranks train, each on a GPU of its own or none, and what the user is told."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus >= ranks:
+        return "cuda", "a GPU each"
+    few = f", since there {'is one GPU' if gpus == 1 else f'are {gpus} GPUs'} for them"
+    return "cpu", f"on the processor{few if gpus else ''}"
 
 
 def _launcher(ranks: int) -> tuple[list[str], str]:

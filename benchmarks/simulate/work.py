@@ -11,7 +11,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from unittest import mock
 
@@ -160,10 +160,15 @@ class _Kernels(TorchDispatchMode):
             self.found[self._timers.part] = self.found.get(self._timers.part, 0) + kernels
         return func(*args, **(kwargs or {}))
 
-    def one(self) -> None:
-        """Counts one that torch does not see: Triton's."""
-        if self._timers.part is not None:
-            self.found[self._timers.part] = self.found.get(self._timers.part, 0) + 1
+    def started(self, on: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """Counts one that torch does not see, Triton's, whenever `on` is called for it."""
+
+        def counted(tensor: Tensor) -> Any:
+            if self._timers.part is not None:
+                self.found[self._timers.part] = self.found.get(self._timers.part, 0) + 1
+            return on(tensor)
+
+        return counted
 
 
 class _Waits(TorchFunctionMode):
@@ -308,10 +313,7 @@ class _Rank:
         with contextlib.ExitStack() as stack:
             for module in (history, replicas):
                 stack.enter_context(mock.patch.object(module, "CHUNK", module.CHUNK_GPU))
-            on = fused._on
-            stack.enter_context(
-                mock.patch.object(fused, "_on", lambda tensor: kernels.one() or on(tensor))
-            )
+            stack.enter_context(mock.patch.object(fused, "_on", kernels.started(fused._on)))
             stack.enter_context(waits)
             stack.enter_context(kernels)
             yield kernels, waits

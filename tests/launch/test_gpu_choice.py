@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models import train  # noqa: E402
+from models import demo, train  # noqa: E402
 from models.errors import UserError  # noqa: E402
 
 EXAMPLES = sorted(
@@ -84,6 +84,20 @@ def test_two_ranks_do_not_share_a_gpu(rank, monkeypatch):
     monkeypatch.setattr(hvd, "rank", lambda: 1)
     with pytest.raises(UserError, match="local rank 2 has no GPU of its own, it sees 2"):
         train._device(types.SimpleNamespace(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "device", "said"),
+    [
+        (0, 2, "cpu", "on the processor"),
+        (1, 2, "cpu", "on the processor, since there is one GPU for them"),
+        (2, 3, "cpu", "on the processor, since there are 2 GPUs for them"),
+        (2, 2, "cuda", "a GPU each"),
+    ],
+)
+def test_demo_shares_no_gpu(monkeypatch, gpus, ranks, device, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert demo._device(ranks) == (device, said)
 
 
 def test_all_examples_that_use_a_gpu_are_tried():
