@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device, where = _device(options.ranks)
     print(
-        f"1,797 handwritten digits as JPEGs in {digits}; {options.ranks} ranks, {launcher}, {where}\n"
+        f"1,797 handwritten digits as JPEGs in {digits}; {options.ranks} ranks, {launcher}, "
+        f"{where}\n"
         f"Two trainings of {options.steps} steps each; a step sees all {TRAIN_IMAGES:,} training "
         "images."
     )

@@ -65,6 +65,7 @@ MAY_IMPORT = {
 
 # They measure parts of the library that no user meets alone.
 FROM_INSIDE = {
+    "benchmarks/gpu/__main__.py": {"aadl_hvd.kernels"},
     "benchmarks/latency.py": {"aadl_hvd.comm.horovod"},
     "benchmarks/simulate/validate.py": {"aadl_hvd.comm.horovod"},
     "benchmarks/simulate/work.py": {

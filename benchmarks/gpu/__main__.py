@@ -14,9 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+import aadl_hvd.kernels as kernels
 from benchmarks import command, report
 from benchmarks.launch import version
 from models.errors import UserError
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=64, help="images in a step; default: %(default)s")
     add("--image-size", type=int, default=224, help="pixels; default: %(default)s")
     add("--no-steps", action="store_true", help="parts alone, without training steps")
+    add("--torch-alone", action="store_true", help="parts alone, without Triton's kernels")
     return command.run(parser.parse_args(arguments), _launch, _on_rank)
 
 
@@ -61,10 +64,11 @@ def _launch(options: argparse.Namespace) -> None:
     n = sum(shape.numel() for shape in shapes)
     print(f"{found['name']}, n = {n:,}, m = {options.depth}, p = q = {parts.FREQUENCY}; ms\n")
     runs = []
+    triton = kernels.usable(device) and not options.torch_alone
     for ranks in options.ranks:
         for dtype in options.dtypes:
-            runs.append(
-                parts.measure(
+            with mock.patch.object(kernels, "usable", lambda _: triton):
+                run = parts.measure(
                     shapes,
                     depth=options.depth,
                     ranks=ranks,
@@ -72,15 +76,22 @@ def _launch(options: argparse.Namespace) -> None:
                     events=options.events,
                     device=device,
                 )
-            )
+            runs.append(run)
     print(f"{parts.parts_table(runs)}\n\n{parts.costs_table(runs)}\n", flush=True)
     out = options.out.with_name(options.out.name.replace(DEVICE, _slug(found["name"])))
     step_of = {name: getattr(options, name) for name in ("model", "batch", "image_size")}
-    results = {"device": found, "n": n, "m": options.depth, "step_of": step_of, "parts": runs}
+    results = {
+        "triton": triton,
+        "device": found,
+        "n": n,
+        "m": options.depth,
+        "step_of": step_of,
+        "parts": runs,
+    }
     report.write(out, results)  # what comes may fail where it has never been run
     _plot(runs, found["name"], out.with_suffix(".png"))
     steps: dict[str, Any] = {}
-    for name, run in () if options.no_steps else _steps(options, device):
+    for name, run in () if options.no_steps or options.torch_alone else _steps(options, device):
         steps[name] = run
         report.write(out, results | {"steps": steps})
     if steps:
