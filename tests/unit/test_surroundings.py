@@ -43,6 +43,48 @@ def test_reduced_precision_of_matrix_products(setting):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"history_dtype": "float16", "safeguard": "loss"},
+        {"residual": "step", "average_window": 2, "refine": 1},
+        {"layout": "columns", "noise_gate": None},
+    ],
+)
+def test_another_default_device(settings):
+    """As torch.set_default_device("cuda") with a model on the processor; meta holds no numbers."""
+    path = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        start = torch.randn(300)
+        weight = torch.nn.Parameter(start.clone())
+        diagonal = torch.linspace(0.1, 1.0, 300)
+        with torch.device(device):
+            opt = AndersonOptimizer(
+                torch.optim.SGD([weight], lr=0.3),
+                backward_passes_per_step=2,
+                anderson=AndersonConfig(frequency=2, store_every=1, history_depth=3, **settings),
+            )
+
+            def closure(opt=opt, weight=weight, diagonal=diagonal):
+                opt.zero_grad()
+                for _ in range(2):
+                    loss = 0.5 * (weight.square() * diagonal).sum()
+                    loss.backward()
+                return loss.detach()
+
+            for step in range(12):
+                opt.step(closure)
+                if step == 8:  # and where all is loaded
+                    opt.load_state_dict(opt.state_dict() | opt.sharded_state_dict())
+            with opt.averaged_weights():
+                averaged = weight.detach().clone()
+        path.append((weight.detach(), averaged, opt.anderson.stats.accelerated))
+    assert all(torch.equal(a, b) for a, b in zip(*(p[:2] for p in path), strict=True))
+    assert path[0][2] == path[1][2] > 0
+
+
 def test_products_are_exact_where_bfloat16_products_are_allowed():
     torch.manual_seed(0)
     start = torch.randn(300)
