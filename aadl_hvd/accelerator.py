@@ -25,6 +25,7 @@ import contextlib
 import copy
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
@@ -462,10 +463,15 @@ class Accelerator:
         if self._wish is not None:
             self._prepare(problem)
         self.agreed = True
-        fuses = kernels.usable(problem.device)
-        *claims, able = self._comm.allreduce(np.append(replicas.riders(self._history.claim), fuses))
-        self._fuse(able == self._comm.size)
-        if not replicas.equal(np.array(claims), self._comm.size):
+        # Checksums are those of the memory, which lies on all ranks alike or is read in order.
+        layout = zlib.crc32(repr([t.stride() for t in problem.tensors or ()]).encode())
+        stored = self.config.history_dtype or _work_dtype(problem)
+        able = kernels.usable(problem.device, _work_dtype(problem), stored)
+        claim, layout_riders = replicas.riders(self._history.claim), replicas.riders(layout)
+        sums = self._comm.allreduce(np.concatenate([claim, layout_riders, [able]]))
+        claims, layouts, (able_ranks,) = np.split(sums, [len(claim), len(sums) - 1])
+        self._fuse(able_ranks == self._comm.size and replicas.equal(layouts, self._comm.size))
+        if not replicas.equal(claims, self._comm.size):
             self._restart_equal()
         elif self._wish is not None:
             self._take(continues=True)
@@ -473,8 +479,9 @@ class Accelerator:
     def _fuse(self, able: bool) -> None:
         """Has `kernels` do the work where they can, if all ranks are able to."""
         self._fused = able
-        self._history.fused = able and kernels.usable(self._history.device)
-        self._averages.fused = self._history.fused
+        history = self._history
+        history.fused = able and kernels.usable(history.device, history.work_dtype, history.dtype)
+        self._averages.fused = history.fused
 
     @torch.no_grad()
     def _take(self, continues: bool) -> None:
@@ -677,7 +684,8 @@ class Accelerator:
         tensors = problem.tensors if self._fused and kernels.usable(problem.device) else None
         if tensors is not None:
             sizes = tuple(tensor.numel() for tensor in tensors)
-            if self._summer is None or self._summer.sizes != sizes:
+            now = sizes, problem.device
+            if self._summer is None or (self._summer.sizes, self._summer.device) != now:
                 self._summer = kernels.Checksum(sizes, problem.device)
             return self._summer.of(tensors, replicas.PRIME)
         work = _work_dtype(problem)

@@ -6,7 +6,8 @@ fifth and a half of the memory's bandwidth at these shapes, and a kernel for eac
 for the others, each of which costs the host more time than the GPU. Where there is no Triton, or
 it cannot compile (it needs a C compiler), all of it is done with torch's operations.
 
-Sums are taken by `PROGRAMS` programs at most, in the dtype of the vectors, and then in float64.
+Products are summed up in the dtype of the vectors, by each lane of each program, and these sums in
+float64.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ try:
 except ImportError:  # not on every platform
     triton = None
 
-# The same on every GPU, so that sums do not depend on which one it is.
+# At most, for products; the same on every GPU, so that sums do not depend on which one it is.
 PROGRAMS = 1056
 COLUMNS = 32  # of R that a program multiplies
 ROWS = 1024
@@ -37,12 +38,22 @@ AT_ONCE = 7  # columns that are multiplied with all, beside a vector; more in se
 
 
 @functools.cache
-def usable(device: torch.device) -> bool:
-    """Whether these kernels work on a device: tried out once, on a few numbers."""
+def usable(
+    device: torch.device, work: torch.dtype = torch.float32, stored: torch.dtype = torch.float32
+) -> bool:
+    """Whether these kernels work on a device: tried out once, on a few numbers.
+
+    Args:
+        device: any.
+        work: dtype of vectors.
+        stored: dtype of columns.
+    """
     if triton is None or device.type != "cuda":
         return False
     try:
-        return _tried(device)
+        if _tried(device, work, stored):
+            return True
+        raise ArithmeticError("wrong results")
     except Exception as error:  # whatever the compiler, its cache or the driver has to say
         warnings.warn(
             f"Triton does not work here ({type(error).__name__}: {str(error)[:200]}): acceleration "
@@ -52,23 +63,26 @@ def usable(device: torch.device) -> bool:
         return False
 
 
-def _tried(device: torch.device) -> bool:
+def _tried(device: torch.device, work: torch.dtype, stored: torch.dtype) -> bool:
     """Runs all kernels on a few numbers, and says whether the results are right."""
-    x = torch.arange(1.0, 7.0, device=device).reshape(2, 3)
-    (v, w), every = x, slice(0, 3)
-    half, out = torch.full((2,), 0.5, device=device), torch.empty_like(v)
+    x = torch.arange(1.0, 7.0, device=device, dtype=work).reshape(2, 3)
+    (v, w), every, columns = x, slice(0, 3), x.to(stored)
+    half, out = torch.full((2,), 0.5, device=device, dtype=work), torch.empty_like(v)
     chosen = torch.empty_like(half)
-    table, square = inner(x, [1], v, every)
-    found = [*table.flatten(), square, update(v, half, x, half, every, out, start=w), *out]
+    table, square = inner(columns, [1], v, every)
+    slope = update(v, half, columns, half, every, out, start=w)
+    found = [*table.flatten(), square, slope, *out]
     sums = x.clone()[None]
     take_in(w, v, [sums[0]], [0.5])
     found += [*sums.flatten(), *gains(v, w, [sums], [1.0], every)]
     places = torch.tensor([[0, 0], [5, 2]], device="cpu")
     Places(places[0], places[1], device).read([x], chosen)
-    number = Checksum([6], device).of([x], 2**36 - 5)
+    prime = 2**36 - 5
+    number = Checksum([6], device).of([x], prime)
     right = [*(32.0, 77.0, 14.0, 32.0, 14.0), *(-16.0, 3.0, 3.75, 4.5)]
     right += [*(2.5, 3.5, 4.5, 2.5, 3.5, 4.5), *(38.25, 6.0, 3.0)]
-    bits = int(x.cpu().view(torch.int32).to(torch.int64).sum())
+    words = x.cpu().view(torch.int64 if work == torch.float64 else torch.int32)
+    bits = int(words.to(torch.int64).sum().remainder(prime))
     found = torch.stack([value.double() for value in [*found, *chosen]]).tolist()
     return bool(found == right and int(number) == bits)
 
@@ -99,7 +113,7 @@ def inner(
         parts = vector.new_empty((programs, len(some) + 1, m))
         squares = vector.new_empty(programs)
         with _on(vector):
-            _inner[(programs, -(-m // COLUMNS))](
+            _inner[(programs, max(-(-m // COLUMNS), 1))](
                 *(columns, columns.stride(0), vector, _constants(some or (0,), vector.device)),
                 *(parts, squares, summed.start, summed.stop, -(-rows // programs), m),
                 K=len(some),
@@ -125,7 +139,7 @@ def update(
     mixing: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """u = f M (r - R c_R) - Y c_Y into `out`, or w + beta u, and u . r.
+    """u = M (f r - R c_R) - Y c_Y into `out`, or w + beta u, and u . r.
 
     Args:
         r: [rows], float32 or float64.
@@ -136,7 +150,7 @@ def update(
         out: [rows], none of the others.
         in_r: c_R [m]; None: zeros.
         columns: R [m, rows], where there is an `in_r`.
-        mixing: the diagonal of M, [rows], beside f; None: ones; then f is not for R.
+        mixing: the diagonal of M, [rows]; None: ones.
         start: w [rows]; None: what is wanted is u.
 
     Returns:
@@ -228,6 +242,8 @@ class Places:
         present = [tensor for tensor in tensors if tensor is not None]
         if len({t.dtype for t in present}) > 1 or not all(_dense(t) for t in present):
             return False
+        if any(t.device != self._offsets.device for t in [*present, out]):
+            return False
         if not present:
             out.zero_()
             return True
@@ -242,7 +258,10 @@ class Places:
 
 
 class Checksum:
-    """A number below 2^36 from the bits of tensors, by one kernel; any bit that differs changes it.
+    """A number below 2^36 from the bits of tensors; any bit that differs changes it.
+
+    By one kernel for each dtype among them. In the order of the memory: only for ranks whose
+    tensors have the same strides.
 
     Args:
         sizes: numbers of elements.
@@ -250,7 +269,7 @@ class Checksum:
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.sizes = tuple(sizes)
+        self.sizes, self.device = tuple(sizes), device
         firsts = [(i, first) for i, size in enumerate(sizes) for first in range(0, size, WORDS)]
         table = [(i, first, sizes[i]) for i, first in firsts]
         self._blocks = torch.tensor(table or [(0, 0, 0)], device=device).T.contiguous()
@@ -261,19 +280,20 @@ class Checksum:
         """int64 [], on the device; the same on ranks whose tensors lie in memory alike."""
         if not len(self._factors):
             return torch.zeros((), dtype=torch.int64, device=self._blocks.device)
-        dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors], torch.float32)
-        # In the order of the memory, or where that has gaps or holds another dtype, of a copy.
-        alike = [t.dtype == dtype and _dense(t) for t in tensors]
-        pairs = zip(tensors, alike, strict=True)
-        tensors = [t if same else t.detach().to(dtype).contiguous() for t, same in pairs]
-        sums = torch.empty_like(self._factors)
-        with _on(sums):
-            _sum_bits[(len(sums),)](
-                *(_addresses(tensors, sums.device), self._blocks, sums, len(sums), tensors[0]),
-                WORD=tl.int64 if dtype == torch.float64 else tl.int32,
-                BLOCK=ROWS,
-                WORDS=WORDS,
-            )
+        # One with gaps is copied.
+        tensors = [t.detach() if _dense(t) else t.detach().contiguous() for t in tensors]
+        dtypes, blocks = list(dict.fromkeys(t.dtype for t in tensors)), len(self._factors)
+        sums = self._factors.new_empty((len(dtypes), blocks))
+        for dtype, to in zip(dtypes, sums, strict=True):
+            own = [t if t.dtype == dtype else None for t in tensors]
+            with _on(sums):
+                _sum_bits[(blocks,)](
+                    *(_addresses(own, sums.device), self._blocks, to, blocks),
+                    next(t for t in own if t is not None),  # for its dtype
+                    WORD=tl.int64 if dtype == torch.float64 else tl.int32,
+                    BLOCK=ROWS,
+                    WORDS=WORDS,
+                )
         return (sums * self._factors).sum().remainder(prime)
 
 
@@ -449,7 +469,9 @@ if triton is not None:
         tensor = tl.load(table + program)
         first = tl.load(table + blocks + program)
         size = tl.load(table + 2 * blocks + program)
-        at = tl.load(addresses + tensor).to(tl.pointer_type(like.dtype.element_ty))
+        address = tl.load(addresses + tensor)
+        size = tl.where(address == 0, 0, size)  # of another dtype
+        at = address.to(tl.pointer_type(like.dtype.element_ty))
         total = tl.zeros([BLOCK], tl.int64)
         for done in range(0, WORDS, BLOCK):
             row = first + done + tl.arange(0, BLOCK)

@@ -72,7 +72,7 @@ class _Driver:
         }
         self._patches = [
             mock.patch.multiple(torch.cuda, **answers),
-            mock.patch.object(kernels, "usable", lambda device: False),  # not by this GPU
+            mock.patch.object(kernels, "usable", lambda device, *_: False),  # not by this GPU
         ]
 
     def start(self):

@@ -67,7 +67,7 @@ def _launch(options: argparse.Namespace) -> None:
     triton = kernels.usable(device) and not options.torch_alone
     for ranks in options.ranks:
         for dtype in options.dtypes:
-            with mock.patch.object(kernels, "usable", lambda _: triton):
+            with mock.patch.object(kernels, "usable", lambda *_: triton):
                 run = parts.measure(
                     shapes,
                     depth=options.depth,

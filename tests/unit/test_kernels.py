@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aadl_hvd import AndersonConfig, kernels, replicas
+from aadl_hvd import AndersonConfig, AndersonOptimizer, kernels, replicas
+from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.comm.simulated import run_ranks
 from tests.unit.test_gpu_paths import CPU, on_two_ranks
 
 pytest.importorskip("triton", reason="Triton, which has no wheel for this platform")
@@ -30,7 +32,7 @@ DTYPES = [
 @pytest.fixture
 def instead(monkeypatch):
     """Has the library use them, GPU or not."""
-    monkeypatch.setattr(kernels, "usable", lambda device: device.type == DEVICE.type)
+    monkeypatch.setattr(kernels, "usable", lambda device, *_: device.type == DEVICE.type)
 
 
 def drawn(seed, *shape, dtype=torch.float64):
@@ -98,6 +100,18 @@ def test_update(work, stored, m, rows, lo, with_r, mixed, started, seed):
     close(out, w.double() + beta * wanted if started else wanted, tolerance)
 
 
+def test_inner_of_no_columns():
+    """As of a rank beyond the columns there are."""
+    v = drawn(0, 50)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        table, square = kernels.inner(drawn(1, 0, 50), [], v, slice(0, 50))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert table.shape == (1, 0)
+    close(square, v @ v, 1e-13)
+
+
 @pytest.mark.parametrize("work", EPS)
 @settings(max_examples=10)
 @given(
@@ -152,7 +166,7 @@ def test_any_bit_changes_the_checksum(dtype):
     """And two blocks that change places do."""
     size = kernels.WORDS
     first, second = drawn(0, 2 * size + 3, dtype=dtype), drawn(1, 7, dtype=dtype)
-    single = drawn(2, dtype=dtype)
+    single = drawn(2, dtype=torch.float16)  # of another dtype
     checksum = kernels.Checksum([1, first.numel(), second.numel()], DEVICE)
 
     def number(of=first):
@@ -161,6 +175,9 @@ def test_any_bit_changes_the_checksum(dtype):
     seen = [number()]
     assert 0 <= seen[0] < 2**36
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    single.view(torch.int16).bitwise_xor_(1)
+    seen.append(number())
+    single.view(torch.int16).bitwise_xor_(1)
     for tensor, place, bit in ((first, 0, 0), (first, 2 * size + 2, 3), (second, 6, 14)):
         tensor.view(bits)[place] ^= 1 << bit
         seen.append(number())
@@ -190,7 +207,7 @@ def test_acceleration_is_the_same(name, monkeypatch):
     """In float64, on two ranks, with weights in channels_last, noise and averages."""
     config = AndersonConfig(**SETTINGS[name])
     fused = on_two_ranks(DEVICE, config, observe=True, dtype=torch.float64, pretend=False)
-    monkeypatch.setattr(kernels, "usable", lambda device: False)
+    monkeypatch.setattr(kernels, "usable", lambda device, *_: False)
     plain = on_two_ranks(CPU, config, observe=True, dtype=torch.float64)
     assert fused.accelerated == plain.accelerated > 0
     torch.testing.assert_close(fused.weights, plain.weights, rtol=1e-6, atol=1e-9)
@@ -201,7 +218,7 @@ def test_acceleration_is_the_same(name, monkeypatch):
 def test_all_ranks_use_them_or_none(able, monkeypatch):
     """Ranks of two groups would differ in the last bit; checksums always."""
     answers = iter([*[True] * able, *[False] * (2 - able), *[True] * 1000])
-    monkeypatch.setattr(kernels, "usable", lambda device: next(answers))
+    monkeypatch.setattr(kernels, "usable", lambda device, *_: next(answers))
     used = []
     inner = kernels.inner
     monkeypatch.setattr(kernels, "inner", lambda *a: used.append(1) or inner(*a))
@@ -210,14 +227,40 @@ def test_all_ranks_use_them_or_none(able, monkeypatch):
     assert bool(used) == (able == 2)
 
 
-def test_where_triton_does_not_compile_it_is_said_once(monkeypatch):
+@pytest.mark.usefixtures("instead")
+@pytest.mark.parametrize("alike", [True, False])
+def test_not_where_weights_lie_otherwise_on_a_rank(alike):
+    """Their checksums would differ, though they do not."""
+
+    def train(comm):
+        weight = drawn(0, 3, 4, 5, 6)
+        if comm.rank == 1 and not alike:
+            weight = weight.to(memory_format=torch.channels_last)
+        weight = torch.nn.Parameter(weight)
+        config = AndersonConfig(frequency=2, history_depth=3, noise_gate=None)
+        opt = AndersonOptimizer(torch.optim.SGD([weight], lr=0.1), anderson=config)
+        opt.anderson = Accelerator(config, comm)
+        for _ in range(6):
+            weight.grad = weight.detach() * torch.linspace(0.1, 1.0, 6, device=DEVICE)
+            opt.step()
+        assert not opt.anderson.stats.restarts["desynchronized"]
+        return opt.anderson._fused, opt.anderson.stats.accelerated > 0
+
+    assert run_ranks(2, train) == [(alike, True)] * 2
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_where_triton_does_not_work_it_is_said_once(monkeypatch, wrong):
     def broken(*arguments):
+        if wrong:
+            return False
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(kernels, "_tried", broken)
     kernels.usable.cache_clear()
+    said = "wrong results" if wrong else "no C compiler"
     try:
-        with pytest.warns(UserWarning, match="Triton does not work here .*no C compiler"):
+        with pytest.warns(UserWarning, match=f"Triton does not work here .*{said}"):
             assert not kernels.usable(torch.device("cuda", 0))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -226,7 +269,14 @@ def test_where_triton_does_not_compile_it_is_said_once(monkeypatch):
         kernels.usable.cache_clear()
 
 
-def test_they_are_tried_out():
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("work", "stored"), DTYPES)
+def test_they_are_tried_out(work, stored, default):
+    """Whatever the default dtype is."""
+    torch.set_default_dtype(default)
+    try:
+        assert kernels._tried(DEVICE, work, stored)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert not kernels.usable(CPU)
-    assert kernels._tried(DEVICE)
     assert kernels.usable(DEVICE) == (DEVICE.type == "cuda")
