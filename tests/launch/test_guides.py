@@ -1,6 +1,7 @@
 """What the centres' guides ask of a job, and what a machine file leaves to the command line."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,17 @@ def test_limits_of_the_default_queue_hold_for_no_other(capsys):
                      "true"]) == 0  # fmt: skip
     assert main([*arguments(machine="frontier", walltime="3:00"), "--", "true"]) == 2
     assert "at most 2:00 on up to 91 nodes of frontier" in capsys.readouterr().err
+
+
+def test_commands_of_the_readme_are_taken(tmp_path, capsys):
+    text = (ROOT / "launch" / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines() if "    python -m launch " in line]
+    assert len(commands) >= 4
+    for words in commands:
+        words = words[: words.index("&&")] if "&&" in words else words
+        words = [str(tmp_path / "job.sh") if word == "job.sh" else word for word in words]
+        assert main([word for word in words[3:] if word != "--submit"]) == 0, words
+        assert "error" not in capsys.readouterr().err
 
 
 # -- --directive ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import horovod.torch as hvd
 import pytest
 import torch
+from launching import documented
 from training import BRIEF, assert_replicas_equal, assert_same_bits, round_gradients, unless_brief
 
 import aadl_hvd
@@ -22,7 +23,19 @@ IMAGES = (
     *("--model", "shufflenet_v2_x0_5", "--size", "32", "--random-images", "64"),
     *("--batch-size", "8", "--epochs", "2", "--warmup-epochs", "1"),
 )
+
+
+def as_written(example, command=0):
+    """An example and its arguments, as one of the commands in its docstring has them."""
+    words = documented(example)[command]
+    program = words.index(f"examples/{example}.py")
+    return example, *words[program + 1 :]
+
+
 RUNS = {
+    "amp": as_written("digits_amp"),
+    "schedule, cosine": as_written("digits_schedule"),
+    "schedule, plateau": as_written("digits_schedule", 1),
     "benchmark": (
         *("synthetic_benchmark", "--model", "shufflenet_v2_x0_5", "--size", "32"),
         *("--batch-size", "4", "--warmup-batches", "2", "--batches", "2", "--iterations", "2"),
