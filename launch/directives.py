@@ -92,8 +92,7 @@ def _options(kind: str, line: str) -> Iterator[str]:
     """Names of the options in a line; SLURM's in full, where they are in `LONG`."""
     for word in shlex.split(line):
         if kind == "lsf":
-            match = re.match(r"-([A-Za-z]\w*)", word)
-            if match:
+            if match := re.match(r"-([A-Za-z]\w*)", word):
                 yield match.group(1)
         elif match := re.match(r"--([A-Za-z][\w-]*)|-([A-Za-z])", word):
             yield match.group(1) or LONG.get(match.group(2), match.group(2))

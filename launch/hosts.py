@@ -53,26 +53,27 @@ def parse_hosts(
         raise LaunchError(
             f"--ranks-per-node is {ranks_per_node}, must be at least 1 and at most {MOST}"
         )
-    names = dict.fromkeys(entry.host for entry in entries)
-    one_each = len(names) < len(entries)
+    mentions: dict[str, list[Entry]] = {}
+    for entry in entries:
+        mentions.setdefault(entry.host, []).append(entry)
+    unsaid = 1 if len(mentions) < len(entries) else ranks_per_node
     found = []
-    for name in names:
-        mentions = [entry for entry in entries if entry.host == name]
-        where = mentions[-1].where
-        ranks: int | None = sum(1 if entry.slots is None else entry.slots for entry in mentions)
-        if mentions[0].slots is None and not one_each:
-            ranks = ranks_per_node
-        if ranks is None:
-            raise LaunchError(
-                f"{where}: how many ranks on {name}? Say {name}:RANKS, or --ranks-per-node for all "
-                "hosts"
-            )
+    for name, own in mentions.items():
+        where, ranks = own[-1].where, 0
+        for entry in own:
+            slots = unsaid if entry.slots is None else entry.slots
+            if slots is None:
+                raise LaunchError(
+                    f"{where}: how many ranks on {name}? Say {name}:RANKS, or --ranks-per-node for "
+                    "all hosts"
+                )
+            ranks += slots
         if ranks_per_node is not None and ranks != ranks_per_node:
             raise LaunchError(
                 f"--ranks-per-node is {ranks_per_node}, but {name} is given {ranks} ({where}): "
                 "leave one of them out"
             )
-        most = min(entry.most for entry in mentions)
+        most = min(entry.most for entry in own)
         if ranks > most:
             raise LaunchError(
                 f"{where}: the number of ranks on {name} is {ranks}, must be at most {most}"
