@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
             milestones=[warmup],
         )
     else:
-        # Half the rate after an epoch that has gained less than a tenth.
-        plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.1)
+        # Half the rate after an epoch that has gained less than a fifth.
+        plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.2)
     found = []
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)

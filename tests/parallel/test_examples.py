@@ -107,6 +107,32 @@ def test_same_weights_with_acceleration_off(run, name, config):
     assert_replicas_equal(model)
 
 
+def test_amp_clips_the_mean_of_gradients_that_are_no_longer_scaled(run, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, limit):
+        norms.append(float(clip(parameters, limit)))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    run("digits_amp", "--epochs", "1", wrap=DistributedAndersonOptimizer)
+    assert len(norms) >= 4 and max(norms) < 100.0, "65536 times as large"
+    assert hvd.allgather_object(norms) == [norms] * hvd.size(), "a rank's own gradient"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_schedules_set_the_same_rate_on_all_ranks(run, schedule):
+    arguments = ("--schedule", schedule, "--epochs", "4", "--lr", "0.2")
+    _, found, _ = run("digits_schedule", *arguments, wrap=DistributedAndersonOptimizer)
+    assert hvd.allgather_object(found) == [found] * hvd.size()
+    rate, best = 0.2 * hvd.size(), float("inf")
+    if schedule == "cosine":
+        assert found[0][1] == pytest.approx(rate) and found[-1][1] < 1e-6 * rate
+        return
+    for loss, after in found:
+        rate, best = (rate, loss) if loss < 0.8 * best else (rate / 2, best)
+        assert after == pytest.approx(rate)
+
+
 @pytest.mark.parametrize(
     "wrap", unless_brief(DistributedAndersonOptimizer, hvd.DistributedOptimizer)
 )
