@@ -1,12 +1,17 @@
 """Handwritten digits on ranks that come and go: Horovod elastic.
 
-    horovodrun -np 2 --min-np 1 --host-discovery-script ./discover.sh \
-        python examples/digits_elastic.py
+    horovodrun -np 2 --min-np 1 --network-interfaces lo \
+        --host-discovery-script "echo localhost:2" python examples/digits_elastic.py
 
-discover.sh prints the hosts there are, one a line: localhost:2. It was written for Horovod's own
-optimizer. What was changed since are two names: `hvd.DistributedOptimizer` became
-`DistributedAndersonOptimizer`, and `hvd.elastic.TorchState` became `aadl_hvd.elastic.TorchState`.
-docs/faults.md says what becomes of the history.
+That is for one machine. On several, `--host-discovery-script` names a program that prints the hosts
+there are at the moment, one a line (`node1:4`), and `--network-interfaces` names the interface by
+which they reach each other, as `eth0` or `ib0`; `ip -br addr` lists them. Without that option
+horovodrun waits for a second host before it starts anything. It says nothing for 10 minutes
+(`--elastic-timeout`), and then gives up.
+
+It was written for Horovod's own optimizer. What was changed since are two names:
+`hvd.DistributedOptimizer` became `DistributedAndersonOptimizer`, and `hvd.elastic.TorchState`
+became `aadl_hvd.elastic.TorchState`. docs/faults.md says what becomes of the history.
 """
 
 from __future__ import annotations

@@ -22,8 +22,7 @@ from torchvision import models
 from aadl_hvd import DistributedAndersonOptimizer
 
 
-def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[float]]]:
-    """The model, and the loss of this rank after every iteration."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
@@ -33,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--fp16-allreduce", action="store_true", help="send gradients as float16")
     parser.add_argument("--no-cuda", action="store_true", help="stay on the processor")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[float]]]:
+    """The model, and the loss of this rank after every iteration."""
+    args = parse(arguments)
     hvd.init()
     device = "cpu"
     if torch.cuda.is_available() and not args.no_cuda:

@@ -7,13 +7,13 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launch.job import PLACEHOLDER, Options, plan
-from launch.machines import LaunchError, Machine, load_machine, machine_names
-from launch.render import render
+from launch.job import PLACEHOLDER, Job, Options, plan
+from launch.machines import WALLTIME, LaunchError, Machine, load_machine, machine_names
+from launch.render import render, replaced_directives
 
 SUBMIT = {"slurm": ["sbatch"], "lsf": ["bsub"]}
 JOB_ID = re.compile(r"(?:Submitted batch job |Job <)(\d+)")
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     # The command is cut off here: argparse would drop a further -- from it.
     cut = arguments.index("--") if "--" in arguments else len(arguments)
+    for word in arguments[:cut]:
+        if word.startswith("--") and word.endswith("=--"):  # argparse makes an empty list of that
+            raise LaunchError(f"{word.removesuffix('=--')} is '--', must be a value (see --help)")
     options = vars(_parser().parse_args(arguments[:cut]))
     if options.pop("machines"):
         for name in machine_names():
@@ -59,14 +62,8 @@ def _run(arguments: Sequence[str]) -> int:
     job = plan(machine, Options(command=arguments[cut + 1 :], **options))
     if submit and job.stage is not None and not Path(job.stage).exists():
         raise LaunchError(f"--stage is {job.stage!r}, must exist: there is no such file or folder")
-    words = job.command
-    if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
-        print("note: without --resume auto a requeued training begins anew", file=sys.stderr)
-    if job.stage is None and any(PLACEHOLDER in word for word in words):
-        print(
-            f"note: nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is",
-            file=sys.stderr,
-        )
+    for note in _notes(job):
+        print(f"note: {note}", file=sys.stderr)
     script = render(job)
     if output is not None:
         _write(Path(output), script)
@@ -75,6 +72,18 @@ def _run(arguments: Sequence[str]) -> int:
     if output is None or dry_run:
         print(script, end="")
     return 0
+
+
+def _notes(job: Job) -> Iterator[str]:
+    machine, words = job.machine, job.command
+    if machine.retired is not None:
+        yield f"{machine.name} left service in {machine.retired}: nothing can run this script"
+    for line in replaced_directives(job):
+        yield f"--directive takes the place of {line!r}"
+    if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
+        yield "without --resume auto a requeued training begins anew"
+    if job.stage is None and any(PLACEHOLDER in word for word in words):
+        yield f"nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is"
 
 
 def _submit(machine: Machine, script: str) -> int:
@@ -105,11 +114,14 @@ def _write(path: Path, script: str) -> None:
 
 
 def _line(machine: Machine) -> str:
-    return f"{machine.name:<12}{machine.scheduler.launcher:<12}{machine.description}"
+    gone = f"; left service in {machine.retired}" if machine.retired is not None else ""
+    return f"{machine.name:<12}{machine.scheduler.launcher:<12}{machine.description}{gone}"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += ", one that begins with - follows a =, as --directive=--reservation=NAME"
         raise LaunchError(f"{message} (see --help)")
 
 
@@ -130,11 +142,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, metavar="N", help="where the machine file does not say it")
     add("--cores-per-node", type=int, metavar="N", help="where the machine file does not say it")
     add("--hosts", metavar="HOST:RANKS,...", help="nodes, where there is no scheduler")
-    add("--hostfile", metavar="FILE", help="the same from a file of lines HOST slots=RANKS")
+    add("--hostfile", metavar="FILE", help="the same from a file of lines HOST slots=RANKS; a host "
+        "that is named more than once gets the sum")  # fmt: skip
     add("--controller", choices=("mpi", "gloo"), help="what horovodrun uses (default: mpi)")
-    add("--walltime", metavar="H:MM[:SS]", help="time limit")
+    add("--walltime", metavar="TIME", help=f"time limit: {WALLTIME}; 1:30 is an hour and a half, "
+        "on SLURM too")  # fmt: skip
     add("--account", metavar="NAME", help="project to charge")
-    add("--queue", "--partition", metavar="NAME", help="queue, partition or QOS")
+    add("--queue", "--partition", metavar="NAME", help="what the machine calls a queue: a queue, a "
+        "partition or a QOS")  # fmt: skip
+    add("--qos", metavar="NAME", help="SLURM's quality of service")
+    add("--directive", action="append", default=[], dest="directives", metavar="LINE",
+        help="a further line of the script's head, without #SBATCH or #BSUB, as "
+        '--directive="--reservation=NAME"; may be repeated')  # fmt: skip
     add("--name", default=defaults["name"], help="the job's name (default: %(default)s)")
     add("--stage", metavar="DIR", help="folder or .tar to copy to each node's own disk before the "
         "training; {data} in its arguments becomes the copy's path")  # fmt: skip

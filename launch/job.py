@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from launch.directives import check_directives
+from launch.hosts import parse_hosts
 from launch.machines import (
     MOST,
     PLAIN,
     VARIABLE_NAME,
+    WALLTIME,
     LaunchError,
     Machine,
     Variable,
@@ -21,8 +23,6 @@ from launch.machines import (
 PLACEHOLDER = "{data}"
 THREADS = "OMP_NUM_THREADS"
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
-HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d+))?", re.ASCII)
-HOSTFILE_LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?\s*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Options:
     walltime: str | None = None
     account: str | None = None
     queue: str | None = None
+    qos: str | None = None
+    directives: Sequence[str] = ()
     name: str = "aadl_hvd"
     stage: str | None = None
     requeue: bool | None = None
@@ -62,7 +64,9 @@ class Job:
         controller: Of horovodrun, "mpi" or "gloo".
         walltime: In seconds.
         account: To charge.
-        queue: Or partition, or QOS.
+        queue: Or partition.
+        qos: SLURM's quality of service.
+        directives: Further lines of the script's head, which win over those of the machine file.
         name: Of the job.
         stage: Folder or archive to copy to every node's own disk.
         requeue: Queue again when the program leaves with exit code 75.
@@ -81,6 +85,8 @@ class Job:
     walltime: int | None
     account: str | None
     queue: str | None
+    qos: str | None
+    directives: tuple[str, ...]
     name: str
     stage: str | None
     requeue: bool
@@ -107,6 +113,7 @@ def plan(machine: Machine, options: Options) -> Job:
         "--name": options.name,
         "--account": options.account,
         "--queue": options.queue,
+        "--qos": options.qos,
     }.items():
         if value is not None and not PLAIN.fullmatch(value):
             _refuse(option, repr(value), "letters, digits and . _ - + @ : / alone")
@@ -114,6 +121,8 @@ def plan(machine: Machine, options: Options) -> Job:
         _refuse("--name", repr(options.name), "without /: the output's file is called so")
     if scheduled:
         _forbid(machine, "has a scheduler", hosts=options.hosts, hostfile=options.hostfile)
+        if machine.scheduler.kind != "slurm":
+            _forbid(machine, "has no SLURM", qos=options.qos)
         hosts: tuple[tuple[str, int], ...] = ()
     else:
         _forbid(
@@ -122,6 +131,8 @@ def plan(machine: Machine, options: Options) -> Job:
             walltime=options.walltime,
             account=options.account,
             queue=options.queue,
+            qos=options.qos,
+            directive=options.directives or None,
             requeue=options.requeue,
         )
         hosts = _hosts(machine, options)
@@ -129,6 +140,7 @@ def plan(machine: Machine, options: Options) -> Job:
     gpus = _known(machine, "gpus", options.gpus_per_node, required=scheduled)
     cores = _known(machine, "cores", options.cores_per_node, required=scheduled)
     ranks_per_node = _ranks_per_node(machine, options, gpus, hosts)
+    queue, qos = _queue(machine, options)
     return Job(
         machine=machine,
         command=tuple(options.command),
@@ -141,7 +153,9 @@ def plan(machine: Machine, options: Options) -> Job:
         controller=_controller(machine, options),
         walltime=_walltime(machine, options, nodes) if scheduled else None,
         account=_account(machine, options),
-        queue=options.queue or machine.scheduler.queue,
+        queue=queue,
+        qos=qos,
+        directives=check_directives(machine.scheduler.kind, options.directives),
         name=options.name,
         stage=_stage(machine, options),
         requeue=scheduled and options.requeue is not False,
@@ -168,62 +182,7 @@ def _hosts(machine: Machine, options: Options) -> tuple[tuple[str, int], ...]:
             f"--machine {machine.name} has no scheduler that knows the nodes: give one of "
             "--hosts HOST:RANKS,... and --hostfile FILE"
         )
-    if options.hosts is not None:
-        pairs: list[tuple[str, str | None]] = []
-        for entry in options.hosts.split(","):
-            match = HOST.fullmatch(entry)
-            if match is None:
-                _refuse("--hosts", repr(options.hosts), "HOST:RANKS,HOST:RANKS,...")
-            pairs.append((match.group(1), match.group(2)))
-    else:
-        pairs = _read_hostfile(str(options.hostfile))
-    slots = options.ranks_per_node
-    hosts = []
-    for host, own in pairs:
-        if own is None and slots is None:
-            raise LaunchError(
-                f"how many ranks on {host}? Say {host}:RANKS, or --ranks-per-node for all hosts"
-            )
-        # Python reads no number of thousands of digits.
-        given = None if own is None else int(own) if len(own) <= 9 else MOST + 1
-        if given is not None and not 1 <= given <= MOST:
-            _refuse(f"the number of ranks on {host}", own, f"at least 1 and at most {MOST}")
-        if given is not None and slots is not None and given != slots:
-            raise LaunchError(
-                f"--ranks-per-node is {slots}, but {host} is given {own}: leave one of them out"
-            )
-        ranks = slots if given is None else given
-        if not ranks or not 1 <= ranks <= MOST:
-            _refuse("--ranks-per-node", ranks, f"at least 1 and at most {MOST}")
-        hosts.append((host, ranks))
-    names = [name for name, _ in hosts]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise LaunchError(f"{twice[0]} is named twice among the hosts: name it once")
-    return tuple(hosts)
-
-
-def _read_hostfile(path: str) -> list[tuple[str, str | None]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LaunchError(f"--hostfile: cannot read {path}: {error}") from None
-    found: list[tuple[str, str | None]] = []
-    for number, line in enumerate(lines, start=1):
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        match = HOSTFILE_LINE.fullmatch(line)
-        host = match and HOST.fullmatch(match.group(1))
-        if match is None or host is None or (match.group(2) and host.group(2)):
-            raise LaunchError(
-                f"--hostfile: {path}, line {number} is {line!r}, must be HOST slots=RANKS or "
-                "HOST:RANKS"
-            )
-        found.append((host.group(1), match.group(2) or host.group(2)))
-    if not found:
-        raise LaunchError(f"--hostfile: {path} names no host")
-    return found
+    return parse_hosts(options.hosts, options.hostfile, options.ranks_per_node)
 
 
 def _nodes(machine: Machine, options: Options, hosts: Sequence[object]) -> int:
@@ -308,20 +267,36 @@ def _controller(machine: Machine, options: Options) -> str | None:
     return options.controller or "mpi"
 
 
+def _queue(machine: Machine, options: Options) -> tuple[str | None, str | None]:
+    """The queue or partition, and the QOS; `--queue` names what the machine calls a queue."""
+    scheduler = machine.scheduler
+    queue, qos = options.queue, options.qos
+    if queue is not None and (scheduler.queue_option == "qos" or queue in scheduler.qos):
+        if qos is not None:
+            raise LaunchError(
+                f"--queue {queue} is a QOS on {machine.name}, and --qos is {qos}: give one of them"
+            )
+        queue, qos = None, queue
+    if scheduler.queue_option == "qos":
+        return queue, qos or scheduler.queue
+    return queue or scheduler.queue, qos
+
+
 def _walltime(machine: Machine, options: Options, nodes: int) -> int:
     if options.walltime is None:
-        raise LaunchError("--walltime is missing: the job's time limit, H:MM or H:MM:SS")
+        raise LaunchError(f"--walltime is missing: the job's time limit, {WALLTIME}")
     seconds = parse_walltime(options.walltime)
     warning = machine.scheduler.warning_seconds
     if seconds is None:
-        _refuse("--walltime", repr(options.walltime), "H:MM or H:MM:SS, as 2:00 for two hours")
+        _refuse("--walltime", repr(options.walltime), f"{WALLTIME}, as 2:00 for two hours")
     if seconds <= warning:
         _refuse(
             "--walltime",
             options.walltime,
             f"longer than the {warning} s before its end at which the job is asked to stop",
         )
-    if options.queue in (None, machine.scheduler.queue):  # other queues have limits of their own
+    # Other queues have limits of their own.
+    if {options.queue, options.qos} <= {None, machine.scheduler.queue}:
         for limit in machine.scheduler.limits:
             if nodes <= limit.nodes:
                 if seconds > (parse_walltime(limit.walltime) or 0):

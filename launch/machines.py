@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -65,11 +66,13 @@ class Scheduler:
         launcher: "srun", "jsrun", "mpirun" or "horovodrun".
         queue: Used unless `--queue` names another.
         queue_option: SLURM's word for a queue: "partition", or "qos".
+        qos: Names of `--queue` that are a QOS where the others are partitions.
         account_required: Jobs without an account are refused.
         limits: By size, smallest first; the last one is the machine's size.
         directives: Further lines of the script's head, without `#SBATCH` or `#BSUB`.
         storage_directives: The same, for jobs that use the node's own disk.
         launcher_options: Further options of the launcher.
+        modules: Environment modules that the job loads before it sets variables.
         warning_seconds: How long before its end a job is asked to stop.
         broadcast: SLURM's `sbcast` reaches the node's own disk.
     """
@@ -78,21 +81,31 @@ class Scheduler:
     launcher: str
     queue: str | None = None
     queue_option: str = "partition"
+    qos: tuple[str, ...] = ()
     account_required: bool = False
     limits: tuple[Limit, ...] = ()
     directives: tuple[str, ...] = ()
     storage_directives: tuple[str, ...] = ()
     launcher_options: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     warning_seconds: int = 300
     broadcast: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variable:
-    """An environment variable of the ranks, and why it is set."""
+    """An environment variable of the ranks, and why it is set.
+
+    Attributes:
+        value: As it is set.
+        reason: Why.
+        folder: The value is a folder on every node's own disk. It may hold shell variables, and is
+            made before the ranks start.
+    """
 
     value: str
     reason: str
+    folder: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,19 +133,34 @@ class Performance:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine file."""
+    """A machine file.
+
+    Attributes:
+        description: One line for `--machines`.
+        node: See there.
+        scheduler: See there.
+        retired: When the machine left service, as "November 2024"; None: it is in service.
+        environment: Variables of the ranks by name.
+        performance: See there.
+        name: The file's.
+    """
 
     description: str
     node: Node
     scheduler: Scheduler
+    retired: str | None = None
     environment: Mapping[str, Variable] = field(default_factory=dict)
     performance: Performance | None = None
     name: str = ""
 
 
 def machine_names() -> list[str]:
-    """The machines that come with the project."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """The machines that come with the project, those that left service last."""
+
+    def place(path: Path) -> tuple[bool, str]:
+        return "retired" in tomllib.loads(path.read_text(encoding="utf-8")), path.stem
+
+    return [path.stem for path in sorted(FOLDER.glob("*.toml"), key=place)]
 
 
 def load_machine(name: str) -> Machine:
@@ -164,13 +192,30 @@ def load_machine(name: str) -> Machine:
     return machine
 
 
+WALLTIME = "minutes, H:MM, H:MM:SS, D-H, D-H:MM or D-H:MM:SS"
+WALLTIME_FORM = re.compile(
+    r"(?P<minutes>\d{1,6})"
+    r"|(?P<hours>\d{1,4}):(?P<minute>\d\d)(?::(?P<second>\d\d))?"
+    r"|(?P<days>\d{1,3})-(?P<hour>\d{1,2})(?::(?P<m>\d\d)(?::(?P<s>\d\d))?)?",
+    re.ASCII,
+)
+
+
 def parse_walltime(text: str) -> int | None:
-    """Seconds of H:MM or H:MM:SS; None when it is neither."""
-    match = re.fullmatch(r"(\d{1,4}):([0-5]\d)(?::([0-5]\d))?", text, re.ASCII)
+    """Seconds of a time in one of the forms of `WALLTIME`; None when it is none of them.
+
+    They are SLURM's, but for one: `1:30` is an hour and a half, as LSF has it. SLURM itself reads
+    1 minute and 30 seconds.
+    """
+    match = WALLTIME_FORM.fullmatch(text)
     if match is None:
         return None
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    part = {name: int(value or 0) for name, value in match.groupdict().items()}
+    minute, second = part["minute"] + part["m"], part["second"] + part["s"]
+    if part["hour"] > 23 or minute > 59 or second > 59:
+        return None
+    hours = 24 * part["days"] + part["hours"] + part["hour"]
+    return 3600 * hours + 60 * (part["minutes"] + minute) + second
 
 
 def _read(kind: Any, value: Any, file: str, key: str) -> Any:
@@ -255,12 +300,14 @@ def _check(machine: Machine, file: str) -> None:
         node.local_storage,
         "an absolute path of letters, digits, . _ - / and $VARIABLES",
     )
-    require(
-        scheduler.queue is None or PLAIN.fullmatch(scheduler.queue) is not None,
-        "scheduler.queue",
-        scheduler.queue,
-        "letters, digits and . _ - + @ : / alone",
-    )
+    for key, words in {
+        "queue": () if scheduler.queue is None else (scheduler.queue,),
+        "qos": scheduler.qos,
+        "modules": scheduler.modules,
+    }.items():
+        for word in words:
+            allowed = "letters, digits and . _ - + @ : / alone"
+            require(PLAIN.fullmatch(word) is not None, f"scheduler.{key}", word, allowed)
     warning = scheduler.warning_seconds
     require(warning >= 1, "scheduler.warning_seconds", warning, "at least 1")
     sizes = [limit.nodes for limit in scheduler.limits]
@@ -268,7 +315,7 @@ def _check(machine: Machine, file: str) -> None:
     require(0 not in sizes, "scheduler.limits: nodes", 0, "at least 1")
     for limit in scheduler.limits:
         valid = parse_walltime(limit.walltime) is not None
-        require(valid, "scheduler.limits: walltime", limit.walltime, "H:MM")
+        require(valid, "scheduler.limits: walltime", limit.walltime, WALLTIME)
     figures = dataclasses.asdict(machine.performance) if machine.performance else {}
     for key, value in figures.items():
         positive = isinstance(value, str) or 0.0 < value < math.inf
@@ -278,15 +325,30 @@ def _check(machine: Machine, file: str) -> None:
             # Whatever ends a line, and may begin one that is run, is not printable.
             one_line = bool(line.strip()) and line.isprintable()
             require(one_line, f"scheduler.{key}", line, "one line of printable characters")
+            require(_quotes_close(line), f"scheduler.{key}", line, "without a quote left open")
     for name, variable in machine.environment.items():
         require(VARIABLE_NAME.fullmatch(name) is not None, "environment", name, "a variable's name")
         reason = variable.reason
+        require(
+            not variable.folder or SHELL_PATH.fullmatch(variable.value) is not None,
+            f"environment.{name}.value",
+            variable.value,
+            "an absolute path of letters, digits, . _ - / and $VARIABLES, for it is a folder",
+        )
         require(
             bool(reason.strip()) and reason.isprintable(),
             f"environment.{name}.reason",
             reason,
             "one line that says why it is set",
         )
+
+
+def _quotes_close(line: str) -> bool:
+    try:
+        shlex.split(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
+from launch.directives import PREFIX, replaced
 from launch.job import ARCHIVES, PLACEHOLDER, THREADS, Job
 
 PREEMPTED = 75
@@ -19,15 +20,27 @@ def render(job: Job) -> str:
         [f"# {line}" for line in _summary(job)],
         list(_environment(job)),
         list(_stopping(job)),
+        list(_folders(job)),
         list(_staging(job)),
         list(_training(job)),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
+def replaced_directives(job: Job) -> list[str]:
+    """Lines of the machine file and of ours in whose place the job has some of `--directive`."""
+    return replaced(job.machine.scheduler.kind, _own_head(job), job.directives)
+
+
 def _head(job: Job) -> Iterator[str]:
+    gone = replaced_directives(job)
+    lines = [*(line for line in _own_head(job) if line not in gone), *job.directives]
+    yield from (f"{PREFIX[job.machine.scheduler.kind]} {line}" for line in lines)
+
+
+def _own_head(job: Job) -> list[str]:
     scheduler = job.machine.scheduler
-    extra = [*scheduler.directives, *(scheduler.storage_directives if job.stage else ())]
+    lines = []
     if scheduler.kind == "slurm":
         lines = [
             f"--job-name={job.name}",
@@ -45,8 +58,9 @@ def _head(job: Job) -> Iterator[str]:
         if job.account:
             lines.append(f"--account={job.account}")
         if job.queue:
-            lines.append(f"--{scheduler.queue_option}={job.queue}")
-        yield from (f"#SBATCH {line}" for line in [*lines, *extra])
+            lines.append(f"--partition={job.queue}")
+        if job.qos:
+            lines.append(f"--qos={job.qos}")
     elif scheduler.kind == "lsf":
         minutes = -(-(job.walltime or 0) // 60)
         lines = [
@@ -62,7 +76,7 @@ def _head(job: Job) -> Iterator[str]:
             lines.append(f"-P {job.account}")
         if job.queue:
             lines.append(f"-q {job.queue}")
-        yield from (f"#BSUB {line}" for line in [*lines, *extra])
+    return [*lines, *scheduler.directives, *(scheduler.storage_directives if job.stage else ())]
 
 
 def _summary(job: Job) -> Iterator[str]:
@@ -72,8 +86,11 @@ def _summary(job: Job) -> Iterator[str]:
 
 
 def _environment(job: Job) -> Iterator[str]:
+    for module in job.machine.scheduler.modules:
+        yield f"module load {module} || exit 1"
     for name, variable in job.environment.items():
-        yield f"export {name}={shlex.quote(variable.value)}  # {variable.reason}"
+        value = f'"{variable.value}"' if variable.folder else shlex.quote(variable.value)
+        yield f"export {name}={value}  # {variable.reason}"
     if THREADS not in job.environment:
         # Left out, each rank starts a thread for every core of its node; 1 leaves most cores idle.
         ranks = max(slots for _, slots in job.hosts)
@@ -103,6 +120,13 @@ launch_stop() {{
     [[ -z $launch_ranks ]] || kill -USR1 "$launch_ranks" 2>/dev/null
 }}
 trap launch_stop TERM USR1 USR2"""
+
+
+def _folders(job: Job) -> Iterator[str]:
+    names = [name for name, variable in job.environment.items() if variable.folder]
+    if names:
+        paths = " ".join(f'"${name}"' for name in names)
+        yield f"{_on_each_node(job)} mkdir -p -- {paths} || exit 1  # on every node"
 
 
 def _staging(job: Job) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Starts programs as users do: plainly, under horovodrun or under mpirun."""
 
+import ast
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +20,13 @@ HOROVODRUN = (
     "launch.mpi_built = launch.gloo_built = lambda verbose: True\n"
     "launch.run_commandline()",
 )
+
+
+def documented(example):
+    """The commands in the docstring of an example, each as the words that a shell makes of it."""
+    text = ast.get_docstring(ast.parse((ROOT / "examples" / f"{example}.py").read_text()))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("    ")]
 
 
 def run_command(command, limit, environment=None, errors=subprocess.STDOUT):

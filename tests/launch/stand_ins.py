@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 JOB_ID = 4711
-COMMANDS = ("srun", "sbatch", "scontrol", "sbcast", "jsrun", "bsub")
+COMMANDS = ("srun", "sbatch", "scontrol", "sbcast", "jsrun", "bsub", "module")
 
 
 class Strict(argparse.ArgumentParser):
@@ -74,9 +74,18 @@ def sbatch(arguments):
     parser.add_argument("--requeue", action="store_true")
     parser.add_argument("--no-requeue", action="store_true")
     parser.add_argument("--exclusive", action="store_true")
+    parser.add_argument("--network", choices=["disable_rdzv_get"])
     parser.add_argument("-C")
     keep_job(parser, "#SBATCH ")
     print(f"Submitted batch job {JOB_ID}")
+
+
+def module(arguments):
+    """A function of the login shell, on clusters; a job inherits it."""
+    parser = Strict("module")
+    parser.add_argument("what", choices=["load"])
+    parser.add_argument("name", choices=["rccl-net-plugin"])
+    parser.parse_args(arguments)
 
 
 def scontrol(arguments):
@@ -228,4 +237,4 @@ def run_script(script, environment, *, cwd, until=None, warn=None, limit=240):
 
 if __name__ == "__main__":
     {"srun": srun, "sbatch": sbatch, "scontrol": scontrol, "sbcast": sbcast, "jsrun": jsrun,
-     "bsub": bsub}[sys.argv[1]](sys.argv[2:])  # fmt: skip
+     "bsub": bsub, "module": module}[sys.argv[1]](sys.argv[2:])  # fmt: skip

@@ -101,4 +101,6 @@ def test_demo_shares_no_gpu(monkeypatch, gpus, ranks, device, said):
 
 
 def test_all_examples_that_use_a_gpu_are_tried():
-    assert EXAMPLES == ["digits", "images", "synthetic_benchmark"]
+    assert EXAMPLES == [
+        "digits", "digits_amp", "digits_schedule", "images", "synthetic_benchmark"
+    ]  # fmt: skip

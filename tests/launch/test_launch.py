@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from rendering import SUMMIT, arguments, head, launched, script  # noqa: E402
 
 from launch.__main__ import main  # noqa: E402
 from launch.job import Options, plan  # noqa: E402
@@ -24,28 +25,9 @@ from launch.machines import (  # noqa: E402
     Performance,
     load_machine,
     machine_names,
-    parse_walltime,
 )
-from launch.render import PREEMPTED, render  # noqa: E402
+from launch.render import PREEMPTED  # noqa: E402
 from models.preemption import EXIT_CODE  # noqa: E402
-
-SUMMIT = {"nodes": 2, "walltime": "2:00", "account": "ABC123"}
-
-
-def script(machine, *, command=("python", "train.py"), **options):
-    return render(plan(load_machine(machine), Options(command=command, **options)))
-
-
-def launched(text, launcher):
-    """The words of the training's launch, as bash reads them: the last of its kind."""
-    *_, line = (line for line in text.splitlines() if re.match(rf" *(exec )?{launcher} ", line))
-    return shlex.split(line.removesuffix(" &").strip().removeprefix("exec "))
-
-
-def head(text, word):
-    return [line.removeprefix(f"#{word} ") for line in text.splitlines()
-            if line.startswith(f"#{word} ")]  # fmt: skip
-
 
 # -- machine files --------------------------------------------------------------------------------
 
@@ -89,7 +71,7 @@ BROKEN = {
         'storage_directives = ["-alloc_flags nvme"]',
         'storage_directives = "-x"',
     ),
-    "walltime is '2h', must be H:MM": ('"2:00"', '"2h"'),
+    "walltime is '2h', must be minutes, H:MM": ('"2:00"', '"2h"'),
     "scheduler.limits is [9000, 91, 921, 4608], must be ordered": ("nodes = 45", "nodes = 9000"),
     "scheduler.limits[0].nodes is '45', must be of type int": ("nodes = 45", 'nodes = "45"'),
     "node.local_storage is '/mnt/$(id)', must be an absolute path": (
@@ -180,17 +162,6 @@ def test_lsf_rounds_seconds_up():
     assert "-W 1:01" in head(script("summit", **dict(SUMMIT, walltime="1:00:01")), "BSUB")
 
 
-def test_frontier():
-    text = script("frontier", **SUMMIT, stage="/data set", command=("python", "{data}"))
-    words = launched(text, "srun")
-    assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=7",
-            "--gpus-per-node=8", "--gpu-bind=closest"} <= set(words)  # fmt: skip
-    directives = head(text, "SBATCH")
-    assert {"--time=2:00:00", "--account=ABC123", "--signal=B:USR1@300", "--requeue", "-C nvme",
-            "--open-mode=append"} <= set(directives)  # fmt: skip
-    assert "-C nvme" not in head(script("frontier", **SUMMIT), "SBATCH")
-
-
 def test_perlmutter_counts_hardware_threads():
     text = script("perlmutter", **SUMMIT)
     assert "--cpus-per-task=32" in launched(text, "srun")
@@ -212,56 +183,14 @@ def test_no_requeue():
     assert "-Q" not in script("summit", **SUMMIT, requeue=False)
 
 
-def test_hosts(tmp_path):
-    path = tmp_path / "hosts"
-    path.write_text("# two\na slots=2\n\nb slots = 4  # more\n")
-    for options in ({"hosts": "a:2,b:4"}, {"hostfile": str(path)}):
-        words = launched(script("mpirun", **options), "mpirun")
-        assert words[:5] == ["mpirun", "-np", "6", "-H", "a:2,b:4"]
-        assert words[5:9] == ["--map-by", "slot", "--bind-to", "none"]
-    words = launched(script("mpirun", hosts="a,b", ranks_per_node=2, cores_per_node=8), "mpirun")
-    assert words[5:9] == ["--map-by", "ppr:2:node:PE=4", "--bind-to", "core"]
-    words = launched(script("horovodrun", hosts="a:2", controller="gloo"), "horovodrun")
-    assert words == ["horovodrun", "-np", "2", "-H", "a:2", "--gloo", "python", "train.py"]
-
-
-def test_hostfile_may_be_written_as_the_option_is(tmp_path):
-    path = tmp_path / "hosts"
-    path.write_text("a:2\nb slots=4\nc:1 # one\n")
-    words = launched(script("mpirun", hostfile=str(path)), "mpirun")
-    assert words[1:5] == ["-np", "7", "-H", "a:2,b:4,c:1"]
-    path.write_text("a:2\nb\n")
-    words = launched(script("mpirun", hostfile=str(path), ranks_per_node=2), "mpirun")
-    assert words[1:5] == ["-np", "4", "-H", "a:2,b:2"]
-
-
-HOSTFILES = {
-    "a:4 slots=2": "line 1 is 'a:4 slots=2', must be HOST slots=RANKS or HOST:RANKS",
-    "a:4 slots=4": "line 1 is 'a:4 slots=4', must be",
-    "a:4\na:2": "a is named twice",
-    "a slots=4\na:4": "a is named twice",
-    "a slots=4 max_slots=4": "line 1 is 'a slots=4 max_slots=4', must be",
-    "a:": "line 1 is 'a:', must be",
-    "a:0": "the number of ranks on a is 0",
-    "# none": "names no host",
-}
-
-
-@pytest.mark.parametrize("content", HOSTFILES)
-def test_wrong_hostfile_is_named(content, tmp_path, capsys):
-    path = tmp_path / "hosts"
-    path.write_text(content)
-    assert main(["--machine", "mpirun", "--hostfile", str(path), "--", "true"]) == 2
-    assert HOSTFILES[content] in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["summit", "frontier", "perlmutter", "h100_pod"])
 def test_each_export_says_why(name):
     machine = load_machine(name)
     text = script(name, **SUMMIT)
     assert len(machine.environment) >= 3
     for variable, setting in machine.environment.items():
-        assert f"export {variable}={setting.value}  # {setting.reason}\n" in text
+        value = f'"{setting.value}"' if setting.folder else setting.value
+        assert f"export {variable}={value}  # {setting.reason}\n" in text
 
 
 def test_env_option_wins():
@@ -318,21 +247,7 @@ def test_threads_where_cores_are_not_known(name, cores, own, threads, tmp_path):
     assert name != "mpirun" or "-x OMP_NUM_THREADS" in run.stdout
 
 
-def test_walltimes():
-    assert [parse_walltime(text) for text in ("2:00", "0:05:30", "100:00")] == [7200, 330, 360000]
-    for text in ("2", "2h", "1:60", "1:0", "-1:00", "1:00:00:00", "", "1:00 ", "١:00"):
-        assert parse_walltime(text) is None
-
-
 # -- errors ---------------------------------------------------------------------------------------
-
-
-def arguments(**changes):
-    options = {"machine": "summit", "nodes": "2", "walltime": "2:00", "account": "ABC"} | changes
-    return [
-        word for name, value in options.items() if value is not None
-        for word in ([f"--{name.replace('_', '-')}", value] if value else [f"--{name}"])
-    ]  # fmt: skip
 
 
 ERRORS = [
@@ -348,7 +263,7 @@ ERRORS = [
     ({"ranks_per_node": "4"}, ["--ranks-per-node is 4", "divisor of the 42 cores", "1, 2, 3, 6"]),
     ({"gpus_per_node": "8"}, ["--gpus-per-node is 8", "has 6", "copy the machine file"]),
     ({"walltime": None}, ["--walltime is missing", "H:MM"]),
-    ({"walltime": "2h"}, ["--walltime is '2h'", "H:MM or H:MM:SS"]),
+    ({"walltime": "2h"}, ["--walltime is '2h'", "must be minutes, H:MM, H:MM:SS, D-H,"]),
     ({"walltime": "0:05"}, ["--walltime is 0:05", "longer than the 300 s"]),
     ({"walltime": "2:01"}, ["--walltime is 2:01", "at most 2:00 on up to 45 nodes", "--queue"]),
     ({"walltime": "2:01", "nodes": "45"}, ["at most 2:00 on up to 45 nodes"]),
@@ -379,28 +294,6 @@ ERRORS = [
     ({"dry-run": ""}, ["--submit and --dry-run exclude each other"]),
     ({"stage": "/no/such"}, ["--stage is '/no/such'"]),
 ]  # fmt: skip
-HOST_ERRORS = [
-    ({}, ["--hosts HOST:RANKS,... and --hostfile FILE"]),
-    ({"hosts": "a:1", "hostfile": "f"}, ["one of --hosts"]),
-    ({"hosts": "a"}, ["how many ranks on a?", "--ranks-per-node"]),
-    ({"hosts": "a:0"}, ["the number of ranks on a is 0", "at least 1"]),
-    ({"hosts": f"a:{'9' * 20}"}, [f"ranks on a is {'9' * 20}", "at most 1000000"]),
-    ({"hosts": f"a:{'9' * 5000}"}, ["the number of ranks on a is 999", "at most 1000000"]),
-    ({"hosts": "a", "ranks_per_node": "0"}, ["--ranks-per-node is 0", "at least 1"]),
-    ({"hosts": "a", "ranks_per_node": "9" * 20}, ["--ranks-per-node is 9", "at most 1000000"]),
-    ({"hosts": "a:1,a:1"}, ["a is named twice"]),
-    ({"hosts": "a b"}, ["--hosts is 'a b'"]),
-    ({"hosts": "a:2", "ranks_per_node": "3"}, ["--ranks-per-node is 3", "a is given 2"]),
-    ({"hosts": "a:2", "nodes": "2"}, ["--nodes is 2", "the number of hosts, 1"]),
-    ({"hosts": "a:2", "gpus_per_node": "1"}, ["the number of ranks on a is 2", "at most 1"]),
-    ({"hosts": "a:2,b:1", "cores_per_node": "4"}, ["equally many ranks"]),
-    ({"hosts": "a:2", "cores_per_node": "3"}, ["divisor of the 3 cores"]),
-    ({"hosts": "a:2", "walltime": "1:00"}, ["--walltime means nothing", "no scheduler"]),
-    ({"hosts": "a:2", "requeue": ""}, ["--requeue means nothing"]),
-    ({"hosts": "a:2", "no-requeue": ""}, ["--no-requeue means nothing"]),
-    ({"hostfile": "/no/such"}, ["--hostfile: cannot read /no/such"]),
-    ({"hosts": "a:2", "submit": ""}, ["--submit needs a scheduler", "bash FILE"]),
-]
 
 
 @pytest.fixture
@@ -425,15 +318,6 @@ def test_wrong_input_is_named_and_nothing_submitted(changes, parts, queue, capsy
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert all(part in captured.err for part in parts), captured.err
     assert not captured.out and not queue.exists()
-
-
-@pytest.mark.parametrize(("changes", "parts"), HOST_ERRORS, ids=lambda value: str(value)[:60])
-def test_wrong_hosts_are_named(changes, parts, capsys):
-    nothing = {"nodes": None, "walltime": None, "account": None}
-    options = arguments(**(nothing | {"machine": "mpirun"} | changes))
-    assert main([*options, "--", "python", "train.py"]) == 2
-    captured = capsys.readouterr()
-    assert all(part in captured.err for part in parts) and not captured.out, captured.err
 
 
 def test_staged_data_must_exist_when_submitting(queue, capsys):
@@ -516,16 +400,6 @@ def test_output_that_cannot_be_written(capsys):
     assert "--output: cannot write /no/such/job.sh: No such file" in capsys.readouterr().err
 
 
-def test_list_and_note(capsys):
-    assert main(["--machines"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == machine_names()
-    train = ["python", "-m", "models.train"]
-    for extra, noted in ([], True), (["--resume=auto"], False):
-        assert main([*arguments(), "--", *train, *extra]) == 0
-        assert ("--resume auto" in capsys.readouterr().err) == noted
-
-
 def test_errors_can_be_caught():
     with pytest.raises(LaunchError):
         plan(load_machine("summit"), Options(command=()))
@@ -551,7 +425,7 @@ LAUNCHERS = {
 def dump(tmp_path_factory):
     """Runs a script with launchers that write down the words they get; the last call's."""
     folder = tmp_path_factory.mktemp("launchers")
-    for name in ("jsrun", "srun", "mpirun", "horovodrun", "sbcast"):
+    for name in ("jsrun", "srun", "mpirun", "horovodrun", "sbcast", "module"):
         (folder / name).write_text(
             f'#!/bin/bash\nprintf "%s\\0" "$@" > {folder}/words\n'
             f'printf "%s" "$GREETING" > {folder}/greeting\n'

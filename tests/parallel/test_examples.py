@@ -10,6 +10,7 @@ from pathlib import Path
 import horovod.torch as hvd
 import pytest
 import torch
+from launching import documented
 from training import BRIEF, assert_replicas_equal, assert_same_bits, round_gradients, unless_brief
 
 import aadl_hvd
@@ -22,7 +23,19 @@ IMAGES = (
     *("--model", "shufflenet_v2_x0_5", "--size", "32", "--random-images", "64"),
     *("--batch-size", "8", "--epochs", "2", "--warmup-epochs", "1"),
 )
+
+
+def as_written(example, command=0):
+    """An example and its arguments, as one of the commands in its docstring has them."""
+    words = documented(example)[command]
+    program = words.index(f"examples/{example}.py")
+    return example, *words[program + 1 :]
+
+
 RUNS = {
+    "amp": as_written("digits_amp"),
+    "schedule, cosine": as_written("digits_schedule"),
+    "schedule, plateau": as_written("digits_schedule", 1),
     "benchmark": (
         *("synthetic_benchmark", "--model", "shufflenet_v2_x0_5", "--size", "32"),
         *("--batch-size", "4", "--warmup-batches", "2", "--batches", "2", "--iterations", "2"),
@@ -92,6 +105,32 @@ def test_same_weights_with_acceleration_off(run, name, config):
     assert opt.anderson.stats.steps > 0
     assert (opt.anderson.stats.rejected["noise"] > 0) == (config is SHUT)
     assert_replicas_equal(model)
+
+
+def test_amp_clips_the_mean_of_gradients_that_are_no_longer_scaled(run, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, limit):
+        norms.append(float(clip(parameters, limit)))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    run("digits_amp", "--epochs", "1", wrap=DistributedAndersonOptimizer)
+    assert len(norms) >= 4 and max(norms) < 100.0, "65536 times as large"
+    assert hvd.allgather_object(norms) == [norms] * hvd.size(), "a rank's own gradient"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_schedules_set_the_same_rate_on_all_ranks(run, schedule):
+    arguments = ("--schedule", schedule, "--epochs", "4", "--lr", "0.2")
+    _, found, _ = run("digits_schedule", *arguments, wrap=DistributedAndersonOptimizer)
+    assert hvd.allgather_object(found) == [found] * hvd.size()
+    rate, best = 0.2 * hvd.size(), float("inf")
+    if schedule == "cosine":
+        assert found[0][1] == pytest.approx(rate) and found[-1][1] < 1e-6 * rate
+        return
+    for loss, after in found:
+        rate, best = (rate, loss) if loss < 0.8 * best else (rate / 2, best)
+        assert after == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
