@@ -212,11 +212,11 @@ def _why_unread(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
         return (
-            f"it holds a {found[1]}, and only tensors and plain values are read. If you trust it: "
-            "aadl_hvd.checkpoint.save(path, torch.load(path, weights_only=False)) makes a copy "
-            "without it or names its place"
+            f"it holds {found[1]}, and only tensors and plain values are read. If you trust the "
+            "file: state = torch.load(path, weights_only=False), which runs its code, and "
+            "aadl_hvd.checkpoint.save(path, state)"
         )
-    if found := re.search(r"WeightsUnpickler error: *(.+)", text):
+    if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
         text = found[1]
     return text.partition("\n")[0] or type(error).__name__
 

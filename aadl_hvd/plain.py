@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from aadl_hvd.errors import CheckpointError
 
@@ -244,15 +245,13 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
 
 def _without_subclass(value: Tensor, name: str) -> Tensor:
     """The tensor itself, without what a derived class makes of it."""
-    if type(value).__torch_dispatch__ is Tensor.__torch_dispatch__:  # else others hold the numbers
-        try:
-            with torch._C.DisableTorchFunctionSubclass():
-                found = value.detach().as_subclass(Tensor)
-                return found.requires_grad_(value.requires_grad)
-        except (RuntimeError, TypeError, ValueError):  # as one that has no numbers yet
-            pass
-    local = hasattr(value, "to_local")
-    return _refuse(value, name, "x.full_tensor() or x.to_local()" if local else "a plain tensor")
+    if is_lazy(value) or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        # It has no numbers yet, or they are in other tensors.
+        local = hasattr(value, "to_local")
+        _refuse(value, name, "x.full_tensor() or x.to_local()" if local else "a plain tensor")
+    with torch._C.DisableTorchFunctionSubclass():
+        found = value.detach().as_subclass(Tensor)
+        return found.requires_grad_(value.requires_grad)
 
 
 def _memory(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -381,6 +381,34 @@ def a_bad_part_on_one_rank_is_a_missing_one():
         assert torch.equal(first.trainer.model.weight, run.trainer.model.weight)
 
 
+def what_cannot_be_read_back_ends_all_ranks():
+    """With the checkpoint before in place: of no use would be those that follow, too."""
+    with temporary_folder() as folder:
+        run = Training()
+        run.saved(folder)
+        before = (folder / LAST).read_bytes()
+        whole = run.trainer.optimizer.sharded_state_dict
+        for at in (0, 1):  # rank 0's state, then rank 1's part
+            run.steps(1)
+            run.loader.batch += 1
+            state = _state(IDENTITY, 1, 0.5, 0, run.trainer, run.loader)
+            if hvd.rank() == 0 == at:
+                state["arguments"] = SimpleNamespace()
+            elif hvd.rank() == 1 == at:
+                run.trainer.optimizer.sharded_state_dict = lambda: whole() | {"by": SimpleNamespace}
+            try:
+                _save(folder / LAST, state, run.trainer, print)
+            except UserError as error:
+                said = hvd.allgather_object(str(error))
+                assert said[0] == said[1] and "\n" not in said[0], said
+                assert ("state['arguments']", "state['by'], of type type")[at] in said[0], said
+                assert ("no checkpoint can be written", "rank 1: no checkpoint")[at] in said[0]
+            else:
+                raise AssertionError("went on")
+            assert (folder / LAST).read_bytes() == before
+        assert not Training().resumed(folder)
+
+
 def resuming_automatically_without_a_checkpoint_begins():
     with temporary_folder() as folder:
         run = Training()
@@ -404,6 +432,7 @@ CASES = [
     infinite_gradient_is_skipped_on_all_ranks,
     damaged_checkpoints_end_all_ranks,
     a_bad_part_on_one_rank_is_a_missing_one,
+    what_cannot_be_read_back_ends_all_ranks,
     resuming_automatically_without_a_checkpoint_begins,
 ]
 
