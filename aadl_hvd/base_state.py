@@ -164,8 +164,6 @@ def _check_value(value: Any, shape: torch.Size | None, name: str) -> None:
             ok = ok and value.is_floating_point() and (single or value.shape == shape)
             wanted += f", floating, of shape {[*shape]}"
         ok = ok and not value.isnan().any()
-    elif isinstance(value, np.ndarray):  # of a class that is not torch's
-        ok, wanted = shape is None and not (value != value).any(), "a tensor, or without NaN"
     else:
         ok, wanted = shape is None and value == value, "a tensor, or a number"
     if not ok:

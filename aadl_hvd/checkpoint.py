@@ -547,7 +547,8 @@ def _products(columns: dict[str, Any], held: list[int], fresh: list[int]) -> Ten
 
 def claim_of(part: History) -> int:
     """A number in [1, 2^36) that parts of one moment have in common, and others do not."""
-    digest = hashlib.sha256(repr(_ordered(part["replicated"])).encode()).digest()
+    same = plain(part["replicated"], "part")  # NumPy's numbers read otherwise than Python's
+    digest = hashlib.sha256(repr(_ordered(same)).encode()).digest()
     return 1 + int.from_bytes(digest[:8], "big") % (2**36 - 1)
 
 

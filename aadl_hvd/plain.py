@@ -77,11 +77,7 @@ class _Walk:
 
     def convert(self, value: Any, name: str) -> Any:
         kind = type(value)
-        if kind in _SCALARS:
-            return value
-        if kind is int:
-            if value.bit_length() > _LONGEST_INT:
-                _refuse(value, name, "hex(x)", "it is longer than torch can read")
+        if kind in _SCALARS or (kind is int and value.bit_length() <= _LONGEST_INT):
             return value
         if id(value) in self._done:
             result = self._done[id(value)][1]
@@ -114,7 +110,7 @@ class _Walk:
             _refuse(value, name, "its plain value, and its attributes beside it,")
         for base, equal in _BASES.items():
             if isinstance(value, base):
-                return self._scalar(value, equal(value), name)
+                return _scalar(value, equal(value), name)
         if isinstance(value, dict):
             return self._dict(value, name)
         if isinstance(value, list | tuple):
@@ -128,15 +124,6 @@ class _Walk:
                 _refuse(value, name, "a list", "some elements are the same plain value")
             return elements
         return _refuse(value, name)
-
-    def _scalar(self, value: Any, equal: Any, name: str) -> Any:
-        if not (equal == value or equal != equal):  # NaN
-            _refuse(value, name)
-        if isinstance(equal, complex) and not _is_read(1j):
-            _refuse(value, name, "[x.real, x.imag]", "this version of torch cannot read it")
-        if isinstance(equal, int):
-            return self.convert(equal, name)
-        return _EMPTY if type(equal) is bytes and not equal else equal
 
     def _dict(self, value: dict[Any, Any], name: str) -> Any:
         kind: Any = type(value) if type(value) in _DICTS else dict
@@ -190,6 +177,17 @@ class _EmptyBytes:
 
 
 _EMPTY = _EmptyBytes()
+
+
+def _scalar(value: Any, equal: Any, name: str) -> Any:
+    """What an instance of a derived class, or of bytes, is written as."""
+    if not (equal == value or equal != equal):  # NaN
+        _refuse(value, name)
+    if isinstance(equal, complex) and not _is_read(1j):
+        _refuse(value, name, "[x.real, x.imag]", "this version of torch cannot read it")
+    if isinstance(equal, int) and equal.bit_length() > _LONGEST_INT:
+        _refuse(value, name, "hex(x)", "it is longer than torch can read")
+    return _EMPTY if type(equal) is bytes and not equal else equal
 
 
 @functools.cache

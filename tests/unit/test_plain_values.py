@@ -192,6 +192,7 @@ REFUSED = {  # what, its place below state['x'], and what to save instead
     "array of long doubles": (np.array([LONG_DOUBLE]), "", "x.tolist()"),
     "masked array": (np.ma.masked_array([1, 2], [0, 1]), "", "numpy.asarray(x)"),
     "number too long": (LONGEST + 1, "", "hex(x)"),
+    "derived number too long": (type("Long", (int,), {})(LONGEST + 1), "", "hex(x)"),
     "tensor without numbers": (torch.ones(2, device="meta"), "", "with numbers"),
     "parameter without numbers": (torch.nn.UninitializedParameter(), "", "plain tensor"),
     "freed tensor": (FREED, "", "freed"),
@@ -564,3 +565,23 @@ def test_what_a_step_on_trial_would_restore_travels_between_ranks(entry, monkeyp
         return
     undo = found[0]["anderson"]["history"]["undo"]["residual"]["undo"]
     assert_equal(undo["entries"][0]["entry"], entry)
+
+
+def test_settings_of_numpys_name_the_same_moment(tmp_path):
+    """A part from a file, and another rank's from memory, are of one moment."""
+
+    def part(averages, depth):
+        p = torch.nn.Parameter(torch.arange(1.0, 9.0))
+        config = AndersonConfig(frequency=3, averages=averages, history_depth=depth)
+        opt = AndersonOptimizer(torch.optim.SGD([p], lr=np.float64(0.01)), anderson=config)
+        for _ in range(9):
+            opt.zero_grad()
+            loss = (p * torch.arange(8.0)).square().sum()
+            loss.backward()
+            opt.observe(np.float32(loss.item()))
+            opt.step()
+        return opt.sharded_state_dict()["anderson"]["history"]
+
+    found = part((np.float64(0.9),), np.int64(5))
+    claims = [found, read_back({"x": found}, tmp_path)["x"], part((0.9,), 5)]
+    assert len({*map(checkpoint.claim_of, claims)}) == 1
