@@ -45,7 +45,7 @@ _BASES: dict[type, Callable[[Any], Any]] = {
 }
 _DICTS = collections.OrderedDict, collections.Counter  # torch reads these and dict
 _NUMBERS = "biufc"  # kinds of NumPy's dtypes: bool, int, unsigned, float, complex
-_NAMES_OF_TORCH = torch.dtype, torch.device, torch.layout, torch.qscheme
+_NAMES_OF_TORCH = torch.dtype, torch.device, torch.layout
 _LAYOUTS = {
     *(torch.strided, torch.sparse_coo),
     *(torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),

@@ -119,7 +119,7 @@ def assert_equal(found, given):
 
 KEPT = dict, collections.OrderedDict, collections.Counter
 PLAIN = {type(None), bool, int, float, complex, str, bytes, bytearray, tuple}
-PLAIN |= {torch.dtype, torch.device, torch.layout, torch.qscheme, torch.Size}
+PLAIN |= {torch.dtype, torch.device, torch.layout, torch.Size}
 
 TAKEN = {
     "numbers": [True, 7, -1, LONGEST, -LONGEST, 0.5, -0.0, math.nan, math.inf, 1j, None],
@@ -397,7 +397,7 @@ def test_any_state_is_read_back_or_refused_by_name(folder, state):
         found = re.match(r"Invalid (a key of )?(state\[.*\]), of type ([\w.]+): ", str(error))
         assert found is not None, error
         if not found[1]:
-            names = {"state": state, "Kind": Kind, "Name": Name, "np": np}
+            names = {"state": state, "Kind": Kind, "Name": Name, "np": np, "inf": math.inf}
             entry = eval(
                 re.sub(r"<[^>]*: ([^>]*)>", r"\1", found[2]), names, {"device": torch.device}
             )
