@@ -93,8 +93,8 @@ def assert_equal(found, given):
         assert found.numpy().dtype == given.dtype.newbyteorder("=")
         np.testing.assert_array_equal(found.numpy(), given, strict=given.dtype.isnative)
     elif isinstance(given, dict):
-        kind = type(given) if type(given) is not collections.defaultdict else dict
-        assert type(found) is (kind if kind in KEPT else dict) and len(found) == len(given)
+        assert type(found) is (type(given) if type(given) in KEPT else dict)
+        assert len(found) == len(given)
         for (key, item), (given_key, given_item) in zip(found.items(), given.items(), strict=True):
             assert_equal(key, given_key)
             assert_equal(item, given_item)
