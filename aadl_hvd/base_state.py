@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,8 @@ def check_base(state_dict: Mapping[str, Any]) -> None:
         entries({"params": listed(anything)})(group, f"state_dict['param_groups'][{i}]")
     keys = [key for group in groups for key in group["params"]]
     named = all(type(key) is str for key in keys) and len({*keys}) == len(keys)
-    if not named and not (all(type(k) is int for k in keys) and keys == [*range(len(keys))]):
+    counted = all(type(k) is int or isinstance(k, np.integer) for k in keys)
+    if not named and not (counted and keys == [*range(len(keys))]):
         refuse(keys, "params in state_dict['param_groups']", "the parameters' places in order")
 
 
@@ -173,20 +175,30 @@ def _with_groups(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[st
 
 
 def _check_setting(found: Any, here: Any, name: str, place: str) -> None:
-    """A number must stand where there is a number; flags and texts may be others."""
+    """A number must stand where there is a number; flags and texts may be others.
+
+    NumPy's numbers count, and tensors of one number where torch can take a step with them.
+    """
+    found, here = (x.item() if isinstance(x, np.generic) else x for x in (found, here))
     if isinstance(here, list | tuple):
         listed(anything, len(here))(found, place)
         for i, (item, own) in enumerate(zip(found, here, strict=True)):
             _check_setting(item, own, name, f"{place}[{i}]")
     elif here is None or isinstance(here, bool | str):
         instance(type(None), bool, int, float, str)(found, place)
-    elif isinstance(here, int | float | Tensor):
-        single = isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point()
-        if single and (name == "lr" or isinstance(here, Tensor)):
-            found = float(found)
-        if isinstance(here, Tensor):
-            here = float(here)
+    elif isinstance(here, int | float) or _is_single(here):
+        scalar = isinstance(found, Tensor) and found.dim() == 0
+        if _is_single(found) and (scalar or name == "lr" or isinstance(here, Tensor)):
+            found = found.item()
+        if not isinstance(here, int | float):
+            here = here.item()
         low = 0.0 if name in _NOT_NEGATIVE and here >= 0.0 else -_LARGEST_SETTING
         high = 1.0 if name in _BELOW_ONE else _LARGEST_SETTING
         if isinstance(found, bool) or found != here:
             number(low, high)(found, place)
+
+
+def _is_single(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, np.ndarray) and value.ndim == 0

@@ -15,8 +15,8 @@ The whole history is the part of a rank alone: all rows of all columns. Slots of
 appear nowhere, so that a part fits any depth, layout and number of ranks whose rows and columns it
 covers (`examined`), and parts of any sharding make the whole (`merge_shards`).
 
-Files are written whole or not at all and hold tensors and plain types alone: reading one runs none
-of its code.
+Files are written whole or not at all and hold tensors and plain types alone (`aadl_hvd.plain`):
+reading one runs none of its code.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ from aadl_hvd.diagnostics import Stats
 from aadl_hvd.errors import AndersonError, CheckpointError
 from aadl_hvd.history import chunks
 from aadl_hvd.noise import NoiseMeter
+from aadl_hvd.plain import plain
 from aadl_hvd.safeguard import Backoff, LossWatch
 from aadl_hvd.schema import (
     anything,
@@ -129,19 +131,40 @@ _OWN = entries({"noise": NoiseMeter.PART, "losses": LossWatch.PART})
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Writes a checkpoint so that `path` holds the old one or the new one, whole.
 
+    What is saved can be loaded: what has a plain equal is written as that, the rest is refused.
+
+    - As they are: None, bool, int up to 2039 bits, float, complex, str, bytes; dict, OrderedDict,
+      Counter, list, tuple, set of these; tensors, sparse and quantized ones too, and parameters,
+      with their attributes; torch.Size, dtypes, devices.
+    - NumPy's numbers become Python's, NumPy's arrays tensors of the same dtype. NumPy's random
+      states can be set again with what `load` returns.
+    - Paths become str. Other classes derived from the above, such as IntEnum, defaultdict,
+      namedtuple or a class of tensors, become what they are derived from; frozenset becomes set.
+    - Keys of dicts are numbers, texts, bytes, None, dtypes, devices, and tuples of these.
+    - Refused: other objects, such as namespaces, dates, plain enums, functions; tensors without
+      numbers of their own (DTensor, meta device); what contains itself or is 64 levels deep.
+
     Args:
         path: file to write; its folder must exist. Other ranks, other paths.
-        state: tensors, plain Python values, and dicts, lists and tuples of them. `torch.load`
-            reads it, too.
+        state: as above; it is not changed, and tensors are not copied. `torch.load` reads the
+            file, too.
 
     Raises:
-        OSError: the disk is full, the folder is missing; what was at `path` is still there.
+        CheckpointError: an entry is refused: says where it is, its type, and what to save instead.
+        OSError: the disk is full, the folder is missing.
+        In either case what was at `path` is still there.
     """
     path = Path(path)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"Invalid state, of type {type(state).__name__}. Must be a dict.")
+    content = plain(dict(state), "state")
+    mark = content.setdefault(_MARK, _FILE_FORMAT)  # torch.load leaves it in what it reads
+    if type(mark) is not int or mark != _FILE_FORMAT:
+        raise CheckpointError(f"Invalid state[{_MARK!r}]. Must be absent: the name is taken.")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save({_MARK: _FILE_FORMAT, **state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -177,12 +200,25 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
     except Exception as error:  # the unpickler trips over garbage in many ways
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"cannot read checkpoint {path}: {why}") from error
+        raise CheckpointError(f"cannot read checkpoint {path}: {_why_unread(error)}") from error
     if not isinstance(state, dict) or _MARK not in state:
         raise CheckpointError(f"{path} was not written by aadl_hvd.checkpoint.save")
     _check_format(f"format of {path}", state.pop(_MARK), _FILE_FORMAT)
     return state
+
+
+def _why_unread(error: Exception) -> str:
+    """In one line; torch explains at length what else could be done."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"it holds {found[1]}, and only tensors and plain values are read. If you trust the "
+            "file: state = torch.load(path, weights_only=False), which runs its code, and "
+            "aadl_hvd.checkpoint.save(path, state)"
+        )
+    if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
+        text = found[1]
+    return text.partition("\n")[0] or type(error).__name__
 
 
 # Between shardings
@@ -511,15 +547,16 @@ def _products(columns: dict[str, Any], held: list[int], fresh: list[int]) -> Ten
 
 def claim_of(part: History) -> int:
     """A number in [1, 2^36) that parts of one moment have in common, and others do not."""
-    digest = hashlib.sha256(repr(_plain(part["replicated"])).encode()).digest()
+    same = plain(part["replicated"], "part")  # NumPy's numbers read otherwise than Python's
+    digest = hashlib.sha256(repr(_ordered(same)).encode()).digest()
     return 1 + int.from_bytes(digest[:8], "big") % (2**36 - 1)
 
 
-def _plain(value: Any) -> Any:
+def _ordered(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return [(key, _plain(value[key])) for key in sorted(value)]
+        return [(key, _ordered(value[key])) for key in sorted(value)]
     if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
+        return [_ordered(x) for x in value]
     return value.tolist() if isinstance(value, Tensor) else value
 
 
@@ -741,9 +778,9 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def bytes_of(value: Any) -> Tensor:
-    """Nested containers of tensors and plain types as [k] uint8."""
+    """Nested containers of what `save` takes, as [k] uint8."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(plain(value, "part"), buffer)
     return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
 
 
@@ -757,9 +794,9 @@ def take_apart(value: Any) -> tuple[Any, list[Tensor]]:
     large: list[Tensor] = []
 
     def without(value: Any) -> Any:
-        if isinstance(value, dict):
+        if type(value) is dict:
             return {key: without(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
+        if type(value) in (list, tuple):  # others, such as namedtuple, are made in other ways
             return type(value)(map(without, value))
         if isinstance(value, Tensor) and value.numel() * value.element_size() >= _LARGE:
             large.append(value.contiguous())
@@ -772,13 +809,13 @@ def take_apart(value: Any) -> tuple[Any, list[Tensor]]:
 
 def put_together(value: Any, received: Sequence[Tensor | None]) -> Any:
     """What `take_apart` was given, of the bytes [k] uint8 of its large tensors."""
-    if isinstance(value, dict) and _ELSEWHERE in value:
+    if type(value) is dict and _ELSEWHERE in value:
         data = received[value[_ELSEWHERE]]
         assert data is not None
         return data.view(getattr(torch, value["dtype"])).reshape(value["shape"])
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: put_together(entry, received) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(put_together(entry, received) for entry in value)
     return value
 
@@ -875,7 +912,7 @@ def _in_host_memory(value: Any) -> Any:
     """What torch.load may have put on a GPU; what is in host memory is not copied."""
     if isinstance(value, dict):
         return {key: _in_host_memory(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(map(_in_host_memory, value))
     return value.cpu() if isinstance(value, Tensor) else value
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from aadl_hvd import checkpoint
 from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.errors import CheckpointError
 from aadl_hvd.optimizer import connect, meet
 from aadl_hvd.safeguard import Restart
 
@@ -125,7 +126,15 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
             return
         hosts = comm.allgather_object(os.environ.get("HOROVOD_HOSTNAME", socket.gethostname()))
         to = _elsewhere(hosts, comm.rank)
-        arrived = comm.exchange({} if to is None else {to: checkpoint.bytes_of(_part(self.value))})
+        sent = {}
+        if to is not None:
+            try:
+                sent[to] = checkpoint.bytes_of(_part(self.value))
+            except CheckpointError as error:  # the others are in step with this rank: it must go on
+                _log.warning(
+                    "elastic: the part of rank %d is not handed over: %s", comm.rank, error
+                )
+        arrived = comm.exchange(sent)
         self._handed = [checkpoint.from_bytes(data) for data in arrived.values()]
 
 

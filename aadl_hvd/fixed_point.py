@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -519,6 +520,8 @@ def _rectification(beta: float, steps: float | Tensor) -> Tensor:
 def _long_run_rate(group: dict[str, Any]) -> float:
     """The length of all steps together that a gradient of 1, once, leads to."""
     momentum = group.get("momentum", 0.0)
+    if isinstance(momentum, np.number) or (isinstance(momentum, Tensor) and momentum.numel() == 1):
+        momentum = float(momentum)
     if not isinstance(momentum, int | float) or not 0.0 < momentum < 1.0:
         return _learning_rate(group)
     return _learning_rate(group) * (1.0 - float(group.get("dampening", 0.0))) / (1.0 - momentum)

@@ -52,8 +52,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Args:
         path: File to write; its folder must exist.
         state: Tensors and plain Python values, which `load` can read back.
+
+    Raises:
+        UserError: Something in `state` could not be read back; names it.
+        OSError: It cannot be written.
     """
-    checkpoint.save(path, {"format": FORMAT, **state})
+    _write(path, {"format": FORMAT, **state})
 
 
 def part_of(path: Path, step: int, rank: int) -> Path:
@@ -62,8 +66,8 @@ def part_of(path: Path, step: int, rank: int) -> Path:
 
 
 def save_part(path: Path, part: dict[str, Any]) -> None:
-    """Writes what `sharded_state_dict` returned, and of which checkpoint it is."""
-    checkpoint.save(path, part)
+    """Writes what `sharded_state_dict` returned, and of which checkpoint it is; as `save`."""
+    _write(path, part)
 
 
 def load_part(path: Path) -> dict[str, Any]:
@@ -120,6 +124,15 @@ def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
     if different:
         raise UserError(f"{path} is from another run: " + "; ".join(different))
     return state
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    try:
+        checkpoint.save(path, state)
+    except CheckpointError as error:
+        raise UserError(
+            f"no checkpoint can be written to {path}, what was there still is: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -76,7 +76,8 @@ def run(settings: Settings) -> bool:
         Whether the training came to its end; if not, a signal stopped it and there is a checkpoint.
 
     Raises:
-        UserError: On all ranks, for wrong input and for a training that diverged.
+        UserError: On all ranks, for wrong input, for a training that diverged, and for a checkpoint
+            that could not be read back.
     """
     started = time.perf_counter()
     stop_request = StopRequest()
@@ -194,7 +195,7 @@ def run(settings: Settings) -> bool:
             if saving:
                 state = _state(identity, epoch, best, moved, trainer, train_loader)
                 kept = _save(folder / LAST, state, trainer, progress.say)
-                if chief and improved:
+                if chief and improved:  # what _save has taken is not refused here
                     _keep(folder / BEST, state | {"history": False}, progress.say)
     finally:
         progress.close()
@@ -403,8 +404,12 @@ def _save(path: Path, state: dict[str, Any], trainer: Trainer, say: Callable[[st
 
     The parts come first and carry the step in their names: the checkpoint there is, new or old,
     always finds its own. By a mark it knows them from another run's after as many steps.
+
+    Raises:
+        UserError: On all ranks, if any has something that could not be read back. A full disk may
+            have room again; this would be so at each checkpoint, and the training would be lost.
     """
-    own, problem, mark = None, None, ""
+    own, problem, refused, mark = None, None, None, ""
     if hasattr(trainer.optimizer, "anderson"):
         mark = on_rank0(lambda: uuid.uuid4().hex)
         own = checkpoint.part_of(path, trainer.step, hvd.rank())
@@ -412,6 +417,9 @@ def _save(path: Path, state: dict[str, Any], trainer: Trainer, say: Callable[[st
             checkpoint.save_part(own, {"of": mark, **trainer.optimizer.sharded_state_dict()})
         except OSError as error:
             problem = f"rank {hvd.rank()}: {error}"
+        except UserError as error:
+            refused = str(error)
+    fail_together(refused)
     problems = [text for text in gather(problem) if text is not None]
     if problems:
         say(f"warning: this checkpoint is without the history: {problems[0]}")

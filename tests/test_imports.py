@@ -23,6 +23,7 @@ LAYERS = [
         "kernels",
         "solve",
         "memory",
+        "plain",
         "schema",
         "base_state",
     },
@@ -47,6 +48,7 @@ LAYERS = [
 BESIDE = {
     "config": {"errors"},
     "sharding": {"errors"},
+    "plain": {"errors"},
     "schema": {"errors"},
     "base_state": {"errors", "schema"},
     "comm.base": {"errors"},

@@ -381,6 +381,33 @@ def a_bad_part_on_one_rank_is_a_missing_one():
         assert torch.equal(first.trainer.model.weight, run.trainer.model.weight)
 
 
+def what_cannot_be_read_back_ends_all_ranks():
+    """With the checkpoint before in place: of no use would be those that follow, too."""
+    with temporary_folder() as folder:
+        Training().saved(folder)
+        before = (folder / LAST).read_bytes()
+        for at in (0, 1):  # in rank 0's state, then in rank 1's part
+            run = Training()
+            run.steps(1)  # parts have the step in their names
+            if hvd.rank() == at == 0:
+                run.trainer.scaler.state_dict = lambda: {"scale": SimpleNamespace()}
+            elif hvd.rank() == at == 1:
+                run.trainer.optimizer.sharded_state_dict = lambda: {"part": SimpleNamespace()}
+            try:
+                run.saved(folder)
+            except UserError as error:
+                said = hvd.allgather_object(str(error))
+                assert said[0] == said[1] and "\n" not in said[0], said
+                assert ("state['scaler']['scale'], of type", "state['part'], of type")[at] in said[
+                    0
+                ]
+                assert said[0].startswith(("no checkpoint can be", "rank 1: no checkpoint")[at])
+            else:
+                raise AssertionError("went on")
+            assert (folder / LAST).read_bytes() == before
+        assert not Training().resumed(folder)
+
+
 def resuming_automatically_without_a_checkpoint_begins():
     with temporary_folder() as folder:
         run = Training()
@@ -404,6 +431,7 @@ CASES = [
     infinite_gradient_is_skipped_on_all_ranks,
     damaged_checkpoints_end_all_ranks,
     a_bad_part_on_one_rank_is_a_missing_one,
+    what_cannot_be_read_back_ends_all_ranks,
     resuming_automatically_without_a_checkpoint_begins,
 ]
 

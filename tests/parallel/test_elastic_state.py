@@ -1,9 +1,11 @@
 """The elastic state on ranks that stay; tests/elastic lets them come and go."""
 
 import copy
+import datetime
 import logging
 
 import horovod.torch as hvd
+import numpy as np
 import pytest
 import torch
 from horovod.common.exceptions import HostsUpdatedInterrupt
@@ -210,6 +212,28 @@ def test_parts_are_handed_to_other_hosts():
     assert chosen("aaabbcc") == [3, 4, 5, 5, 6, 0, 1]
     assert chosen("aa") == [None, None]
     assert chosen("a") == [None]
+
+
+@needs_two_ranks
+def test_a_part_that_cannot_be_handed_over_holds_nobody_up(monkeypatch, caplog):
+    """The others are in the same collective; and numbers of NumPy's are handed over."""
+    state = make_state(SETTINGS["default"])
+    state.sync()
+    train(state.model, state.optimizer, DATA[:8])
+    monkeypatch.setenv("HOROVOD_HOSTNAME", f"host{hvd.rank()}")
+    handler, whole = state._handlers["optimizer"], aadl_hvd.elastic._part
+
+    def part(optimizer):
+        entry = datetime.date(2026, 1, 1) if hvd.rank() == 1 else np.float64(0.5)
+        return whole(optimizer) | {"entry": entry}
+
+    monkeypatch.setattr(aadl_hvd.elastic, "_part", part)
+    with caplog.at_level(logging.WARNING, "aadl_hvd"):
+        handler.hand_over()
+    found = [(part["entry"], part["sharding"]["rank"]) for part in handler._handed]
+    before = (hvd.rank() - 1) % hvd.size()
+    assert found == ([] if before == 1 else [(0.5, before)])
+    assert ("part['entry'], of type datetime.date" in caplog.text) == (hvd.rank() == 1)
 
 
 def test_horovods_own_state_does_the_same(monkeypatch):
