@@ -17,6 +17,7 @@ LAYERS = [
     {
         "config",
         "errors",
+        "job",
         "sharding",
         "comm.base",
         "flatten",
@@ -46,6 +47,7 @@ LAYERS = [
 # Within a layer, by the module that imports.
 BESIDE = {
     "config": {"errors"},
+    "job": {"errors"},
     "sharding": {"errors"},
     "schema": {"errors"},
     "base_state": {"errors", "schema"},
