@@ -14,20 +14,21 @@ _HOROVODS = tuple(f"horovod.{of}" for of in ("torch", "tensorflow", "mxnet"))
 
 
 def processes() -> tuple[str, int]:
-    """How many processes this one's job has, by the library that knows of most; nothing is loaded.
+    """How many processes this one's job has, and which library says so. Loads none of them.
 
     Returns:
-        "Horovod", "torch.distributed" or "MPI", and their number; 1 where none is initialised.
+        "Horovod", "torch.distributed" or "MPI", and their number; 1 where none is initialised. The
+        first of these that knows of most.
     """
-    found = [("Horovod", _horovod_size()), ("torch.distributed", _torch_size())]
-    return max([*found, ("MPI", _mpi_size())], key=lambda pair: pair[1])
+    known = {"Horovod": _horovod_size(), "torch.distributed": _torch_size(), "MPI": _mpi_size()}
+    return max(known.items(), key=lambda pair: pair[1])
 
 
 def check_alone() -> None:
     """Refuses acceleration in one process that may be training a replica.
 
-    Nothing that acceleration decides, from losses, noise or rounding of this process alone, would
-    reach the others.
+    What acceleration decides there from the losses, the noise and the rounding of one process does
+    not reach the others.
 
     Raises:
         UnsupportedError: the job has more processes. All of them see the same job.
@@ -35,22 +36,18 @@ def check_alone() -> None:
     library, count = processes()
     if count == 1:
         return
-    instead = (
-        "Use DistributedAndersonOptimizer(optimizer, "
-        "named_parameters=model.named_parameters()), which takes the arguments of "
-        "hvd.DistributedOptimizer"
-    )
-    if library != "Horovod":
+    use = "DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())"
+    if library == "Horovod":
+        instead = f"Use {use}, which takes the arguments of hvd.DistributedOptimizer"
+    else:
         instead = (
-            f"There is no distributed optimizer for {library} yet: start the program with "
-            "horovodrun, call hvd.init(), and use DistributedAndersonOptimizer(optimizer, "
-            "named_parameters=model.named_parameters()) without DistributedDataParallel"
+            f"There is no distributed optimizer for {library} yet. Start the program with "
+            f"horovodrun, call hvd.init(), and use {use} without DistributedDataParallel"
         )
     raise UnsupportedError(
         f"Invalid AndersonOptimizer in one of {count} processes of {library}: each process would "
-        "accelerate by itself, and replicas of one model would drift apart. "
-        f"{instead}. If every process trains a model of its own: "
-        "AndersonOptimizer(..., independent=True)."
+        f"accelerate by itself, and replicas of one model would drift apart. {instead}. If every "
+        "process trains a model of its own: AndersonOptimizer(..., independent=True)."
     )
 
 

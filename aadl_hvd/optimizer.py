@@ -191,6 +191,8 @@ def DistributedAndersonOptimizer(
         "named_parameters": _by_place(named_parameters, optimizer),
     }
     _compare_ranks(comm, optimizer, config, arguments)
+    # Raises, before Horovod has hooks in place.
+    _accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual))
     group = shard_group(comm, process_set, config.shard_group)
     if all(comm.allgather_object(_only_initialised(optimizer))):
         _start_anew(optimizer)
@@ -1004,7 +1006,6 @@ def _accept(
             "Invalid optimizer LBFGS. It decides from the loss of one rank how often it calls the "
             "closure; ranks would wait for each other for ever. AndersonOptimizer takes it."
         )
-    OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
     return config
 
 
