@@ -16,6 +16,7 @@ from aadl_hvd.errors import (
     CommunicationError,
     ConfigError,
     HistoryMemoryError,
+    HorovodMissingError,
     ReplicaMismatchError,
     UnsupportedError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DistributedAndersonOptimizer",
     "HistoryMemoryError",
+    "HorovodMissingError",
     "NeumannOptimizer",
     "ReplicaMismatchError",
     "UnsupportedError",

@@ -46,8 +46,8 @@ from aadl_hvd.errors import (
     UnsupportedError,
 )
 from aadl_hvd.flatten import numbers_of
-from aadl_hvd.gram import Gram
-from aadl_hvd.history import History, chunked_dot
+from aadl_hvd.gram import Gram, matrix_bytes
+from aadl_hvd.history import History, chunked_dot, working_bytes
 from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
 from aadl_hvd.safeguard import Backoff, LossWatch, Rejection, Restart, Trial
 from aadl_hvd.sharding import Sharding
@@ -158,7 +158,7 @@ class Accelerator:
         self, config: AndersonConfig, comm: Communicator, group: ShardGroup | None = None
     ) -> None:
         self.config = config
-        self.stats = Stats()
+        self.stats = Stats(enabled=config.enabled)
         self._stepping = False
         self._average: MovingAverage | None = None
         self._averages: WeightAverages
@@ -214,7 +214,8 @@ class Accelerator:
             calls = self._wish["replicated"]["calls"]
         k = calls + (not self._stepping) - self.config.warmup_steps
         p = self.config.frequency
-        return self.config.noise_gate is not None and k >= 0 and (k % p == 0 or (k + 1) % p == 0)
+        measuring = self.config.enabled and self.config.noise_gate is not None
+        return measuring and k >= 0 and (k % p == 0 or (k + 1) % p == 0)
 
     def observe(self, loss: float | Tensor) -> None:
         """Takes note of this rank's loss at the weights that the next step starts from.
@@ -234,6 +235,8 @@ class Accelerator:
                 f"Invalid loss={type(loss).__name__} of {count} elements. Must be a number or a "
                 "tensor with one element."
             )
+        if not self.config.enabled:
+            return
         self._losses.observe(loss.reshape(()) if isinstance(loss, Tensor) else float(loss))
 
     @property
@@ -268,7 +271,8 @@ class Accelerator:
             Whether there is one: False, on every rank, if a rank has none (yet, or any more).
         """
         with _plain_numerics(problem.device):
-            rows = self._averages.mean(kind) if problem.signature == self._signature else None
+            kept = self.config.enabled and problem.signature == self._signature
+            rows = self._averages.mean(kind) if kept else None
             if self.mean_over_ranks(np.array([float(rows is not None)]))[0] < 1.0:
                 return False
             assert rows is not None
@@ -294,6 +298,8 @@ class Accelerator:
         hash(problem.signature)  # up to date with the parameter groups
         sharding, work = self.share(problem.n), _work_dtype(problem)
         config, (lo, hi) = self.config, sharding.rows
+        if not config.enabled:
+            return 0
         narrow = 2 * len(sharding.slots) * (config.history_dtype or work).itemsize
         pairs, window = 4, config.average_window or 0
         averages = sum(2 if kind < 1 else 4 for kind in config.averages)
@@ -303,17 +309,24 @@ class Accelerator:
         """Collective, before the first step.
 
         Raises:
-            HistoryMemoryError: on every rank, if the history of any does not fit.
+            HistoryMemoryError: on every rank, if the history of any does not fit, or what the
+                steps compute from it.
         """
-        device = self._home(problem)
-        here = self.needed_bytes(problem), memory.free_bytes(device), memory.place(device)
+        here = [
+            (own, memory.free_bytes(device), memory.place(device))
+            for device, own in self._forecast(problem).items()
+        ]
         needed: dict[str, int] = {}
         free: dict[str, float] = {}
-        everybody = self._comm.allgather_object(here)
-        for own, left, place in everybody:
+        everybody = [
+            (rank, *entry)
+            for rank, entries in enumerate(self._comm.allgather_object(here))
+            for entry in entries
+        ]
+        for _, own, left, place in everybody:
             needed[place] = needed.get(place, 0) + own
             free[place] = min(free.get(place, math.inf), math.inf if left is None else left)
-        for rank, (own, _, place) in enumerate(everybody):
+        for rank, own, _, place in everybody:
             if needed[place] > free[place]:
                 raise HistoryMemoryError(
                     f"The history would take {own / 1e9:.3g} GB on rank {rank}, "
@@ -323,6 +336,21 @@ class Accelerator:
                     "history_dtype='bfloat16', averages=() or average_window=None; with "
                     "layout='rows' and shard_group='world' each of P ranks holds one P-th."
                 )
+
+    def _forecast(self, problem: FixedPoint) -> dict[torch.device, int]:
+        """Bytes at most of all that grows with the depth, by where: what stays, what steps use."""
+        config = self.config
+        if not config.enabled:
+            return {}
+        sharding, work, home = self.share(problem.n), _work_dtype(problem), self._home(problem)
+        # Columns that are stored between two attempts are multiplied with all others.
+        fresh = min(config.history_depth, config.frequency // config.store_every + 1)
+        stored = config.history_dtype or work
+        taken = {home: self.needed_bytes(problem)}
+        taken[home] += working_bytes(sharding, stored, work, home, fresh)
+        host = torch.device("cpu")
+        taken[host] = taken.get(host, 0) + matrix_bytes(config.history_depth, self._comm.size)
+        return taken
 
     def compare_replicas(self, problem: FixedPoint) -> bool:
         """Whether all ranks hold the same weights. Collective."""
@@ -532,6 +560,9 @@ class Accelerator:
     def _step(self, problem: FixedPoint) -> Any:
         config = self.config
         self.consolidated = None
+        if not config.enabled:
+            self.stats.steps += 1
+            return problem.advance()
         if not self.agreed:
             self.agree(problem)
         self.stats.steps += 1
@@ -941,8 +972,9 @@ class Accelerator:
         self._gram = Gram(self._history, self._comm)
         lo, hi = sharding.rows
         self._base_rows = None
-        self._averages = WeightAverages(config.averages, config.frequency, hi - lo, work, device)
-        if config.average_window is not None:
+        kinds = config.averages if config.enabled else ()
+        self._averages = WeightAverages(kinds, config.frequency, hi - lo, work, device)
+        if config.enabled and config.average_window is not None:
             self._average = MovingAverage(config.average_window, hi - lo, work, device)
         self._fuse(self._fused)
 

@@ -861,6 +861,8 @@ def examined(
         if history is None:
             return None, ""
         _WITH_HISTORY(anderson, what)
+        if not config["enabled"]:
+            return None, "enabled=False keeps none" if history["replicated"]["stored"] else ""
         before = anderson["config"]
         if before["residual"] != config["residual"]:
             return None, f"residual={config['residual']!r}, and was {before['residual']!r}"

@@ -62,6 +62,7 @@ class Stats:
         seconds: wall-clock of each part on this rank, summed. On a GPU, work is counted where the
             host waits for it, mostly under "gram".
         bytes: bytes this rank handed to collectives, by part.
+        enabled: as in the settings. If False, no step is stored, accelerated, rejected or averaged.
     """
 
     steps: int = 0
@@ -82,6 +83,7 @@ class Stats:
     gate: float = math.nan
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    enabled: bool = True
 
     @property
     def batch_factor(self) -> float:
@@ -148,6 +150,8 @@ class Stats:
             setattr(self, name, saved.get(name, getattr(self, name)))
 
     def __str__(self) -> str:
+        if not self.enabled:
+            return f"{self.steps} steps of the base optimizer alone: enabled=False"
         rejected = ", ".join(f"{cause} {count}" for cause, count in self.rejected.items() if count)
         restarts = ", ".join(f"{cause} {count}" for cause, count in self.restarts.items() if count)
         return (

@@ -20,17 +20,21 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-import horovod.torch as hvd
 import torch
-from horovod.common.exceptions import HostsUpdatedInterrupt
-from horovod.torch.elastic import state as horovods
 from torch import Tensor
 
-from aadl_hvd import checkpoint
+from aadl_hvd import checkpoint, job
 from aadl_hvd.accelerator import Accelerator
-from aadl_hvd.errors import CheckpointError
+from aadl_hvd.errors import CheckpointError, UnsupportedError
 from aadl_hvd.optimizer import connect, meet
 from aadl_hvd.safeguard import Restart
+
+try:
+    import horovod.torch as hvd
+    from horovod.common.exceptions import HostsUpdatedInterrupt
+    from horovod.torch.elastic import state as horovods
+except Exception as error:
+    raise job.horovod_missing(error) from error
 
 __all__ = ["TorchState"]
 
@@ -193,6 +197,11 @@ def _log_history(own: dict[str, Any], ranks: int, lost: str) -> None:
 
 def _handler(optimizer: torch.optim.Optimizer) -> Any:
     accelerated = isinstance(getattr(optimizer, "anderson", None), Accelerator)
+    if accelerated and not hasattr(optimizer, "process_set"):
+        raise UnsupportedError(
+            "Invalid AndersonOptimizer in an elastic state: it is for one process. Must be made by "
+            "DistributedAndersonOptimizer."
+        )
     return (AndersonStateHandler if accelerated else horovods.OptimizerStateHandler)(optimizer)
 
 

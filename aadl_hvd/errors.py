@@ -6,7 +6,10 @@ class AndersonError(Exception):
 
 
 class ConfigError(AndersonError, ValueError):
-    """A parameter of `AndersonConfig` or of an optimizer's constructor is not allowed."""
+    """A parameter of `AndersonConfig` or of an optimizer's constructor is not allowed.
+
+    Also: an optimizer is constructed too early, before `hvd.init()`.
+    """
 
 
 class UnsupportedError(AndersonError, TypeError):
@@ -27,3 +30,7 @@ class CheckpointError(AndersonError, ValueError):
 
 class CommunicationError(AndersonError, RuntimeError):
     """A collective was called with arguments that it does not take."""
+
+
+class HorovodMissingError(AndersonError, ImportError):
+    """Horovod is not installed, was built without torch, or cannot be loaded."""

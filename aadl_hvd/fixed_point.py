@@ -26,6 +26,7 @@ from torch import Tensor
 
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.flatten import FlatLayout
+from aadl_hvd.job import check_whole
 from aadl_hvd.noise import Deviations, GradientSamples
 
 # The base optimizer's state, or parts of it, by the parameters' places: {"whole", "entries"}.
@@ -357,6 +358,7 @@ class OptimizerFixedPoint:
     def _check(self) -> None:
         for group in self._optimizer.param_groups:
             for p in group["params"]:
+                check_whole(p)
                 if p.requires_grad and not p.is_floating_point():
                     raise UnsupportedError(
                         f"Invalid parameter of dtype {p.dtype}. Trainable parameters must be real "

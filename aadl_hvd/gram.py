@@ -16,6 +16,11 @@ from aadl_hvd.solve import Matrix, Vector
 
 System = tuple[Matrix, Vector, float]
 
+# How many m x m matrices the host holds at once, at most: R^T R, its columns in use, those clear of
+# noise; a message as sent, received and summed; seven for the eigen-decomposition and what it works
+# in; one more, for rounding up. Measured in one process at m = 1000: 13.
+MATRICES = 14
+
 # By how much R^T r, carried forward, may be less accurate than if it were multiplied out.
 DRIFT = 10.0
 
@@ -215,3 +220,14 @@ class Gram:
         """Forgets everything, together with the history."""
         self._matrix, self._fresh = np.zeros_like(self._matrix), {}
         self._carried, self._drift = None, 0.0
+
+
+def matrix_bytes(depth: int, ranks: int) -> int:
+    """What all m x m matrices of a rank take on the host, at most.
+
+    Args:
+        depth: m.
+        ranks: that train together; one of them keeps memory for a message of each of its
+            neighbours in a binomial tree.
+    """
+    return 8 * depth * (depth + 1) * (MATRICES + ranks.bit_length())

@@ -460,11 +460,43 @@ def chunks(
         part: only these rows.
         longest: chunk; None: any.
     """
-    size = CHUNK if vector.device.type == "cpu" else CHUNK_GPU
+    size = _chunk(vector.device)
     size = size if longest is None else min(size, longest)
     first, end, _ = part.indices(vector.numel())
     for lo in range(first, end, size):
         yield slice(lo, min(lo + size, end))
+
+
+def working_bytes(
+    sharding: Sharding,
+    dtype: torch.dtype,
+    work_dtype: torch.dtype,
+    device: torch.device,
+    fresh: int,
+) -> int:
+    """What products of columns take for a moment, at most, beside the history.
+
+    Args:
+        sharding: which rows and slots are this rank's.
+        dtype: of the stored columns.
+        work_dtype: of products.
+        device: where the history is.
+        fresh: how many columns are multiplied with all, at most.
+    """
+    rows, columns = sharding.rows[1] - sharding.rows[0], len(sharding.slots)
+    narrow = dtype != work_dtype
+    size = min(_chunk(device), CHUNK_WIDE) if narrow else _chunk(device)
+    longest = min(rows, size)
+    tables = -(-rows // size) * (fresh + 1)
+    if device.type != "cpu":
+        tables = max(tables, kernels.PROGRAMS * (kernels.AT_ONCE + 1))
+    widened = columns * longest if narrow else 0
+    stacked = (fresh + 1) * longest if device.type != "cpu" else 0
+    return (widened + stacked + tables * columns) * work_dtype.itemsize
+
+
+def _chunk(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else CHUNK_GPU
 
 
 def chunked_dot(a: Tensor, b: Tensor, part: slice = slice(None)) -> Tensor:

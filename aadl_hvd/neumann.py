@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from aadl_hvd.errors import AndersonError, ConfigError, UnsupportedError
+from aadl_hvd.job import check_whole
 
 VARIABLES: Final = ("parameters", "tensors")
 # The norms, t and K are those of all groups together: in these, groups cannot differ.
@@ -80,7 +81,8 @@ class NeumannOptimizer(torch.optim.Optimizer):
     Raises:
         ConfigError: a value is not allowed, or groups differ where they cannot; the message names
             parameter, value and range.
-        UnsupportedError: complex parameters; sparse gradients; `step` in `evaluation_weights`.
+        UnsupportedError: complex parameters, or sharded ones (FSDP), of whose norm a process knows
+            a part; sparse gradients; `step` in `evaluation_weights`.
     """
 
     _evaluating = False
@@ -302,6 +304,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
                     "all groups share it."
                 )
         for p in group["params"]:
+            check_whole(p)
             if not p.is_floating_point():
                 raise UnsupportedError(
                     f"Invalid parameter of dtype {p.dtype}. Must be real and floating-point; view "

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import base_state, checkpoint, replicas
+from aadl_hvd import base_state, checkpoint, job, replicas
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.comm.base import Communicator, ShardGroup
@@ -50,10 +50,16 @@ def AndersonOptimizer(
     *,
     backward_passes_per_step: int = 1,
     anderson: AndersonConfig | None = None,
+    independent: bool = False,
 ) -> Any:
     """Adds Anderson acceleration to a torch optimizer, in one process.
 
-    Needs neither Horovod nor MPI. The result is an instance of the given optimizer's class and
+    Needs neither Horovod nor MPI. In a job of several processes it is an error, unless every
+    process trains a model of its own: replicas of one model would drift apart, for what one
+    process decides from its losses and the noise of its gradients does not reach the others.
+    The job is looked at here and at the first `observe` or `step`.
+
+    The result is an instance of the given optimizer's class and
     shares its parameter groups and its state, so learning-rate schedulers made before go on
     working. Its attribute `anderson` is the `Accelerator`: `.stats`, `.history_bytes`,
     `.config`, `.restart()`.
@@ -66,15 +72,20 @@ def AndersonOptimizer(
             more the noise of the gradient is measured from their differences; with 1 it is
             estimated from successive residuals, which is rougher.
         anderson: settings; None: `AndersonConfig()`.
+        independent: True where each process of the job trains a model of its own.
 
     Raises:
         ConfigError: `anderson` is not an `AndersonConfig`.
-        UnsupportedError: the optimizer is accelerated or distributed already, or its parameters
-            cannot be accelerated.
+        UnsupportedError: Horovod, torch.distributed or MPI runs more processes than this one, and
+            `independent` is not set; the optimizer is accelerated or distributed already, or its
+            parameters cannot be accelerated.
         HistoryMemoryError: the history does not fit into free memory.
     """
     config = _checked_config(anderson)
     _check_optimizer(optimizer)
+    must_be_alone = config.enabled and not independent
+    if must_be_alone:
+        job.check_alone()
     inner = type(optimizer)
     methods = _methods(inner, {"__module__": inner.__module__}) | {"__reduce_ex__": _reduce}
     cls: Any = type(inner.__name__, (_keeping_gradient(inner),), methods)
@@ -91,6 +102,7 @@ def AndersonOptimizer(
     comm = LocalCommunicator()
     group = ShardGroup(comm)
     made = _attach(accelerated, optimizer, config, comm, group, backward_passes_per_step)
+    made._anderson_independent, made._anderson_look_again = independent, must_be_alone
     made.anderson.check_memory(made._anderson_problem)
     return made
 
@@ -141,14 +153,19 @@ def DistributedAndersonOptimizer(
         `anderson`, see `AndersonOptimizer`.
 
     Raises:
-        ConfigError: `anderson` is not an `AndersonConfig`, or does not go with Adasum;
-            `compression` compresses nothing.
+        HorovodMissingError: Horovod is not installed, was built without torch, or fails to load.
+        ConfigError: `hvd.init()` has not been called; `anderson` is not an `AndersonConfig`, or
+            does not go with Adasum; `compression` compresses nothing.
         UnsupportedError: as for `AndersonOptimizer`.
         ReplicaMismatchError: on every rank, if ranks differ in parameters or settings.
         HistoryMemoryError: on every rank, if the history of any does not fit into free memory.
     """
-    import horovod.torch as hvd
-    from horovod.torch.optimizer import DistributedOptimizer  # whatever hvd's name now stands for
+    try:
+        import horovod.torch as hvd
+        from horovod.torch.optimizer import DistributedOptimizer  # whatever hvd's name stands for
+    except Exception as error:
+        raise job.horovod_missing(error) from error
+    job.check_started(hvd)
 
     from aadl_hvd.comm.horovod import horovod_communicator, shard_group
 
@@ -174,8 +191,9 @@ def DistributedAndersonOptimizer(
         "named_parameters": _by_place(named_parameters, optimizer),
     }
     _compare_ranks(comm, optimizer, config, arguments)
+    # Raises, before Horovod has hooks in place.
+    _accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual))
     group = shard_group(comm, process_set, config.shard_group)
-    OptimizerFixedPoint(optimizer, config.residual)  # raises, before Horovod has hooks in place
     if all(comm.allgather_object(_only_initialised(optimizer))):
         _start_anew(optimizer)
     if elastic:
@@ -286,7 +304,9 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self: Any, closure: Closure | None = None) -> Any:
         """One step of the base optimizer, accelerated on every p-th."""
-        if closure is None and self.anderson.config.safeguard == "loss":
+        _look_again(self)
+        config = self.anderson.config
+        if closure is None and config.enabled and config.safeguard == "loss":
             raise UnsupportedError(
                 "Invalid step(closure=None) with safeguard='loss'. Must be given a closure that "
                 "clears the gradients, computes the loss, calls backward() and returns the loss; "
@@ -440,6 +460,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         `loss` is that of the ordinary forward pass, a float or a tensor []; of several calls
         before one step the mean counts.
         """
+        _look_again(self)
         self.anderson.observe(loss)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -533,6 +554,9 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         In the middle of a run the history and its averages are copied to host memory meanwhile, so
         that they can be put back.
 
+        With `enabled=False` a history is left out with a warning. What such an optimizer has saved
+        holds none: one that is enabled loads it and begins its history as a new one does.
+
         Raises:
             CheckpointError: damaged, from a newer version, of another model, or a part that is
                 not this rank's: says what differs. The base optimizer's state is examined, too: a
@@ -568,9 +592,9 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                 accelerator.stats.load_counters(saved["counters"])
                 accelerator.stats.load_measured(saved.get("measured", {}))
             if left_out:
+                rebuilt = ", which rebuilds itself" if accelerator.config.enabled else ""
                 warnings.warn(
-                    f"load_state_dict leaves out the history, which rebuilds itself: {left_out}.",
-                    stacklevel=2,
+                    f"load_state_dict leaves out the history{rebuilt}: {left_out}.", stacklevel=2
                 )
 
     def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
@@ -738,8 +762,9 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """For copy, deepcopy and pickle: the class has no name to be found by, so it is made anew."""
-    counters = self.anderson.stats.counters()
-    return _rebuilt, (self._accelerated, self.anderson.config, counters, self._anderson_passes)
+    counters, passes = self.anderson.stats.counters(), self._anderson_passes
+    made_of = self._accelerated, self.anderson.config, counters, passes
+    return _rebuilt, (*made_of, self._anderson_independent)
 
 
 def _rebuilt(
@@ -747,8 +772,14 @@ def _rebuilt(
     config: AndersonConfig,
     counters: dict[str, Any],
     passes: int,
+    independent: bool = False,  # as in pickles of version 0.1
 ) -> Any:
-    accelerated = AndersonOptimizer(optimizer, backward_passes_per_step=passes, anderson=config)
+    accelerated = AndersonOptimizer(
+        optimizer,
+        backward_passes_per_step=passes,
+        anderson=config,
+        independent=independent,
+    )
     accelerated.anderson.stats.load_counters(counters)
     return accelerated
 
@@ -876,6 +907,7 @@ def _attach(
     accelerated._accelerated = optimizer
     accelerated._averaged = accelerated._anderson_joined = False
     accelerated._anderson_passes, accelerated._anderson_summed = passes, summed
+    accelerated._anderson_look_again = False
     accelerated._anderson_problem = OptimizerFixedPoint(
         accelerated, config.residual, before if starting is not None else None
     )
@@ -885,12 +917,20 @@ def _attach(
     return accelerated
 
 
+def _look_again(accelerated: Any) -> None:
+    """At the job, once: it may have been set up after the construction."""
+    if accelerated._anderson_look_again:
+        job.check_alone()
+        accelerated._anderson_look_again = False
+
+
 def _measure_noise(accelerated: Any) -> None:
     """Has gradients sampled, as the number of ranks asks for."""
     problem: OptimizerFixedPoint = accelerated._anderson_problem
     ranks, passes = accelerated.anderson.comm.size, accelerated._anderson_passes
     problem.sample_no_gradients()
-    if accelerated.anderson.config.noise_gate is None or hasattr(accelerated, "_starting_models"):
+    config: AndersonConfig = accelerated.anderson.config
+    if not config.enabled or config.noise_gate is None or hasattr(accelerated, "_starting_models"):
         return
     if ranks > 1:
         problem.sample_gradients(1, ranks if accelerated._anderson_summed else 1)

@@ -102,7 +102,7 @@ class Problem:
         return groups
 
     def optimizer(self, config, comm=None, dtype=torch.float64, shard_groups=1):
-        """SGD accelerated on `comm`; None: as a user of AndersonOptimizer has it."""
+        """SGD accelerated on `comm`; None: in one process, whatever others there are."""
         groups = [
             {
                 "params": tensors,
@@ -113,7 +113,7 @@ class Problem:
             }
             for tensors, group in zip(self.parameters(dtype), self.groups, strict=True)
         ]
-        opt = AndersonOptimizer(torch.optim.SGD(groups, lr=1.0), anderson=config)
+        opt = AndersonOptimizer(torch.optim.SGD(groups, lr=1.0), anderson=config, independent=True)
         if comm is not None:
             group = comm.shard_group(shard_groups) if shard_groups > 1 else None
             opt.anderson = Accelerator(config, comm, group)

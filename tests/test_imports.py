@@ -17,6 +17,7 @@ LAYERS = [
     {
         "config",
         "errors",
+        "job",
         "sharding",
         "comm.base",
         "flatten",
@@ -47,6 +48,7 @@ LAYERS = [
 # Within a layer, by the module that imports.
 BESIDE = {
     "config": {"errors"},
+    "job": {"errors"},
     "sharding": {"errors"},
     "plain": {"errors"},
     "schema": {"errors"},

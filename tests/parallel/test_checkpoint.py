@@ -127,7 +127,8 @@ def simulated(size, settings):
     def program(comm):
         model = copy.deepcopy(start)
         config = AndersonConfig(noise_gate=None, **settings)
-        opt = AndersonOptimizer(OPTIMIZERS["SGD"](model.parameters()), anderson=config)
+        opt = OPTIMIZERS["SGD"](model.parameters())
+        opt = AndersonOptimizer(opt, anderson=config, independent=True)
         opt.anderson = Accelerator(config, comm)
         generator = torch.Generator().manual_seed(3)
         for _ in range(23):

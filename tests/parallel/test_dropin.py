@@ -55,6 +55,7 @@ CONFIGS = {
     "step": AndersonConfig(frequency=10**9, residual="step"),
     "columns": AndersonConfig(frequency=10**9, layout="columns"),
     "not yet": AndersonConfig(frequency=1, warmup_steps=10**9),
+    "off": AndersonConfig(enabled=False),
     "residual": AndersonConfig(frequency=10**9, safeguard="residual", store_every=2),
 }
 SOME = ("momentum", "Nesterov foreach", "Adam amsgrad foreach", "AdamW fused", "Adagrad")

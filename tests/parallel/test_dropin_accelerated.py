@@ -876,7 +876,9 @@ def test_single_process_optimizer_under_horovod():
     torch.manual_seed(hvd.rank())
     model = torch.nn.Linear(2 + hvd.rank(), 1)
     opt = AndersonOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.05), anderson=AndersonConfig(**SETTINGS)
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        anderson=AndersonConfig(**SETTINGS),
+        independent=True,
     )
     for _ in range(6 + hvd.rank()):
         opt.zero_grad()

@@ -21,7 +21,7 @@ STEPS = 2
 HALF = (torch.float16, torch.bfloat16)
 OFF = (
     AndersonConfig(frequency=10**9),  # stores in every step
-    AndersonConfig(frequency=1, warmup_steps=10**9),  # does nothing at all
+    AndersonConfig(enabled=False),
     AndersonConfig(frequency=1, noise_gate=1e30),  # tries in every step and finds noise
     AndersonConfig(frequency=10**9, layout="columns", residual="step", safeguard="residual"),
 )

@@ -126,10 +126,10 @@ def test_wrapped_twice_and_around_horovod():
         with pytest.raises(UnsupportedError, match="accelerated already"):
             wrap(opt)
         with pytest.raises(UnsupportedError, match="accelerated already"):
-            wrap(AndersonOptimizer(sgd(network())))
+            wrap(AndersonOptimizer(sgd(network()), independent=True))
         with pytest.raises(UnsupportedError, match=r"hvd\.DistributedOptimizer"):
             wrap(hvd.DistributedOptimizer(sgd(network())))
-    for accelerated in (opt, AndersonOptimizer(sgd(network()))):
+    for accelerated in (opt, AndersonOptimizer(sgd(network()), independent=True)):
         with pytest.raises((UnsupportedError, TypeError)):
             hvd.DistributedOptimizer(accelerated)
     train(model, opt, full_batch(2))
@@ -236,17 +236,24 @@ def test_copies_of_a_distributed_optimizer_are_refused():
             copied(opt)
 
 
-@pytest.mark.parametrize("wrong", ["settings", "wrapped twice"])
+@pytest.mark.parametrize("wrong", ["settings", "wrapped twice", "devices"])
 def test_refused_on_one_rank_alone(wrong):
     """The others do not wait for it: they are told which rank, and why."""
     optimizer = sgd(layered(4))
+    if LAST and wrong == "devices":
+        parameters = optimizer.param_groups[0]["params"]
+        parameters[-1] = torch.nn.Parameter(torch.empty_like(parameters[-1], device="meta"))
     anderson = None
     if LAST and wrong == "settings":
         anderson = {"frequency": 3}
     if LAST and wrong == "wrapped twice":
-        optimizer = AndersonOptimizer(optimizer)
+        optimizer = AndersonOptimizer(optimizer, independent=True)
     own = ConfigError if wrong == "settings" else UnsupportedError
-    reason = "Must be an AndersonConfig" if wrong == "settings" else "accelerated already"
+    reason = {
+        "settings": "Must be an AndersonConfig",
+        "wrapped twice": "accelerated already",
+        "devices": "several devices",
+    }[wrong]
     with pytest.raises(own if LAST else ReplicaMismatchError, match=reason) as error:
         DistributedAndersonOptimizer(optimizer, anderson=anderson)
     assert LAST or f"Rank {hvd.size() - 1} refused" in str(error.value)

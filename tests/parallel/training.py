@@ -164,7 +164,7 @@ class HandMade:
     """
 
     def __init__(self, optimizer, anderson, process_set=hvd.global_process_set):
-        self.inner = AndersonOptimizer(optimizer, anderson=anderson)
+        self.inner = AndersonOptimizer(optimizer, anderson=anderson, independent=True)
         self.anderson = self.inner.anderson
         self.param_groups = self.inner.param_groups
         self.zero_grad = self.inner.zero_grad

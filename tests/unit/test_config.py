@@ -20,6 +20,8 @@ INTEGERS = {
 BAD = [
     *((name, bad) for name, low in INTEGERS.items() for bad in (low - 1, -3, 2.5, 3.0, "4", True)),
     *((name, None) for name in INTEGERS if name != "average_window"),
+    *(("history_depth", bad) for bad in (1001, 30_000, 10**30)),
+    *(("enabled", bad) for bad in (0, 1, None, "False")),
     *(("relaxation", bad) for bad in (0, 0.0, -0.1, 1.0001, math.nan, math.inf, "1", None, True)),
     *(("damping", bad) for bad in (-1e-9, 10.0001, math.nan, math.inf, "1", None, False)),
     *(("noise_gate", bad) for bad in (-1e-9, math.nan, math.inf, "10", True, 1j)),
@@ -38,6 +40,8 @@ BAD = [
 ]
 ALLOWED = {
     **{name: f">= {low}" for name, low in INTEGERS.items()},
+    "history_depth": ">= 1 and <= 1000",
+    "enabled": "True or False",
     "relaxation": "> 0 and <= 1",
     "damping": ">= 0 and <= 10",
     "noise_gate": ">= 0, or None, for no gate",
@@ -73,6 +77,7 @@ def test_every_field_has_bad_values():
     "good",
     [
         INTEGERS,
+        {"enabled": False, "history_depth": 1000},
         {"relaxation": 1.0, "damping": 0.0, "regularization": 0.0, "average_threshold": 1e-9},
         {"relaxation": 1e-9, "damping": 10.0, "regularization": 3.5, "average_threshold": 7},
         {"average_window": None, "history_dtype": None, "noise_gate": None},

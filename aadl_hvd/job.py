@@ -1,0 +1,128 @@
+"""What this process is part of: Horovod, there or not, and other processes of the same job."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from aadl_hvd.errors import ConfigError, HorovodMissingError, UnsupportedError
+
+# Each has a state of its own: a process in which one of them was initialised is in its job.
+_HOROVODS = tuple(f"horovod.{of}" for of in ("torch", "tensorflow", "mxnet"))
+
+
+def processes() -> tuple[str, int]:
+    """How many processes this one's job has, and which library says so. Loads none of them.
+
+    Returns:
+        "Horovod", "torch.distributed" or "MPI", and their number; 1 where none is initialised. The
+        first of these that knows of most.
+    """
+    known = {"Horovod": _horovod_size(), "torch.distributed": _torch_size(), "MPI": _mpi_size()}
+    return max(known.items(), key=lambda pair: pair[1])
+
+
+def check_alone() -> None:
+    """Refuses acceleration in one process that may be training a replica.
+
+    What acceleration decides there from the losses, the noise and the rounding of one process does
+    not reach the others.
+
+    Raises:
+        UnsupportedError: the job has more processes. All of them see the same job.
+    """
+    library, count = processes()
+    if count == 1:
+        return
+    use = "DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())"
+    if library == "Horovod":
+        instead = f"Use {use}, which takes the arguments of hvd.DistributedOptimizer"
+    else:
+        instead = (
+            f"There is no distributed optimizer for {library} yet. Start the program with "
+            f"horovodrun, call hvd.init(), and use {use} without DistributedDataParallel"
+        )
+    raise UnsupportedError(
+        f"Invalid AndersonOptimizer in one of {count} processes of {library}: each process would "
+        f"accelerate by itself, and replicas of one model would drift apart. {instead}. If every "
+        "process trains a model of its own: AndersonOptimizer(..., independent=True)."
+    )
+
+
+def check_whole(parameter: torch.Tensor) -> None:
+    """Refuses a parameter of which each process holds a part.
+
+    Raises:
+        UnsupportedError: it is sharded by FSDP, or is a DTensor of any kind.
+    """
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    if tensors is not None and isinstance(parameter, tensors.DTensor):
+        kind = "a DTensor, as FSDP2 (fully_shard) and tensor parallelism make it"
+    elif getattr(parameter, "_fsdp_flattened", False):  # FSDP marks those that it flattens
+        kind = "sharded by FullyShardedDataParallel"
+    else:
+        return
+    raise UnsupportedError(
+        f"Invalid parameter: it is {kind}, and a process holds a part of it. Every process must "
+        "hold whole parameters. DistributedAndersonOptimizer shares out its history by itself."
+    )
+
+
+def check_started(hvd: Any) -> None:
+    """Checks that Horovod knows the job.
+
+    Args:
+        hvd: the module `horovod.torch`.
+
+    Raises:
+        ConfigError: `hvd.init()` has not been called.
+        UnsupportedError: other processes exist, and Horovod does not know of any.
+    """
+    if not hvd.is_initialized():
+        raise ConfigError(
+            "Invalid DistributedAndersonOptimizer before hvd.init(). Call hvd.init() first."
+        )
+    others = _torch_size()
+    if hvd.size() == 1 < others:
+        raise UnsupportedError(
+            f"Invalid DistributedAndersonOptimizer in one of {others} processes of "
+            "torch.distributed, of which Horovod knows this one alone: replicas of one model would "
+            "drift apart. Start the program with horovodrun and not with torchrun. If every "
+            "process trains a model of its own: AndersonOptimizer(..., independent=True)."
+        )
+
+
+def horovod_missing(error: Exception) -> HorovodMissingError:
+    """The error to raise where `horovod.torch` cannot be imported, and why."""
+    return HorovodMissingError(
+        "DistributedAndersonOptimizer and aadl_hvd.elastic need Horovod, built for this torch "
+        f"({type(error).__name__}: {error}). `make setup` or launch/setup_env.py in a checkout of "
+        "aadl_hvd builds it (launch/README.md); on a cluster, load the centre's module. pip alone "
+        "does not build it. AndersonOptimizer trains in one process without Horovod."
+    )
+
+
+def _horovod_size() -> int:
+    sizes = [1]
+    for name in _HOROVODS:
+        hvd: Any = sys.modules.get(name)
+        # Without them: under way to be imported, or built without this framework.
+        if hasattr(hvd, "is_initialized") and hasattr(hvd, "size") and hvd.is_initialized():
+            sizes.append(hvd.size())
+    return max(sizes)
+
+
+def _torch_size() -> int:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
+
+
+def _mpi_size() -> int:
+    MPI: Any = sys.modules.get("mpi4py.MPI")
+    if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
+        return 1
+    return int(MPI.COMM_WORLD.Get_size())
