@@ -26,7 +26,7 @@ from torch import Tensor
 from aadl_hvd import checkpoint, job
 from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.errors import CheckpointError, UnsupportedError
-from aadl_hvd.optimizer import connect, meet
+from aadl_hvd.optimizer import anderson_state, connect, meet
 from aadl_hvd.safeguard import Restart
 
 try:
@@ -92,14 +92,14 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         self._ranks = accelerator.comm, accelerator.group
         # The base's state where it is, as Horovod keeps it; the part comes in host memory.
         self._saved = copy.deepcopy(_state(self.value))
-        self._saved["anderson"]["history"] = _part(self.value)
+        self._part = _part(self.value)
 
     def restore(self) -> None:
         """Puts back what this rank had, under the sharding of then."""
         self._handed = []
-        connect(self.value, *self._ranks, _calls(self._saved["anderson"]["history"]))
+        connect(self.value, *self._ranks, _calls(self._part))
         # Not the copy itself: torch would go on in its tensors.
-        self.value.load_state_dict(copy.deepcopy(self._saved))
+        _load(self.value, copy.deepcopy(self._saved), self._part)
 
     def sync(self) -> None:
         """Goes on with the ranks of now, on all of them, in the state of rank 0. Collective."""
@@ -111,8 +111,7 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         problem, accelerator = optimizer._anderson_problem, optimizer.anderson
         parts = [part for part in (own, *self._handed) if part is not None]
         history, lost = checkpoint.redistribute(comm, parts, accelerator.share(problem.n))
-        state["anderson"]["history"] = history
-        optimizer.load_state_dict(state)
+        _load(optimizer, state, history)
         if lost:
             accelerator.stats.restarts[Restart.RANKS.value] += 1
         if hvd.rank() == 0 and own is not None:
@@ -149,11 +148,23 @@ def _elsewhere(hosts: Sequence[str], rank: int) -> int | None:
     return others[hosts[:rank].count(hosts[rank]) % len(others)] if others else None
 
 
-def _state(optimizer: Any) -> dict[str, Any]:
-    """The base optimizer's state, counters and settings."""
-    state: dict[str, Any] = optimizer.state_dict()
-    state["anderson"].pop("history", None)  # a whole one, that rank 0 has asked for
-    return state
+def _state(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its `state_dict`, of which hooks may have made anything, and what goes with a history."""
+    accelerator: Accelerator = optimizer.anderson
+    whole, accelerator.consolidated = accelerator.consolidated, None  # rank 0 has asked for it
+    try:
+        return optimizer.state_dict(), anderson_state(optimizer)
+    finally:
+        accelerator.consolidated = whole
+
+
+def _load(
+    optimizer: Any, state: tuple[dict[str, Any], dict[str, Any]], part: dict[str, Any] | None
+) -> None:
+    """Loads what `_state` has said, and a part of the history."""
+    base, anderson = state
+    optimizer.load_state_dict(base)
+    optimizer.load_state_dict({"anderson": anderson | {"history": part}})
 
 
 def _part(optimizer: Any) -> dict[str, Any] | None:

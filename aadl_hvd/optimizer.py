@@ -7,11 +7,13 @@ optimizer class: Horovod's methods with these laid over them.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import logging
 import math
@@ -22,7 +24,7 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -40,11 +42,30 @@ from aadl_hvd.safeguard import Restart
 
 Closure = Callable[[], Any]
 _Accepted = TypeVar("_Accepted")
+_P = ParamSpec("_P")
 
 _log = logging.getLogger("aadl_hvd")
 _HOROVOD_MODULE = "horovod.torch.optimizer"
 
 
+def _class_of_what_it_returns(construct: Callable[_P, Any]) -> Callable[_P, Any]:
+    """A function as a class that isinstance and issubclass take: of all that it has returned."""
+
+    def new(cls: Any, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        made = construct(*args, **kwargs)
+        cls.register(type(made))
+        return made
+
+    namespace = {
+        "__new__": new,
+        "__doc__": construct.__doc__,
+        "__module__": construct.__module__,
+        "__signature__": inspect.signature(construct),
+    }
+    return abc.ABCMeta(construct.__name__, (), namespace)
+
+
+@_class_of_what_it_returns
 def AndersonOptimizer(
     optimizer: torch.optim.Optimizer,
     *,
@@ -107,6 +128,7 @@ def AndersonOptimizer(
     return made
 
 
+@_class_of_what_it_returns
 def DistributedAndersonOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
@@ -128,11 +150,17 @@ def DistributedAndersonOptimizer(
     Collective over the process set: configuration and parameter shapes are compared across ranks
     here.
 
+    Step hooks fire as Horovod's do, twice a step: around all of it, and around the base
+    optimizer's step, when gradients are reduced. So a pre-hook that clips gradients clips what the
+    base optimizer uses, and residuals are made of that. The outer post-hook sees the accelerated
+    weights. (`AndersonOptimizer` fires them once, around all of it, as torch does.)
+
     Differences from Horovod's own, all of them repairs: `zero_grad` takes `set_to_none`; state
-    (but for what `hvd.broadcast_optimizer_state` made up for a fresh optimizer), defaults and step
-    hooks of the given optimizer are kept, as are schedulers made before; step hooks fire once;
-    parameters that join later (`add_param_group`, unfreezing) are reduced; with a closure,
-    gradients are reduced after it and before the update.
+    (but for what `hvd.broadcast_optimizer_state` made up for a fresh optimizer), defaults and hooks
+    of the given optimizer are kept, as are schedulers made before; reductions that are under way
+    end before a step pre-hook fires, and are not changed by it halfway; parameters that join later
+    (`add_param_group`, unfreezing) are reduced; with a closure, gradients are reduced after it and
+    before the update.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that Horovod takes.
@@ -224,7 +252,10 @@ def DistributedAndersonOptimizer(
         if name not in ("__dict__", "__weakref__")
     }
     namespace = _methods(inner, horovods) | _distributed_methods(inner, horovods)
-    distributed.__class__ = type(inner.__name__, (_keeping_gradient(inner),), namespace)
+    if not adasum:
+        namespace["step"] = _with_hooks_on_reduced(namespace["step"])
+    keeping = _keeping_gradient(inner, hooked=True)
+    distributed.__class__ = type(inner.__name__, (keeping,), namespace)
     # When Horovod sets up its reductions at all: the condition in its __init__.
     alone = hvd.size() == 1 and not elastic
     distributed._anderson_reduces = adasum or (process_set.included() and not alone)
@@ -265,10 +296,10 @@ def connect(optimizer: Any, comm: Communicator, group: ShardGroup, calls: int) -
     _measure_noise(optimizer)
 
 
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-# Of all optimizers: torch.optim.optimizer.register_optimizer_step_pre_hook and _post_hook.
-_TORCH_OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
-_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+# Holds hooks of all optimizers: torch.optim.optimizer.register_optimizer_step_pre_hook.
+_TORCH_OPTIMIZER_MODULE: Any = sys.modules[torch.optim.Optimizer.__module__]
+# Of what torch lays around the method `step` of every optimizer class, to fire hooks.
+_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -328,8 +359,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             def evaluate() -> float:
                 # The algorithm's own numerics are plain; the closure's are what the user chose.
                 with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
-                    loss: float = self._evaluate(closure)
-                return loss
+                    return _number(self._evaluate(closure))
 
             problem.evaluate = evaluate
         try:
@@ -436,11 +466,11 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             yield chosen
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
-        with _step_hooks_off(self):
-            return super(type(self), self).step(closure)
+        return super(type(self), self).step(closure)
 
-    def _evaluate(self: Any, closure: Closure) -> float:
-        return _number(closure())
+    def _evaluate(self: Any, closure: Closure) -> Any:
+        """The closure's value, its gradients as the base optimizer is to use them."""
+        return closure()
 
     def _skip_step(self: Any, closure: Closure | None) -> Any:
         """What a step without an update leaves to be done."""
@@ -475,12 +505,25 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
 
         Not collective. Loads into plain torch as well. The history is not part of it, but for the
         rank that `consolidate_state_dict` has just given it: after loading it rebuilds itself in
-        m stores.
+        m stores. Hooks see all of it; where one returns another state in its place, "anderson" is
+        put into that.
         """
-        state: dict[str, Any] = inner.state_dict(self)
-        state["anderson"] = _anderson_state(self)
-        if self.anderson.consolidated is not None:
-            state["anderson"]["history"] = self.anderson.consolidated
+
+        def add(_: Any, state: dict[str, Any]) -> None:
+            if "anderson" not in state:
+                state["anderson"] = anderson_state(self)
+                if self.anderson.consolidated is not None:
+                    state["anderson"]["history"] = self.anderson.consolidated
+
+        handle = self.register_state_dict_post_hook(add, prepend=True)
+        try:
+            state: dict[str, Any] = inner.state_dict(self)
+        finally:
+            handle.remove()
+        # Not into what a hook has laid around a state; that has it.
+        plain = isinstance(state, dict) and {"state", "param_groups"} <= state.keys()
+        if plain or not self._optimizer_state_dict_post_hooks:
+            add(self, state)
         return state
 
     def consolidate_state_dict(self: Any, to: int = 0) -> dict[str, Any] | None:
@@ -490,7 +533,8 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         memory, one rank's at a time: rank `to` needs memory for the whole, 2 m n numbers and what
         else there is (2 n for the last pair, 2 n or 4 n for each average), the others for one
         tensor of their own. Until the next step, load, restart or new parameter group
-        `state_dict` on rank `to` holds it, too.
+        `state_dict` on rank `to` holds it, too. Hooks of `state_dict` fire on rank `to` alone,
+        when nobody waits for it any more: they may raise, and must not be collective.
 
         `to` is a rank of the process set.
 
@@ -521,6 +565,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         others: 2 m n/P numbers, 2 n/P for the last pair, 2 n/P or 4 n/P for each average; where a
         step is on trial that may have to be undone, the base optimizer's state, too (with
         `safeguard="residual"`, or losses observed and `residual="state"` or `momentum="reset"`).
+        No hooks of `state_dict` fire: they are about the base's state.
 
         Returns:
             {"anderson": ...}: plain dicts, lists, numbers and tensors, see `aadl_hvd.checkpoint`.
@@ -528,7 +573,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             optimizer's state, or with it, `{**state, **part}`;
             `aadl_hvd.checkpoint.merge_shards` makes the whole of all ranks' parts.
         """
-        state = _anderson_state(self)
+        state = anderson_state(self)
         state["history"] = self.anderson.part(self._anderson_problem)
         return {"anderson": state}
 
@@ -554,6 +599,10 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         In the middle of a run the history and its averages are copied to host memory meanwhile, so
         that they can be put back.
 
+        Hooks fire as in torch, pre-hooks before anything is examined, so that they may adapt it;
+        what they raise comes through, and everything is put back then, too. None fire for a part
+        of the history alone, {"anderson": ...}.
+
         With `enabled=False` a history is left out with a warning. What such an optimizer has saved
         holds none: one that is enabled loads it and begins its history as a new one does.
 
@@ -564,38 +613,53 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         """
         accelerator: Accelerator = self.anderson
         problem = self._anderson_problem
-        hash(problem.signature)  # up to date with the parameter groups
-        with _all_or_nothing(self), checkpoint.readable("state_dict"):
-            part, left_out = None, ""
-            saved: Any = state_dict.get("anderson")
-            if "anderson" in state_dict:
-                part, left_out = checkpoint.examined(
-                    saved,
-                    checkpoint.described(self),
-                    accelerator.config.to_dict(),
-                    accelerator.share(problem.n),
-                    accelerator.comm.size,
-                    accelerator.comm.rank,
-                )
-            if saved is None or not {"state", "param_groups"}.isdisjoint(state_dict):
-                _load_base(self, state_dict, base("load_state_dict"))
-            if part is not None:
-                problem.last_rates = tuple(saved["last_rates"])
-                if problem.settings == saved["settings"]:
-                    _check_undo(self, part["undo"])
-                else:
-                    part, left_out = None, "learning rates or weight decays are others"
-            accelerator.restart(Restart.LOADED)
-            if part is not None:
-                accelerator.load(problem, part, checkpoint.claim_of(saved["history"]))
-            if saved is not None:
-                accelerator.stats.load_counters(saved["counters"])
-                accelerator.stats.load_measured(saved.get("measured", {}))
-            if left_out:
-                rebuilt = ", which rebuilds itself" if accelerator.config.enabled else ""
-                warnings.warn(
-                    f"load_state_dict leaves out the history{rebuilt}: {left_out}.", stacklevel=2
-                )
+        hooked = isinstance(state_dict, dict) and state_dict.keys() != {"anderson"}
+        part, left_out = None, ""
+        with _all_or_nothing(self):
+            if hooked:
+                state_dict = _adapted(self, state_dict)
+            groups, state = self.param_groups, self.state
+            with checkpoint.readable("state_dict"):
+                hash(problem.signature)  # up to date with the parameter groups
+                saved: Any = state_dict.get("anderson")
+                if "anderson" in state_dict:
+                    part, left_out = checkpoint.examined(
+                        saved,
+                        checkpoint.described(self),
+                        accelerator.config.to_dict(),
+                        accelerator.share(problem.n),
+                        accelerator.comm.size,
+                        accelerator.comm.rank,
+                    )
+                whole = saved is None or not {"state", "param_groups"}.isdisjoint(state_dict)
+                if whole:
+                    _load_base(self, state_dict, base("load_state_dict"))
+            if hooked:
+                for hook in [*self._optimizer_load_state_dict_post_hooks.values()]:
+                    hook(self)
+            with checkpoint.readable("state_dict"):
+                if whole:
+                    base_state.check_loaded(self, groups, state)
+                    self._accelerated.param_groups = self.param_groups
+                    self._accelerated.state = self.state
+                if part is not None:
+                    problem.last_rates = tuple(saved["last_rates"])
+                    if problem.settings == saved["settings"]:
+                        _check_undo(self, part["undo"])
+                    else:
+                        part, left_out = None, "learning rates or weight decays are others"
+                accelerator.restart(Restart.LOADED)
+                if part is not None:
+                    accelerator.load(problem, part, checkpoint.claim_of(saved["history"]))
+                if saved is not None:
+                    accelerator.stats.load_counters(saved["counters"])
+                    accelerator.stats.load_measured(saved.get("measured", {}))
+                if left_out:
+                    rebuilt = ", which rebuilds itself" if accelerator.config.enabled else ""
+                    warnings.warn(
+                        f"load_state_dict leaves out the history{rebuilt}: {left_out}.",
+                        stacklevel=2,
+                    )
 
     def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
         """As in torch; the history restarts in the next step."""
@@ -641,14 +705,26 @@ def _all_or_nothing(optimizer: Any) -> Iterator[None]:
         raise
 
 
+def _adapted(optimizer: Any, state_dict: dict[str, Any]) -> Any:
+    """What the pre-hooks of `load_state_dict` make of a state, as in torch."""
+    state_dict = state_dict.copy()
+    for hook in [*optimizer._optimizer_load_state_dict_pre_hooks.values()]:
+        result = hook(optimizer, state_dict)
+        if result is not None:
+            state_dict = result
+    return state_dict
+
+
 def _load_base(optimizer: Any, state_dict: dict[str, Any], load: Callable[..., None]) -> None:
-    """Loads the base optimizer's state; what it could not train on with is an error."""
+    """Loads the base optimizer's state, as torch does; no hooks fire."""
     base_state.check_base(state_dict)
-    groups, state = optimizer.param_groups, optimizer.state
-    load(optimizer, state_dict)
-    base_state.check_loaded(optimizer, groups, state)
-    optimizer._accelerated.param_groups = optimizer.param_groups
-    optimizer._accelerated.state = optimizer.state
+    names = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
+    hooks = {name: getattr(optimizer, name) for name in names}
+    vars(optimizer).update({name: OrderedDict() for name in names})
+    try:
+        load(optimizer, state_dict)
+    finally:
+        vars(optimizer).update(hooks)
 
 
 def _check_undo(optimizer: Any, undo: dict[str, Any]) -> None:
@@ -659,7 +735,7 @@ def _check_undo(optimizer: Any, undo: dict[str, Any]) -> None:
             base_state.check_entries(entries, optimizer, what, whole, optimizer.state)
 
 
-def _anderson_state(optimizer: Any) -> dict[str, Any]:
+def anderson_state(optimizer: Any) -> dict[str, Any]:
     """What a state_dict holds beside the base optimizer's, without the history."""
     problem = optimizer._anderson_problem
     return {
@@ -681,15 +757,17 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
 
     def _base_step(self: Any, closure: Closure | None) -> Any:
         _register_new_parameters(self)
-        with _step_hooks_off(self):
-            if closure is None or adasum or not self._should_synchronize:
-                return horovods["step"](self, closure)
-            # Horovod would reduce first and evaluate then, and update with unreduced gradients.
-            with self.skip_synchronize():
-                return horovods["step"](self, lambda: _synchronized(self, closure))
+        if closure is None or adasum or not self._should_synchronize:
+            result = horovods["step"](self, closure)
+        else:  # Horovod would reduce first and evaluate then, and update with unreduced gradients
+            result = super(type(self), self).step(closure)
+        self._synchronized = False  # `_evaluate` may have been there
+        return result
 
-    def _evaluate(self: Any, closure: Closure) -> float:
-        return _number(_synchronized(self, closure))
+    def _evaluate(self: Any, closure: Closure) -> Any:
+        if adasum or not self._should_synchronize:
+            return closure()
+        return _synchronized(self, closure)
 
     def _skip_step(self: Any, closure: Closure | None) -> Any:
         loss = None
@@ -723,18 +801,20 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         """As in Horovod; parameters that joined after the construction are reduced too."""
         _register_new_parameters(self)
         comm: Communicator = self.anderson.comm
+        attended, self._anderson_attended = self._anderson_attended, False
+        measured = attended and _reduces_in_place(self)
         try:
             if self._anderson_reduces and not adasum:
                 _begin_reductions(self)
-            comm.attend(_reduced(self))
+            if not attended:
+                comm.attend(_reduced(self))
             horovods["synchronize"](self)
             self._anderson_joined = False
         except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
             comm.explain(error)
             raise
-        if self.anderson.measures_noise and self._anderson_problem.samples is not None:
-            with torch.no_grad():
-                self._anderson_problem.samples.take_mean()
+        if not measured:
+            _take_mean(self)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         raise UnsupportedError(
@@ -743,10 +823,8 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
         )
 
     def _allreduce_grad_async(self: Any, p: Tensor) -> Any:
-        if adasum:
-            with _step_hooks_off(self):  # here Adasum's hooks on the gradients call the inner step
-                return horovods["_allreduce_grad_async"](self, p)
-        _take_samples(self, [p])
+        if not adasum:
+            _take_samples(self, [p])
         return horovods["_allreduce_grad_async"](self, p)
 
     def _grouped_allreduce_grad_async(self: Any, ps: Sequence[Tensor]) -> Any:
@@ -788,12 +866,18 @@ def _number(loss: Any) -> float:
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
-def _keeping_gradient(inner: Any) -> Any:
+def _keeping_gradient(inner: Any, hooked: bool = False) -> Any:
     """The user's optimizer class, with a look at the final gradients before it uses them.
 
     The accelerated class is derived from it, so that Horovod's methods, which call the class above
     theirs, pass through here after every reduction.
+
+    Args:
+        inner: the user's class.
+        hooked: step hooks fire here, too, as Horovod has it: what they do to reduced gradients
+            counts. Else around the accelerated step alone.
     """
+    bare = _without_hooks(inner.step)
 
     def step(self: Any, closure: Closure | None = None) -> Any:
         keep = self._anderson_problem.keep_gradient
@@ -803,16 +887,43 @@ def _keeping_gradient(inner: Any) -> Any:
             self.anderson.stepped_apart = True
 
         def evaluate() -> Any:
-            loss = closure()  # type: ignore[misc]
+            loss = self._evaluate(closure)
             keep()
             return loss
 
         if closure is None:
             keep()
-            return inner.step(self)
-        return inner.step(self, evaluate)
+            return bare(self)
+        return bare(self, evaluate)
 
-    return type(inner.__name__, (inner,), {"step": step, "__module__": inner.__module__})
+    namespace: dict[str, Any] = {"step": step, "__module__": inner.__module__}
+    if hooked and bare is not inner.step:
+        namespace["step"] = torch.optim.Optimizer.profile_hook_step(step)
+    return type(inner.__name__, (inner,), namespace)
+
+
+def _without_hooks(step: Any) -> Any:
+    """A method `step` without what torch has laid around it, if anything."""
+    return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED else step
+
+
+def _with_hooks_on_reduced(step: Any) -> Any:
+    """`step` with torch's hooks around it, which do not fire in the middle of a reduction.
+
+    Most reductions are in place. What a hook does to gradients meanwhile is lost, or not, on each
+    rank as time has it: with Horovod's own class ranks then drift apart.
+    """
+    hooked = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(hooked)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        registered = _TORCH_OPTIMIZER_MODULE._global_optimizer_pre_hooks
+        if (registered or self._optimizer_step_pre_hooks) and self._should_synchronize:
+            _end_reductions(self)
+        return hooked(self, *args, **kwargs)
+
+    waiting.hooked = True  # type: ignore[attr-defined]  # so torch has it
+    return waiting
 
 
 def _synchronized(optimizer: Any, closure: Closure) -> Any:
@@ -834,7 +945,32 @@ def _begin_reductions(optimizer: Any) -> None:
         optimizer._handles[p] = optimizer._allreduce_grad_async(p)
 
 
-def _reduced(optimizer: Any) -> Callable[[], bool]:
+def _end_reductions(optimizer: Any) -> None:
+    """Waits until no reduction is under way. What has yet to begin, if all of them, is left.
+
+    As `synchronize`, but that gradients which were sent compressed stay this rank's own, as they
+    are in Horovod before the step.
+    """
+    if not any(isinstance(handle, int) for handle, _ in optimizer._handles.values()):
+        return
+    _register_new_parameters(optimizer)
+    _begin_reductions(optimizer)  # others may wait for these
+    optimizer.anderson.comm.attend(_reduced(optimizer, all_of_them=True))
+    optimizer._anderson_attended = True
+    if _reduces_in_place(optimizer):
+        _take_mean(optimizer)
+
+
+def _reduces_in_place(optimizer: Any) -> bool:
+    """Whether gradients are the mean as soon as their reductions have ended."""
+    from horovod.torch import Compression
+
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    sparse = any(gradient is not None and gradient.is_sparse for gradient in gradients)
+    return optimizer._compression is Compression.none and not sparse
+
+
+def _reduced(optimizer: Any, all_of_them: bool = False) -> Callable[[], bool]:
     """Whether there is no more to attend to, to be asked again and again.
 
     Where the first reduction is done all ranks have come, and the rest is left to Horovod, which
@@ -844,7 +980,7 @@ def _reduced(optimizer: Any) -> Callable[[], bool]:
     from horovod.torch import mpi_enabled, poll
 
     begun = [handle for handle, _ in optimizer._handles.values() if isinstance(handle, int)]
-    if mpi_enabled() and not optimizer._anderson_joined:
+    if mpi_enabled() and not optimizer._anderson_joined and not all_of_them:
         begun = begun[:1]
 
     def done() -> bool:
@@ -863,6 +999,13 @@ def _take_samples(optimizer: Any, parameters: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for p in parameters:
                 samples.take(p)
+
+
+def _take_mean(optimizer: Any) -> None:
+    """Notes the mean gradients, before anything is done to them."""
+    if optimizer.anderson.measures_noise and optimizer._anderson_problem.samples is not None:
+        with torch.no_grad():
+            optimizer._anderson_problem.samples.take_mean()
 
 
 def _register_new_parameters(optimizer: Any) -> None:
@@ -905,7 +1048,7 @@ def _attach(
         return starting[p] if handle is not None and handle[0] is not None else p  # type: ignore[index]
 
     accelerated._accelerated = optimizer
-    accelerated._averaged = accelerated._anderson_joined = False
+    accelerated._averaged = accelerated._anderson_joined = accelerated._anderson_attended = False
     accelerated._anderson_passes, accelerated._anderson_summed = passes, summed
     accelerated._anderson_look_again = False
     accelerated._anderson_problem = OptimizerFixedPoint(
@@ -944,22 +1087,6 @@ def _measures_noise(optimizer: Any) -> bool:
     return accelerated is not None and accelerated.anderson.measures_noise
 
 
-@contextlib.contextmanager
-def _step_hooks_off(optimizer: Any) -> Iterator[None]:
-    """Step hooks fire around the accelerated step, not once more around the one inside it."""
-    places = [(optimizer, name) for name in _HOOKS]
-    places += [(_TORCH_OPTIMIZER_MODULE, name) for name in _GLOBAL_HOOKS]
-    hooks = [(place, name, getattr(place, name)) for place, name in places]
-    try:
-        for place, name, registered in hooks:
-            if registered:
-                setattr(place, name, OrderedDict())
-        yield
-    finally:
-        for place, name, registered in hooks:
-            setattr(place, name, registered)
-
-
 def _checked_config(anderson: AndersonConfig | None) -> AndersonConfig:
     if anderson is None:
         return AndersonConfig()
@@ -981,7 +1108,7 @@ def _adasum_config(config: AndersonConfig, explicit: bool) -> AndersonConfig:
             f"Invalid residual={config.residual!r} with op=Adasum, which combines the updates of "
             "the ranks and not their gradients. Must be 'step'."
         )
-    warnings.warn("op=Adasum: Anderson acceleration uses residual='step'.", stacklevel=6)
+    warnings.warn("op=Adasum: Anderson acceleration uses residual='step'.", stacklevel=7)
     return dataclasses.replace(config, residual="step")
 
 

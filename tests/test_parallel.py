@@ -16,6 +16,7 @@ COMPUTED = (
     "test_dropin_arguments.py",
     "test_elastic_state.py",
     "test_examples.py",
+    "test_hooks.py",
     "test_layouts.py",
     "test_neumann.py",
     "test_noise.py",
@@ -49,8 +50,11 @@ def test_suite_fails_when_one_rank_fails():
 
 @pytest.mark.timeout(180)
 def test_one_rank_under_the_launcher():
-    """What differs for a rank alone: its noise is measured from micro-batches, if there are any."""
-    files = ("tests/parallel/test_noise.py", "tests/parallel/test_observe.py")
+    """What differs for a rank alone: its noise is measured from micro-batches, if there are any.
+
+    And nothing is reduced before hooks fire.
+    """
+    files = [f"tests/parallel/test_{name}.py" for name in ("noise", "observe", "hooks")]
     code, output = launch(*files, ranks=1, controller="gloo", limit=120)
     assert code == 0, output[-8000:]
 

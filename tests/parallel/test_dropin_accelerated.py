@@ -529,7 +529,7 @@ def test_defaults_are_kept_for_groups_that_join_later():
 @pytest.mark.parametrize("adasum", [False, True])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_step_hooks(when, adasum):
-    """Once a step, "pre" before anything moves and "post" after the accelerated update."""
+    """The outermost "pre" comes before anything moves, "post" after the accelerated update."""
     if adasum and (hvd.size() != 2 or not hvd.mpi_enabled()):
         pytest.skip("Adasum: MPI, 2^k ranks")
     model = network()
@@ -563,18 +563,21 @@ def test_step_hooks(when, adasum):
         for batch in full_batch(6):
             opt.zero_grad()
             loss_of(model, *batch).backward()
-            assert not seen
-            before = None if adasum else flat(model).clone()
+            # Adasum steps in the backward pass, once for each of the 4 parameters.
+            assert [name for name, _ in seen] == ["pre", "post"] * 4 * adasum
+            seen.clear()
+            before = flat(model).clone()
             opt.step()
-            assert [name for name, _ in seen] == ["pre", "post"]
+            names = ["pre", "post"] if adasum else ["pre", "pre", "post", "post"]
+            assert [name for name, _ in seen] == names
             assert adasum or torch.equal(seen[0][1], before)
-            assert torch.equal(seen[1][1], flat(model))
+            assert torch.equal(seen[-1][1], flat(model))
             seen.clear()
     finally:
         for handle in handles:
             handle.remove()
     assert opt.anderson.stats.accelerated == 2
-    assert everywhere == ["pre", "post"] * 6
+    assert everywhere == (["pre", "post"] * 5 if adasum else ["pre", "pre", "post", "post"]) * 6
 
 
 class Momentumless(torch.optim.Optimizer):

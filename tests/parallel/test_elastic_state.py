@@ -104,6 +104,26 @@ def test_restore_puts_back_what_this_rank_had(settings):
     assert_replicas_equal(state.model)
 
 
+def test_hooks_that_lay_something_around_the_state():
+    state = make_state(ANY_STEP)
+    opt = state.optimizer
+    opt.register_state_dict_post_hook(lambda opt, state: {"all of it": state})
+    opt.register_load_state_dict_pre_hook(lambda opt, state: state["all of it"])
+    state.sync()
+    train(state.model, opt, DATA[:20])
+    state.commit()
+    before, weights = copy.deepcopy(part_of(state)), flat(state.model)
+    train(state.model, opt, DATA[20:30])
+    state.restore()
+    assert_same_bits(part_of(state), before, "restored")
+    assert torch.equal(flat(state.model), weights)
+    state.sync()
+    assert opt.anderson.stats.restarts["ranks"] == 0
+    train(state.model, opt, DATA[20:30])
+    assert opt.anderson.columns > 0
+    assert_replicas_equal(state.model)
+
+
 def test_restore_in_the_middle_of_a_backward_pass():
     """As after a rank was lost there: reductions that were begun are not waited for."""
     state = make_state(SETTINGS["undo"])
