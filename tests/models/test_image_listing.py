@@ -7,7 +7,7 @@ import pytest
 from conftest import numbered_images
 from PIL import Image
 
-from models.data import find_corrupt, list_images
+from models.data import LoaderOptions, find_corrupt, list_images, open_loader
 from models.errors import UserError
 
 
@@ -166,3 +166,9 @@ def test_names_that_are_not_utf8(root, kind):
     assert [text.split(" (")[1] for text in found] == (
         ["its name is not UTF-8, which DALI cannot open)"] if kind == "dali" else []
     )
+    options = LoaderOptions(train=True, batch_size=4, image_size=8, resize=8, workers=1)
+    if kind == "dali":
+        with pytest.raises(
+            UserError, match=r"1 of .* such as .*\\udcff\\udcfe.jpg'.*--loader torch"
+        ):
+            open_loader(kind, images, options)
