@@ -98,8 +98,8 @@ class DaliLoader(Loader):
             return next(self._iterator, None)
         except RuntimeError as error:
             raise RuntimeError(
-                f"DALI has ended at a file below {self.images.root}: --check-images names those "
-                "that it cannot decode before training"
+                f"DALI's pipeline has failed. If a file below {self.images.root} is the cause, "
+                "--check-images names it before training."
             ) from error
 
     def _next_epoch(self) -> None:
