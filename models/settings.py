@@ -99,7 +99,8 @@ class Settings:
     check_images: bool = _option(
         "data",
         True,
-        "decode every image before training, shared among the ranks, and name the corrupt ones",
+        "decode every image before training, as the loader does, and name those that it cannot "
+        "show; the ranks share the work",
     )
 
     model: str = _option(

@@ -8,6 +8,7 @@ interval of `--log-every` steps and leave with exit code 75; `--resume auto` goe
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import socket
@@ -25,7 +26,15 @@ from torch import nn
 
 from aadl_hvd import average_batch_norm
 from models import checkpoint, networks
-from models.data import ImageList, Loader, LoaderOptions, find_corrupt, list_images, open_loader
+from models.data import (
+    ImageList,
+    Loader,
+    LoaderOptions,
+    check_folder,
+    find_corrupt,
+    list_images,
+    open_loader,
+)
 from models.dist import fail_together, gather, on_rank0, start
 from models.engine import Interval, Trainer, Validation, mean_over_ranks
 from models.errors import UserError
@@ -52,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):
         parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may be no text: no message may fail for that.
+            stream.reconfigure(errors="backslashreplace")
     start()
     try:
         if run(on_rank0(lambda: parse(arguments))):
@@ -140,6 +153,8 @@ def run(settings: Settings) -> bool:
         accelerated=settings.anderson != "off",
     )
     progress.say(_opening(settings, trainer, train_images, val_images, steps_per_epoch))
+    for note in (*train_images.notes, *val_images.notes):
+        progress.say(note)
     if trainer.step:
         progress.say(f"going on after step {trainer.step}")
 
@@ -259,20 +274,28 @@ def _make_folder(folder: Path) -> None:
 def _list(settings: Settings) -> tuple[ImageList, ImageList]:
     root = Path(settings.data)
     for folder in (root, root / "train", root / "val"):
-        if not folder.is_dir():
-            raise UserError(f"no such data folder: {folder}")
+        check_folder(folder)
     train = list_images(root / "train")
     return train, list_images(root / "val", train.classes)
 
 
 def _check_images(settings: Settings, *parts: ImageList) -> None:
-    shard = {"shard": hvd.rank(), "shards": hvd.size(), "threads": max(1, settings.workers)}
-    found = gather([name for images in parts for name in find_corrupt(images, **shard)])
-    corrupt = sorted(name for names in found for name in names)
+    how: Any = {"loader": settings.loader, "channels": settings.channels}
+    how |= {"shard": hvd.rank(), "shards": hvd.size(), "threads": max(1, settings.workers)}
+    own, problem = [], None
+    try:
+        own = [name for images in parts for name in find_corrupt(images, **how)]
+    except UserError as error:  # DALI may be missing on one machine
+        problem = str(error)
+    fail_together(problem)
+    corrupt = sorted(name for names in gather(own) for name in names)
     if corrupt:
         shown = "".join(f"\n  {name}" for name in corrupt[:20])
         more = f"\n  and {len(corrupt) - 20} more" if len(corrupt) > 20 else ""
-        raise UserError(f"{len(corrupt)} corrupt images: remove or replace them{shown}{more}")
+        raise UserError(
+            f"{len(corrupt)} corrupt images, as {settings.loader} reads them: remove or replace "
+            f"them{shown}{more}"
+        )
 
 
 def _loader(settings: Settings, device: torch.device, images: ImageList, *, train: bool) -> Loader:

@@ -1,7 +1,8 @@
 """Images from an ImageNet-style folder, by DALI or by torchvision, behind one interface."""
 
+from models.data.check import find_corrupt
 from models.data.digits import write_digits
-from models.data.folder import ImageList, find_corrupt, list_images
+from models.data.folder import ImageList, check_folder, list_images
 from models.data.loader import AUGMENTATIONS, SHUFFLES, Loader, LoaderOptions
 
 LOADERS = ("dali", "torch")
@@ -32,6 +33,7 @@ __all__ = [
     "ImageList",
     "Loader",
     "LoaderOptions",
+    "check_folder",
     "find_corrupt",
     "list_images",
     "open_loader",

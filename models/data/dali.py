@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from models.data.folder import ImageList
@@ -35,8 +36,18 @@ class DaliLoader(Loader):
     kind = "dali"
 
     def __init__(self, images: ImageList, options: LoaderOptions) -> None:
-        """See `Loader`; the pipeline is built at the first batch."""
+        """See `Loader`; the pipeline is built at the first batch.
+
+        Raises:
+            UserError: As `Loader`; or a file's name is not UTF-8.
+        """
         super().__init__(images, options)
+        refused = [path for path in self.images.paths() if not can_open(path)]
+        if refused:
+            raise UserError(
+                f"DALI opens no file whose name is not UTF-8, {len(refused)} of {images.root} "
+                f"such as {refused[0]!r}: rename them, or use `--loader torch`"
+            )
         self._iterator: Any = None
         self._checkpoint: str | None = None
 
@@ -45,7 +56,7 @@ class DaliLoader(Loader):
         if self._iterator is None:
             self._iterator = self._build()
         while True:
-            batch = next(self._iterator, None) if self.batch < len(self) else None
+            batch = self._next() if self.batch < len(self) else None
             if batch is None:  # validation: the shard was short of a batch
                 self._next_epoch()
                 return
@@ -82,10 +93,19 @@ class DaliLoader(Loader):
         """See `Loader`."""
         self._iterator = None
 
+    def _next(self) -> Any:
+        try:
+            return next(self._iterator, None)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"DALI's pipeline has failed. If a file below {self.images.root} is the cause, "
+                "--check-images names it before training."
+            ) from error
+
     def _next_epoch(self) -> None:
         # Batches past the last full one belong to the epoch and have to be drawn: some ranks have
         # one more of them than others, and the iterator resets only at its own end.
-        while next(self._iterator, None) is not None:
+        while self._next() is not None:
             pass
         self.epoch, self.batch = self.epoch + 1, 0
 
@@ -160,14 +180,98 @@ def build_pipeline(
     return pipeline
 
 
+def can_open(path: str) -> bool:
+    """Whether DALI takes the name at all."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # what Python makes of a name that is not UTF-8
+        return False
+    return True
+
+
+class Decoder:
+    """Decodes one file at a time as the loader does on the CPU, to check it. Not for two threads.
+
+    On the GPU the loader decodes by these CPU decoders whatever nvJPEG does not take.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Builds nothing yet.
+
+        Args:
+            channels: 3 for colour, 1 for grey.
+        """
+        self._output_type = _output_type(channels)
+        self._pipelines: dict[bool, Pipeline] = {}
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Decodes a file whole.
+
+        Args:
+            data: The file's content.
+
+        Returns:
+            uint8 [H, W, channels].
+
+        Raises:
+            RuntimeError: DALI cannot decode it.
+        """
+        return self._run(data, whole=True)
+
+    def decode_last_pixel(self, data: bytes) -> None:
+        """Reads a file to its end, and transforms only what the last pixel needs.
+
+        A JPEG takes 40 % of the time that `decode` takes.
+
+        Args:
+            data: The file's content.
+
+        Raises:
+            RuntimeError: DALI cannot decode it.
+        """
+        self._run(data, whole=False)
+
+    def _run(self, data: bytes, *, whole: bool) -> np.ndarray:
+        # An error leaves a pipeline invalid; another takes 10 ms.
+        pipeline = self._pipelines.pop(whole, None) or self._build(whole=whole)
+        pipeline.feed_input("file", [np.frombuffer(data, np.uint8)])
+        pixels = np.array(pipeline.run()[0].at(0))
+        self._pipelines[whole] = pipeline
+        return pixels
+
+    def _build(self, *, whole: bool) -> Pipeline:
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        with pipeline:
+            file = fn.external_source(name="file")
+            if whole:
+                pixels = fn.decoders.image(file, device="cpu", output_type=self._output_type)
+            else:
+                pixels = fn.decoders.image_crop(
+                    file,
+                    device="cpu",
+                    output_type=self._output_type,
+                    crop=(1, 1),
+                    crop_pos_x=1.0,
+                    crop_pos_y=1.0,
+                )
+            pipeline.set_outputs(pixels)
+        pipeline.build()
+        return pipeline
+
+
+def _output_type(channels: int) -> Any:
+    return types.RGB if channels == 3 else types.GRAY
+
+
 def _images(files: Any, options: LoaderOptions, *, gpu: bool) -> Any:
     decoder = {
         "device": "mixed" if gpu else "cpu",
-        "output_type": types.RGB if options.channels == 3 else types.GRAY,
+        "output_type": _output_type(options.channels),
     }
     if gpu:
         # The largest images of ImageNet; saves reallocations while training.
         decoder |= {"preallocate_width_hint": 5980, "preallocate_height_hint": 6430}
+        decoder |= {"jpeg_fancy_upsampling": True}  # as on the CPU, and in torch's loader
     mirror: Any = 0
     if options.train and options.augment != "none":
         pixels = fn.decoders.image_random_crop(

@@ -1,4 +1,4 @@
-"""ImageNet-style folders: which files there are, what they show, and whether they can be read.
+"""ImageNet-style folders: which images there are, and of which classes.
 
 Labels are positions in the sorted list of the *training* classes, for every part of the data set.
 Neither DALI's nor torchvision's own folder reader is used for this: they number whatever folders
@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from models.data.walk import EXTENSIONS, Walk, some
 from models.errors import UserError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png")
-NO_CLASS = frozenset({"lost+found"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +31,14 @@ class ImageList:
         classes: Names of the training classes, sorted; a label is a position in it.
         files: Paths relative to `root`.
         labels: One label per file.
+        notes: Lines for the user: what was left out, and what looks wrong.
     """
 
     root: Path
     classes: tuple[str, ...]
     files: tuple[str, ...] = field(repr=False)
     labels: tuple[int, ...] = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -53,7 +52,8 @@ class ImageList:
         """
         hasher = hashlib.sha256()
         for file, label in zip(self.files, self.labels, strict=True):
-            hasher.update(f"{label}\t{file}\n".encode())
+            # What is not UTF-8 in a name, Python has as surrogates.
+            hasher.update(f"{label}\t{file}\n".encode(errors="surrogateescape"))
         return hasher.hexdigest()
 
     def paths(self) -> list[str]:
@@ -68,119 +68,96 @@ class ImageList:
             classes=self.classes,
             files=tuple(self.files[i] for i in order),
             labels=tuple(self.labels[i] for i in order),
+            notes=self.notes,
         )
 
 
-def list_images(root: str | Path, classes: Sequence[str] | None = None) -> ImageList:
-    """Lists ``root/CLASS/.../image`` with labels.
+def check_folder(path: str | Path) -> None:
+    """Checks that there is a folder at `path`.
 
-    Hidden files and folders and ``lost+found`` are passed over, and so are files that are no
-    images by their names.
+    Raises:
+        UserError: There is none, or the system does not say.
+    """
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the data folder {path}: {reason}") from None
+    if not is_folder:
+        raise UserError(f"no such data folder: {path}")
+
+
+def list_images(root: str | Path, classes: Sequence[str] | None = None) -> ImageList:
+    """Lists ``root/CLASS/.../image`` with labels; see `Walk` for what is passed over.
 
     Args:
         root: Folder of class folders.
-        classes: The training classes that `root` must have, no more and no less; None takes the
+        classes: The training classes: `root` may lack some, but has no others. None takes the
             class folders found, which is right for the training images alone.
 
     Returns:
         The images, sorted by class and name.
 
     Raises:
-        UserError: `root` is missing or has no class folders, a class folder holds no images, or
-            the class folders are not those of `classes`.
+        UserError: `root` is missing or has no class folders; a link in it leads nowhere or to a
+            folder above; a training class has no images; a class folder is not one of `classes`; a
+            folder cannot be read.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no such data folder: {root}")
-    found = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in NO_CLASS
-    )
+    check_folder(root)
+    walk = Walk(root)
+    found = walk.class_folders()
     if not found:
         raise UserError(f"no class folders in {root}: expected {root}/CLASS/IMAGE.jpg")
-    if classes is None:
-        classes = found
-    else:
-        _compare_classes(root, found, classes)
+    training = classes is None
+    classes = tuple(found if classes is None else classes)
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        absent = sorted(set(classes) - set(found))
+        raise UserError(
+            f"the classes of {root} are not those of training; folders that are no training "
+            f"class: {some(unknown)}" + (f"; missing: {some(absent)}" if absent else "")
+        )
 
     files: list[str] = []
     labels: list[int] = []
-    empty = []
+    lacking = []
     for label, name in enumerate(classes):
-        images = _images_below(root, name)
+        images = walk.images_below(name) if name in found else []
         if not images:
-            empty.append(name)
+            lacking.append(name)
         files += images
         labels += [label] * len(images)
-    if empty:
-        raise UserError(
-            f"class folders without images ({', '.join(EXTENSIONS)}) in {root}: {_some(empty)}"
-        )
-    return ImageList(root=root, classes=tuple(classes), files=tuple(files), labels=tuple(labels))
+    left_out = [f"left out of {root}: {walk.left_out_text()}"] if walk.left_out else []
+    if lacking and (training or not files):
+        message = f"class folders without images ({', '.join(EXTENSIONS)}) in {root}: "
+        raise UserError("; ".join([message + some(lacking), *left_out]))
+    warnings = _odd_classes(classes, lacking)
+    second = walk.second_names(files)
+    if second:
+        warnings.append(f"{len(second)} images are listed twice: {some(second, 3)}")
+    return ImageList(
+        root=root,
+        classes=classes,
+        files=tuple(files),
+        labels=tuple(labels),
+        notes=(*left_out, *(f"warning: {root}: {text}" for text in warnings)),
+    )
 
 
-def find_corrupt(
-    images: ImageList, *, shard: int = 0, shards: int = 1, threads: int = 1
-) -> list[str]:
-    """Decodes every `shards`-th image and names those that cannot be read to their end.
-
-    One truncated image ends a DALI pipeline in the middle of an epoch, on one rank, and garbage
-    does so without naming the file; hence this look before training.
-
-    Args:
-        images: What to look at.
-        shard: This rank's shard, below `shards`.
-        shards: Number of ranks that share the work.
-        threads: Files decoded at the same time.
-
-    Returns:
-        ``PATH (reason)`` for each unreadable file, in the order of the list.
-    """
-    paths = images.paths()[shard::shards]
-    with ThreadPoolExecutor(threads) as pool:
-        reasons = pool.map(_why_unreadable, paths)
-        return [f"{path} ({why})" for path, why in zip(paths, reasons, strict=True) if why]
-
-
-def _compare_classes(root: Path, found: Sequence[str], classes: Sequence[str]) -> None:
-    lacking = sorted(set(classes) - set(found))
-    unknown = sorted(set(found) - set(classes))
-    problems = []
+def _odd_classes(classes: Sequence[str], lacking: Sequence[str]) -> list[str]:
+    warnings = []
+    if len(classes) == 1:
+        warnings.append(f"there is one class only, {classes[0]}: nothing can be learned")
     if lacking:
-        problems.append(f"class folders of the training set are missing: {_some(lacking)}")
-    if unknown:
-        problems.append(f"folders that are no training class: {_some(unknown)}")
-    if problems:
-        raise UserError(f"the classes of {root} are not those of training; " + "; ".join(problems))
-
-
-def _images_below(root: Path, name: str) -> list[str]:
-    images = []
-    for folder, subfolders, names in os.walk(root / name, followlinks=True):
-        subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
-        images += [
-            os.path.relpath(os.path.join(folder, file), root)
-            for file in names
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-    return sorted(images)
-
-
-def _why_unreadable(path: str) -> str | None:
-    try:
-        with Image.open(path) as image:
-            # Every byte of a JPEG is still entropy-decoded, which is what finds a truncated file;
-            # the scaled inverse transform only makes it about three times faster.
-            image.draft("L", (1, 1))
-            image.load()
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        return f"cannot be decoded: {str(error).replace(repr(path), 'file')}"
-    return None
-
-
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    text = ", ".join(names[:limit])
-    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+        there = len(classes) - len(lacking)
+        warnings.append(f"holds {there} of {len(classes)} classes; without images: {some(lacking)}")
+    by_spelling: dict[str, list[str]] = {}
+    for name in classes:
+        by_spelling.setdefault(name.casefold(), []).append(name)
+    alike = [" and ".join(names) for names in by_spelling.values() if len(names) > 1]
+    if alike:
+        warnings.append(f"classes differ in upper and lower case alone: {some(alike)}")
+    return warnings

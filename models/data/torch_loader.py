@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from models.data.decode import open_image, show
 from models.data.folder import ImageList
 from models.data.loader import CROP_AREA, CROP_RATIO, Loader, LoaderOptions
 from models.preemption import outlive_one_sigterm
@@ -34,8 +39,12 @@ class TorchLoader(Loader):
             generator=torch.Generator(),  # else each epoch draws from the global one
             # Forking a process that runs MPI's and Horovod's threads is not safe.
             multiprocessing_context="forkserver" if options.workers else None,
-            worker_init_fn=outlive_one_sigterm if options.workers else None,
+            worker_init_fn=_start_worker if options.workers else None,
         )
+        # A program may end without close(). This is registered after multiprocessing's own exit
+        # function, and so runs before it: that one would wait for ever for workers that outlive
+        # its one SIGTERM.
+        atexit.register(_close_at_exit, weakref.ref(self))
         shape = (1, options.channels, 1, 1)
         self._mean = torch.tensor(options.mean, device=options.device).view(shape) * 255
         self._std = torch.tensor(options.std, device=options.device).view(shape) * 255
@@ -54,13 +63,33 @@ class TorchLoader(Loader):
 
     def close(self) -> None:
         """See `Loader`."""
-        # Now: while an error is on its way up, its traceback holds the iterator; and when the
-        # program then ends, multiprocessing would wait for ever for workers that outlive its one
-        # SIGTERM.
+        # Now: while an error is on its way up, its traceback holds the iterator.
         iterator: Any = self._batches._iterator
         if iterator is not None:
             iterator._shutdown_workers()
-        del self._batches
+
+
+def _close_at_exit(loader: weakref.ref[TorchLoader]) -> None:
+    alive = loader()
+    if alive is not None:
+        alive.close()
+
+
+def _start_worker(worker: int) -> None:
+    """For a worker process, as it starts."""
+    outlive_one_sigterm(worker)
+    threading.Thread(target=_end_with_rank, name="rank", daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    # torch's own watch asks for the parent, which here is the fork server. That one, and the
+    # resource tracker, end as soon as no process holds their pipes, and the workers do.
+    # multiprocessing knows the process that asked for this one: the rank holds the other end of a
+    # pipe, which the kernel closes however the rank ends.
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os._exit(1)  # at once: the main thread may wait for a queue that nobody serves
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -112,8 +141,14 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, epoch = key
         # Not by torchvision.io, which is a third faster and going to be removed.
-        with Image.open(self.paths[position]) as file:
-            image = v2.functional.pil_to_tensor(file.convert(self.mode))
+        try:
+            with open(self.paths[position], "rb") as file, open_image(file) as stored:
+                image = v2.functional.pil_to_tensor(show(stored, self.mode))
+        except Exception as error:  # PIL raises all kinds, most without the name
+            raise RuntimeError(
+                f"cannot decode {self.paths[position]}: {error}. --check-images names all such "
+                "files before training."
+            ) from error
         with torch.random.fork_rng(devices=[]):
             # By image and epoch, so that crops depend neither on the worker nor on a resume.
             torch.manual_seed(hash((self.seed, epoch, position)))

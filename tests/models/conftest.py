@@ -10,7 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models.data import list_images, write_digits  # noqa: E402
+from models.data import LOADERS, list_images, write_digits  # noqa: E402
 
 GREY_STEP = 4
 """Image number i is evenly 4 i bright: JPEG keeps that to less than 1."""
@@ -36,3 +36,11 @@ def numbers(images, options):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp("data") / "digits", size=16)
+
+
+@pytest.fixture(params=LOADERS)
+def kind(request):
+    """Each loader there is."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
+    return request.param

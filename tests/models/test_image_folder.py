@@ -32,11 +32,16 @@ def test_folders_that_are_no_classes_do_not_shift_labels(tmp_path):
 
 
 def test_validation_takes_the_training_classes(tmp_path):
+    """Labels stay those of training where classes are missing, which is said."""
     train = numbered_images(tmp_path / "train", 6)
     numbered_images(tmp_path / "val", 6)
     shutil.rmtree(tmp_path / "val" / "class1")
+    val = list_images(tmp_path / "val", train.classes)
+    assert val.classes == train.classes and set(val.labels) == {0, 2}
+    (note,) = val.notes
+    assert "holds 2 of 3 classes; without images: class1" in note
     (tmp_path / "val" / "dog").mkdir()
-    with pytest.raises(UserError, match=r"missing: class1; .* no training class: dog"):
+    with pytest.raises(UserError, match=r"no training class: dog; missing: class1"):
         list_images(tmp_path / "val", train.classes)
 
 
@@ -68,21 +73,21 @@ def test_digest_sees_files_labels_and_order_but_not_the_place(tmp_path):
     assert sorted(first.shuffled(1).files) == sorted(first.files)
 
 
-def test_corrupt_images_are_named(tmp_path):
+def test_corrupt_images_are_named(tmp_path, kind):
     images = numbered_images(tmp_path, 9)
     paths = images.paths()
     whole = Path(paths[2]).read_bytes()
     Path(paths[2]).write_bytes(whole[: len(whole) // 2])
     Path(paths[5]).write_bytes(os.urandom(500))
     Path(paths[7]).write_bytes(b"")
-    found = find_corrupt(images)
+    found = find_corrupt(images, loader=kind, threads=2)
     assert [text.split(" (")[0] for text in found] == [paths[2], paths[5], paths[7]]
     # The shards of three ranks together find the same, once each.
-    shards = [find_corrupt(images, shard=rank, shards=3) for rank in range(3)]
+    shards = [find_corrupt(images, loader=kind, shard=rank, shards=3) for rank in range(3)]
     assert sorted(itertools.chain(*shards)) == sorted(found)
 
 
-def test_cut_anywhere_in_the_pixels_is_noticed(digits, tmp_path):
+def test_cut_anywhere_in_the_pixels_is_noticed(digits, tmp_path, kind):
     """Truncation by a single block must not pass, as it would not in training."""
     images = list_images(digits / "train")
     whole = Path(images.paths()[0]).read_bytes()
@@ -91,7 +96,7 @@ def test_cut_anywhere_in_the_pixels_is_noticed(digits, tmp_path):
     cuts = range(len(whole) * 3 // 4, len(whole) - 8, 7)
     for cut in cuts:
         (folder / f"{cut}.jpg").write_bytes(whole[:cut])
-    assert len(find_corrupt(list_images(tmp_path))) == len(cuts)
+    assert len(find_corrupt(list_images(tmp_path), loader=kind)) == len(cuts)
 
 
 def test_digits_are_written_once_and_whole(digits, tmp_path, monkeypatch):
