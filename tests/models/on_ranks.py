@@ -264,7 +264,7 @@ class Training:
         """5 steps, so amid the second epoch."""
         self.steps(5)
         self.loader.epoch, self.loader.batch = 1, 1
-        state = _state(IDENTITY, 1, 0.5, 0, self.trainer, self.loader)
+        state = _state(IDENTITY, 1, 0.5, self.trainer, self.loader)
         assert _save(folder / LAST, state, self.trainer, print)
 
     def resumed(self, folder, resume="auto"):
@@ -366,7 +366,7 @@ def a_bad_part_on_one_rank_is_a_missing_one():
             said = hvd.allgather_object(run.resumed(folder))
             assert "history has to rebuild" in said[0] and "last.5.1.part" in said[0], (where, said)
             assert said[0].count("\n") == 1 and not said[1], (where, said)
-            assert run.found == (1, 0.5, 0) and run.trainer.step == 5
+            assert run.found == (1, 0.5) and run.trainer.step == 5
             stats = run.trainer.optimizer.anderson.stats
             before = first.trainer.optimizer.anderson.stats
             assert stats.counters() == before.counters(), where
@@ -384,7 +384,7 @@ def a_bad_part_on_one_rank_is_a_missing_one():
 def resuming_automatically_without_a_checkpoint_begins():
     with temporary_folder() as folder:
         run = Training()
-        assert not run.resumed(folder) and run.found == (0, 0.0, 0)
+        assert not run.resumed(folder) and run.found == (0, 0.0)
         if hvd.rank() == 0:
             (folder / LAST).symlink_to(folder / "not mounted")
         hvd.barrier()

@@ -282,7 +282,7 @@ def test_one_rank_without_a_launcher_and_settings_from_a_file(train, tmp_path):
     config.write_text("anderson: off\nepochs: 3\namp: bf16\nchannels-last: true\nclip-norm: 1\n")
     code, output = train(tmp_path / "out", f"--config={config}", "--epochs=1", ranks=1)
     assert code == 0, output[-4000:]
-    assert "1 ranks on cpu" in output and "epoch 1/1" in output
+    assert "1 rank on cpu" in output and "epoch 1/1" in output
 
 
 def test_wrong_path_ends_every_rank_with_one_message(train, tmp_path):
