@@ -61,7 +61,11 @@ def _run(arguments: Sequence[str]) -> int:
         raise LaunchError(f"--stage is {job.stage!r}, must exist: there is no such file or folder")
     words = job.command
     if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
-        print("note: without --resume auto a requeued training begins anew", file=sys.stderr)
+        print(
+            "note: without --resume auto a requeued training is refused, for --out holds one; with "
+            "--overwrite it begins anew",
+            file=sys.stderr,
+        )
     if job.stage is None and any(PLACEHOLDER in word for word in words):
         print(
             f"note: nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is",

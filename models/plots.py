@@ -37,6 +37,8 @@ def panels(path: Path, title: str, width: float) -> Iterator[Any]:
         yield axes
         for one in axes:
             one.grid(alpha=0.3)
+            if one.get_xlabel() == "step":
+                one.xaxis.get_major_locator().set_params(integer=True)
             if one.get_legend_handles_labels()[0]:
                 one.legend(fontsize="small")
         figure.suptitle(title, fontsize="medium", parse_math=False)
@@ -51,9 +53,10 @@ def draw(axes: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> Non
 
 
 def on_log_scale(axes: Any) -> None:
-    """Makes the y axis logarithmic, if what is drawn can be shown there."""
+    """Makes the y axis logarithmic, if what is drawn can be shown there and has the range."""
     values = [float(y) for line in axes.get_lines() for y in line.get_ydata()]
-    if any(y > 0 and math.isfinite(y) for y in values):
+    positive = [y for y in values if y > 0 and math.isfinite(y)]
+    if positive and max(positive) >= 10 * min(positive):
         axes.set_yscale("log", nonpositive="mask")
 
 

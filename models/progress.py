@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from models.engine import Interval
+if TYPE_CHECKING:
+    from models.engine import Interval
 
 LINE_SECONDS = 5.0
 
@@ -46,7 +47,10 @@ class Progress:
             file = sys.stderr
             if self._terminal is not None:
                 file, self._lines = self._terminal
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=file)
+            # One that does not know its width, as under docker, would get a bar of none.
+            known = not file.isatty() or os.get_terminal_size(file.fileno()).columns > 0
+            width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 20}
+            self._bar = tqdm(total=total, initial=done, unit="step", file=file, **width)
 
     def update(self, interval: Interval, epoch: int, anderson: Any) -> None:
         """Shows an interval.
