@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from models.errors import UserError
-from models.settings import ANDERSON_PREFIX, NONE, OPTIONS, Settings, as_typed, dashed
+from models.settings import ANDERSON_PREFIX, NONE, OPTIONS, Settings, as_typed, dashed, shown
 
 _NULLS = ("", "~", "null")
 _NOT_WRITTEN = ("resume", "overwrite")  # of one run, not of the training
@@ -108,17 +108,6 @@ def _build_parser() -> _Parser:
             keywords["metavar"] = {int: "N", float: "X", str: "PATH"}[kind]
         group.add_argument(f"--{dashed(name)}", **keywords)
     return parser
-
-
-def shown(value: Any) -> str:
-    """A setting's value as its user would type it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple | list):
-        return " ".join(map(shown, value)) or NONE
-    if isinstance(value, float):
-        return f"{value:g}"
-    return NONE if value is None else str(value)
 
 
 def _kind(name: str) -> type:

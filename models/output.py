@@ -24,7 +24,7 @@ _FILES = (
     re.escape(SETTINGS),
 )
 _EVENTS = r"events\.out\.tfevents\..*"
-_MARK = "# Settings of a training, as python -m models.train found them."
+_MARK = "# All settings of the training here; python -m models.train --config reads them back."
 
 
 def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:

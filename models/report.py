@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from models.command_line import shown
 from models.data import ImageList
 from models.engine import Averaged, Interval, Trainer, Validation
 from models.output import SETTINGS, SUMMARY, SUMMARY_TEXT
-from models.settings import Settings, dashed
+from models.settings import Settings, dashed, shown
 
 IN_THE_OPENING = {"data", "model", "loader", "batch_size", "epochs", "optimizer", "anderson"}
 """Settings that have a line of their own there, whether they are defaults or not."""

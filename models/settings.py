@@ -49,6 +49,17 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
+def shown(value: Any) -> str:
+    """A setting's value as its user would type it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple | list):
+        return " ".join(map(shown, value)) or NONE
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NONE if value is None else str(value)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `python -m models.train --help` explains, option by option; checks itself.
@@ -456,7 +467,7 @@ class Settings:
                 also = "" if field.metadata["none"] is None else ", none"
                 raise UserError(f"{option} is {value!r}, must be one of {', '.join(choices)}{also}")
             if least is not None and not value >= least:
-                raise UserError(f"{option} is {value}, must be at least {least:g}")
+                raise UserError(f"{option} is {shown(value)}, must be at least {least:g}")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UserError(f"{option} is {number}, must be finite")
@@ -465,7 +476,7 @@ class Settings:
         if self.channels not in (1, 3):
             raise UserError(f"--channels is {self.channels}, must be 3 or 1")
         if self.label_smoothing >= 1:
-            raise UserError(f"--label-smoothing is {self.label_smoothing}, must be below 1")
+            raise UserError(f"--label-smoothing is {shown(self.label_smoothing)}, must be below 1")
         if self.resize is not None and self.resize < self.image_size:
             raise UserError(
                 f"--resize is {self.resize}, must be at least the image size, {self.image_size}"
@@ -554,7 +565,7 @@ def by_option(error: Exception) -> str:
     ):
         must = must.replace(old, new)
     rest = re.sub(r"(\w+)=([^\s,;.]+)", option, f"{combined or ''}, must {must}")
-    return f"--{dashed(ANDERSON_PREFIX + name)} is {value}{rest}"
+    return f"--{dashed(ANDERSON_PREFIX + name)} is {value.removesuffix('.0')}{rest}"
 
 
 def as_typed(message: str, file: str, keys: Mapping[str, str]) -> str:

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code, the same on all ranks: 0; 2 for wrong input; 75 when it was asked to stop and
-        left a checkpoint to go on from.
+        left a checkpoint to go on from. Under a launcher 1 for any other error, which is printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):

@@ -85,6 +85,7 @@ def test_bad_file(config, text, message):
         (["--data=d", "--anderson-refine=1", "--anderson=off"], "--anderson-refine given with"),
         (["--data=d", "--resume=auto", "--overwrite"], "--resume and --overwrite exclude"),
         (["--data=d", "--lr=inf"], "--lr is inf, must be finite"),
+        (["--data=d", "--lr=-1"], "--lr is -1, must be at least 0"),
         (["--data=d", "--lr=fast"], "--lr is 'fast', must be a number"),
         (["--data=d", "--clip-norm=x"], "--clip-norm is 'x', must be a number or none"),
         (["--config=/nowhere.yaml"], "cannot read /nowhere.yaml: No such file"),
@@ -139,8 +140,8 @@ def test_help_explains_every_option(capsys):
             ["average-window=1"],
             "average-window is 1, must be at least 2, or none, for no moving av",
         ),
-        (["relaxation=2"], "relaxation is 2.0, must be a finite number above 0 and at most 1"),
-        (["noise-gate=-1"], "noise-gate is -1.0, must be a finite number at least 0, or none"),
+        (["relaxation=2"], "relaxation is 2, must be a finite number above 0 and at most 1"),
+        (["noise-gate=-1"], "noise-gate is -1, must be a finite number at least 0, or none"),
         (["averages=1.5"], "averages is (1.5,), must be a tuple of different decay factors"),
         (
             ["momentum=reset", "residual=state"],
