@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ class Progress:
             file = sys.stderr
             if self._terminal is not None:
                 file, self._lines = self._terminal
+                # mpirun starts ranks in the background: under `stty tostop` this would stop them.
+                signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             # One that does not know its width, as under docker, would get a bar of none.
             known = not file.isatty() or os.get_terminal_size(file.fileno()).columns > 0
             width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 20}
