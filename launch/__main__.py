@@ -81,7 +81,10 @@ def _notes(job: Job) -> Iterator[str]:
     for line in replaced_directives(job):
         yield f"--directive takes the place of {line!r}"
     if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
-        yield "without --resume auto a requeued training begins anew"
+        yield (
+            "without --resume auto a requeued training is refused, for --out holds one; with "
+            "--overwrite it begins anew"
+        )
     if job.stage is None and any(PLACEHOLDER in word for word in words):
         yield f"nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is"
 

@@ -113,7 +113,9 @@ def _of_line(text: str, where: str) -> Entry:
     first, *words = re.sub(r"\s*=\s*", "=", text).split()
     host = HOST.fullmatch(first)
     settings = [SETTING.fullmatch(word.replace("max-slots", "max_slots")) for word in words]
-    pairs = [setting.groups() for setting in settings if setting is not None]
+    pairs: list[tuple[str, str]] = [
+        (setting[1], setting[2]) for setting in settings if setting is not None
+    ]
     if host is not None and host.group(2) is not None:
         pairs.append(("slots", host.group(2)))
     given = dict(pairs)

@@ -25,7 +25,6 @@ _WANTED: dict[str, _Wanted] = {
     "identity": _DICT,
     "epoch": _COUNT,
     "step": _COUNT,
-    "moved": _COUNT,
     "best": ("a number from 0 to 1", lambda x: isinstance(x, (int, float)) and 0 <= x <= 1),
     "model": _DICT,
     "optimizer": _DICT,

@@ -24,6 +24,7 @@ from models.data import write_digits
 from models.data.digits import TRAIN_IMAGES, VAL_IMAGES
 from models.errors import UserError
 from models.metrics import read_csv
+from models.plots import draw, on_log_scale, panels
 
 RUNS = {"off": "Horovod's own", "default": "Anderson"}
 TAG = re.compile(r"\[\d+(?:,\d+)?\]<std(?:out|err)>:")
@@ -54,7 +55,8 @@ OPTIONS = {
     "log-every": 1,
     "checkpoint-every": 50,
 }
-FLAGS = ("--channels-last", "--no-tensorboard")
+# The demo's folders are its own: a second demo begins anew.
+FLAGS = ("--channels-last", "--no-tensorboard", "--overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,11 @@ class Run:
         """Mean wall-clock time, without the first step, which sets everything up."""
         times = self.seconds
         return 1000 * (times[-1] - times[0]) / (len(times) - 1)
+
+    def where_grows(self, counter: str) -> list[dict[str, float]]:
+        """The rows at whose steps a counter of the acceleration is higher than before."""
+        before = [0.0, *(row[counter] for row in self.steps)]
+        return [row for row, was in zip(self.steps, before, strict=False) if row[counter] > was]
 
     def first_below(self, loss: float) -> int | None:
         """Position of the first step whose training loss is at or below `loss`."""
@@ -201,6 +208,7 @@ def _table(base: Run, anderson: Run) -> str:
     slower = 100 * (anderson.ms_per_step / base.ms_per_step - 1)
     never = f"not in {len(anderson.steps)}"
     rejected = sum(stats["rejected"].values())
+    averaged = anderson.summary.get("averaged_validation_top1")
 
     def both(form: str, key: str) -> tuple[str, str]:
         return form.format(base.summary[key]), form.format(anderson.summary[key])
@@ -208,8 +216,8 @@ def _table(base: Run, anderson: Run) -> str:
     rows = [
         ("", *RUNS.values()),
         ("validation accuracy", *both("{:.2%}", "validation_top1")),
-        ("validation accuracy at averaged weights", "-",
-         f"{anderson.summary['averaged_validation_top1']:.2%}"),
+        ("validation accuracy at averaged weights", "-", "none better" if averaged is None
+         else f"{averaged:.2%}"),
         ("validation loss", *both("{:.4f}", "validation_loss")),
         ("training loss", *both("{:.3e}", "training_loss")),
         (
@@ -246,30 +254,32 @@ def _table(base: Run, anderson: Run) -> str:
 
 
 def _plot(runs: dict[str, Run], path: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    by_step, by_time, accuracy = figure.subplots(1, 3)
-    for (anderson, run), colour in zip(runs.items(), ("tab:gray", "tab:red"), strict=True):
-        losses = [row["loss"] for row in run.steps]
-        style = {"color": colour, "label": RUNS[anderson]}
-        by_step.semilogy([row["step"] for row in run.steps], losses, **style)
-        by_time.semilogy(run.seconds, losses, **style)
-        accuracy.plot([row["step"] for row in run.epochs],
-                      [100 * row["val_top1"] for row in run.epochs],
-                      "o-", markersize=3, **style)  # fmt: skip
-    target = runs["off"].steps[-1]["loss"]
-    for axes in (by_step, by_time):
-        axes.axhline(target, color="tab:gray", linestyle=":", linewidth=1)
-    by_step.set(xlabel="step", ylabel="training loss")
-    by_time.set(xlabel="training time / s", ylabel="training loss")
-    accuracy.set(xlabel="step", ylabel="validation accuracy / %")
-    for axes in (by_step, by_time, accuracy):
-        axes.grid(alpha=0.3)
-        axes.legend()
     batch = f"full batch of {TRAIN_IMAGES:,} images"
-    figure.suptitle(f"resnet8 on scikit-learn's digits, {batch}, Nesterov, lr {OPTIONS['lr']}")
-    figure.savefig(path, dpi=150)
+    title = f"resnet8 on scikit-learn's digits, {batch}, Nesterov, lr {OPTIONS['lr']}"
+    with panels(path, title, 12) as (by_step, by_time, accuracy):
+        for (anderson, run), colour in zip(runs.items(), ("tab:gray", "tab:red"), strict=True):
+            losses = [row["loss"] for row in run.steps]
+            style = {"color": colour, "label": RUNS[anderson]}
+            draw(by_step, [row["step"] for row in run.steps], losses, **style)
+            draw(by_time, run.seconds, losses, **style)
+            draw(accuracy, [row["step"] for row in run.epochs],
+                 [100 * row["val_top1"] for row in run.epochs],
+                 marker="o", markersize=3, **style)  # fmt: skip
+        for counter, name, marks in (
+            ("aa_accelerated", "accepted", {"marker": "^", "color": "tab:blue"}),
+            ("aa_rejected", "rejected", {"marker": "x", "color": "black"}),
+        ):
+            rows = runs["default"].where_grows(counter)
+            draw(by_step, [row["step"] for row in rows], [row["loss"] for row in rows],
+                 linestyle="", markersize=4, label=f"acceleration {name}, {len(rows)} times",
+                 **marks)  # fmt: skip
+        target = runs["off"].steps[-1]["loss"]
+        for axes in (by_step, by_time):
+            axes.axhline(target, color="tab:gray", linestyle=":", linewidth=1)
+            on_log_scale(axes)
+        by_step.set(xlabel="step", ylabel="training loss")
+        by_time.set(xlabel="training time / s", ylabel="training loss")
+        accuracy.set(xlabel="step", ylabel="validation accuracy / %")
     return path
 
 

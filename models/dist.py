@@ -79,3 +79,17 @@ def start() -> None:
     hvd.init()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // hvd.local_size()))
+
+
+def launcher() -> str | None:
+    """The program that started the ranks and reports how they end; None for a rank by itself."""
+    for name, program in (
+        ("JSM_NAMESPACE_RANK", "jsrun"),
+        ("OMPI_COMMAND", "mpirun"),
+        ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "horovodrun"),
+    ):
+        if name in os.environ:
+            return program
+    if hvd.size() == 1:
+        return None
+    return "srun" if "SLURM_STEP_ID" in os.environ else "the launcher"

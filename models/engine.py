@@ -72,6 +72,10 @@ class Validation:
     images: int
 
 
+Averaged = tuple[float, Validation]
+"""Which average of the weights (see `AndersonConfig.averages`), and what it achieves."""
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """The training loop's state that is not in a checkpoint, and its one step.
@@ -212,23 +216,34 @@ class Trainer:
             inputs = [images for images, _ in self._recent]
             recalibrate_batch_norm(self.model, inputs, mean_over_ranks, self._forward)
 
-    def validate_averaged(self, batches: Iterable[Batch]) -> tuple[str, Validation] | None:
+    @property
+    def stats(self) -> Any:
+        """The optimizer's ``anderson.stats``; None without acceleration."""
+        anderson = getattr(self.optimizer, "anderson", None)
+        return None if anderson is None else anderson.stats
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether averages of the weights are kept, and batches to choose one by."""
+        anderson = getattr(self.optimizer, "anderson", None)
+        return anderson is not None and bool(anderson.config.averages) and self.keep_batches > 0
+
+    def validate_averaged(self, batches: Iterable[Batch]) -> Averaged | None:
         """Evaluates at averaged weights, chosen by the loss on the remembered batches. Collective.
 
         Batch-norm statistics are measured at each candidate; weights and statistics are put back.
 
         Returns:
-            The average's name, "last" where none is better than the last iterate, and what was
-            found; None without acceleration or remembered batches.
+            The average's name and what was found; None where none is better than the weights
+            themselves, or there is none.
         """
-        anderson = getattr(self.optimizer, "anderson", None)
-        if anderson is None or not anderson.config.averages or not self._recent:
+        if not self.has_averages or not self._recent:
             return None
         inputs = [images for images, _ in self._recent]
         with self.optimizer.averaged_weights(
             self._recent_loss, model=self.model, batches=inputs, forward=self._forward
-        ) as kind:
-            return "last" if kind is None else str(kind), self.validate(batches)
+        ) as kind:  # the same on all ranks
+            return None if kind is None else (kind, self.validate(batches))
 
     def _forward(self, images: torch.Tensor) -> torch.Tensor:
         with self._autocast():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from models.output import TENSORBOARD
 
 
 class MetricsLog:
@@ -39,10 +42,15 @@ class MetricsLog:
         self._files: dict[str, tuple[Any, Any]] = {}
         self._board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
             purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
+            except ImportError as error:
+                say(f"warning: nothing is written for TensorBoard: {error}")
+            except OSError as error:
+                self._lost(error)
 
     def write(self, kind: str, row: dict[str, float | int | None]) -> None:
         """Adds a row.
@@ -85,9 +93,17 @@ class MetricsLog:
                     self._board.add_scalar(f"{kind}/{name}", value, row["step"])
 
     def _open(self, path: Path, columns: list[str]) -> tuple[Any, Any]:
-        kept = []
+        """Begins a file with the rows up to the resumed step, as they are written there.
+
+        Columns that only the rows before have, as those of an older version may, stay.
+        """
+        kept: list[dict[str, str]] = []
         if self._resume_step is not None and path.exists():
-            kept = [row for row in read_csv(path) if row["step"] <= self._resume_step]
+            rows, damaged = _rows(path)
+            kept = [row for row in rows if float(row["step"]) <= self._resume_step]
+            if damaged:
+                self._say(f"warning: damaged lines of {path} were left out: {damaged}")
+        columns += [name for name in (kept[0] if kept else ()) if name not in columns]
         partial = path.with_suffix(".partial")
         file = open(partial, "w", newline="")  # noqa: SIM115 - closed by close()
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -99,9 +115,34 @@ class MetricsLog:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Reads what `MetricsLog` wrote; empty fields are left out of their row."""
-    with open(path, newline="") as file:
-        return [
-            {key: float(value) for key, value in row.items() if value not in ("", None)}
-            for row in csv.DictReader(file)
-        ]
+    """Reads what `MetricsLog` wrote; empty fields are left out of their row.
+
+    Whole numbers come back as such. Damaged lines, as a killed run may leave one, are left out.
+    """
+    return [{name: _number(text) for name, text in row.items() if text} for row in _rows(path)[0]]
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], int]:
+    """All whole rows of a file as they are written, and how many lines are none."""
+    text = path.read_bytes().decode(errors="replace")
+    # Without its end a line cannot be told from a whole one that ends in a longer number.
+    *lines, rest = text.split("\n")
+    columns, *fields = [line.rstrip("\r").split(",") for line in lines] or [[]]
+    rows = [dict(zip(columns, row, strict=True)) for row in fields if _is_whole(row, columns)]
+    return rows, len(fields) - len(rows) + bool(rest)
+
+
+def _is_whole(row: list[str], columns: list[str]) -> bool:
+    try:
+        numbers = [float(text) if text else None for text in row]
+        step = dict(zip(columns, numbers, strict=True))["step"]
+    except (ValueError, KeyError):
+        return False
+    return step is not None and math.isfinite(step)
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

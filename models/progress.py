@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from models.engine import Interval
+if TYPE_CHECKING:
+    from models.engine import Interval
 
 LINE_SECONDS = 5.0
+
+# Programs that start ranks and pass on what these write, by their names on the command line.
+_LAUNCHERS = {"horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "srun", "jsrun"}
+_HOROVODRUN = "horovod.runner"  # started as a module
 
 
 class Progress:
     """Shows steps/s, images/s, loss and what the acceleration does; silent on other ranks."""
 
-    def __init__(self, kind: str, *, total: int, done: int, accelerated: bool) -> None:
+    def __init__(self, kind: str, *, total: int, done: int) -> None:
         """Starts the display.
 
         Args:
-            kind: "bar", "lines", "off", or "auto": a bar where stderr is a terminal, else lines.
+            kind: "bar", "lines", "off", or "auto": a bar where stderr is a terminal, of this
+                process or of the program that started the ranks; else lines.
             total: Steps of the whole training.
             done: Steps done before, by the run that is resumed.
-            accelerated: Show accepted and rejected accelerations.
         """
+        # What a rank writes goes through pipes of its launcher, which puts a tag before each line
+        # and takes a carriage return for an end of line: a bar has to go past it.
+        self._terminal = launchers_terminal() if kind in ("auto", "bar") else None
         if kind == "auto":
-            kind = "bar" if sys.stderr.isatty() else "lines"
-        self._kind, self._total, self._accelerated = kind, total, accelerated
+            kind = "bar" if self._terminal or sys.stderr.isatty() else "lines"
+        self._kind, self._total = kind, total
         self._printed = time.monotonic()
         self._bar: Any = None
+        self._lines: TextIO = sys.stdout
         if kind == "bar":
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+            file = sys.stderr
+            if self._terminal is not None:
+                file, self._lines = self._terminal
+                # mpirun starts ranks in the background: under `stty tostop` this would stop them.
+                signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            # One that does not know its width, as under docker, would get a bar of none.
+            known = not file.isatty() or os.get_terminal_size(file.fileno()).columns > 0
+            width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 20}
+            self._bar = tqdm(total=total, initial=done, unit="step", file=file, **width)
 
     def update(self, interval: Interval, epoch: int, anderson: Any) -> None:
         """Shows an interval.
@@ -48,8 +70,9 @@ class Progress:
         if anderson is not None:
             texts["AA"] = f"{anderson.accelerated}+/{sum(anderson.rejected.values())}-"
         if self._bar is not None:
-            self._bar.set_postfix(texts, refresh=False)
-            self._bar.update(interval.steps)
+            with self._without_terminal():
+                self._bar.set_postfix(texts, refresh=False)
+                self._bar.update(interval.steps)
         elif time.monotonic() - self._printed > LINE_SECONDS or interval.step == self._total:
             self._printed = time.monotonic()
             pace = f"{interval.steps / interval.seconds:.2f} steps/s"
@@ -63,11 +86,53 @@ class Progress:
         if self._kind == "off":
             return
         if self._bar is not None:
-            self._bar.write(text)
+            with self._without_terminal():
+                self._bar.write(text, file=self._lines)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
-        if self._bar is not None:
-            self._bar.close()
+        with self._without_terminal():
+            if self._bar is not None:
+                self._bar.close()
+            if self._terminal is not None:
+                self._terminal[0].close()
+
+    @contextlib.contextmanager
+    def _without_terminal(self) -> Iterator[None]:
+        """Goes on with lines when the terminal is gone: it may close before the training ends."""
+        try:
+            yield
+        except OSError:
+            self._kind, self._bar, self._terminal = "lines", None, None
+
+
+def launchers_terminal() -> tuple[TextIO, TextIO] | None:
+    """The terminal of the program that started this rank, on the same machine.
+
+    Returns:
+        Where a bar goes: the terminal that the launcher's stderr is. And where lines go, so that
+        they do not run into the bar: the same, if its stdout is one too, else this rank's stdout.
+        None where there is no launcher, or its stderr goes elsewhere, as to a file.
+    """
+    try:
+        launcher, pid = None, os.getppid()
+        while pid > 1:  # the topmost: horovodrun starts mpirun
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            names = {os.path.basename(word) for word in words[:2]}
+            if names & _LAUNCHERS or any(_HOROVODRUN in word for word in words[:3]):
+                launcher = pid
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        if launcher is None:
+            return None
+        stdout, stderr = Path(f"/proc/{launcher}/fd/1"), Path(f"/proc/{launcher}/fd/2")
+        if not stderr.is_char_device():  # to open a pipe could wait for ever
+            return None
+        terminal = os.fdopen(os.open(stderr, os.O_WRONLY | os.O_NOCTTY), "w")
+        if not terminal.isatty():
+            terminal.close()
+            return None
+        return terminal, terminal if stdout.samefile(stderr) else sys.stdout
+    except OSError:  # it ended, is another user's, or there is no /proc
+        return None

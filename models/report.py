@@ -1,12 +1,209 @@
-"""What a finished training leaves for its user: a summary and a plot."""
+"""What a training tells its user: at the start, row by row, and at the end."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from models.metrics import read_csv
+from models.data import ImageList
+from models.engine import Averaged, Interval, Trainer, Validation
+from models.output import SETTINGS, SUMMARY, SUMMARY_TEXT
+from models.settings import Settings, dashed, shown
+
+IN_THE_OPENING = {"data", "model", "loader", "batch_size", "epochs", "optimizer", "anderson"}
+"""Settings that have a line of their own there, whether they are defaults or not."""
+
+
+def opening(
+    settings: Settings,
+    trainer: Trainer,
+    train: ImageList,
+    val: ImageList,
+    *,
+    ranks: int,
+    steps_per_epoch: int,
+) -> str:
+    """What is about to be trained, and a line for each setting that is not the default."""
+    count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    batches = ranks * settings.accumulate
+    what = {
+        "model": f"{settings.model}, {count:,} parameters",
+        "data": f"{settings.data}: {len(train):,} training and {len(val):,} validation images of "
+        f"{_count(len(train.classes), 'class', 'classes')}, read by {settings.loader}",
+        "ranks": f"{_count(ranks, 'rank')} on {trainer.device.type}, batch {settings.batch_size} x "
+        f"{batches} = {settings.batch_size * batches:,}",
+        "steps": f"{_count(settings.epochs, 'epoch')} of {_count(steps_per_epoch, 'step')}",
+        "optimizer": settings.optimizer,
+        "acceleration": settings.anderson
+        + (": Horovod's own optimizer" if settings.anderson == "off" else ""),
+    }
+    width = max(map(len, what))
+    lines = [f"{name:<{width}}  {text}" for name, text in what.items()]
+    changed = {
+        dashed(name): (shown(value), shown(default))
+        for name, (value, default) in settings.changed().items()
+        if name not in IN_THE_OPENING
+    }
+    if changed:
+        where = Path(settings.out) / SETTINGS
+        lines.append(f"settings that are not the defaults (all are in {where}):")
+    names = max(map(len, changed), default=0)
+    values = max((len(value) for value, _ in changed.values()), default=0)
+    for name, (value, default) in changed.items():
+        lines.append(f"  {name:<{names}}  {value:<{values}}  (default: {default})")
+    return "\n".join(lines)
+
+
+def step_row(interval: Interval, epoch: int, stats: Any) -> dict[str, Any]:
+    """A row of steps.csv.
+
+    Args:
+        interval: What was measured.
+        epoch: In which, counted from 1.
+        stats: The optimizer's ``anderson.stats``; None without acceleration.
+    """
+    row = {
+        "step": interval.step,
+        "epoch": epoch,
+        "lr": interval.lr,
+        "loss": interval.loss,
+        "top1": interval.top1,
+        "images_per_s": interval.images / interval.seconds,
+        "seconds": interval.seconds,
+        "data_seconds": interval.data_seconds,
+    }
+    if stats is not None:
+        row |= {
+            "aa_stored": stats.stored,
+            "aa_accelerated": stats.accelerated,
+            "aa_rejected": sum(stats.rejected.values()),
+            "aa_averaged": stats.averaged,
+            "aa_promised_reduction": stats.promised_reduction,
+            "aa_condition": stats.condition,
+            "aa_seconds": sum(stats.seconds.values()),
+        }
+    return row
+
+
+def epoch_row(
+    interval: Interval,
+    epoch: int,
+    validation: Validation,
+    averaged: Averaged | None,
+    *,
+    averages: bool,
+) -> dict[str, Any]:
+    """A row of epochs.csv.
+
+    Args:
+        interval: The epoch's last.
+        epoch: Which, counted from 1; it is over.
+        validation: At the weights themselves.
+        averaged: At an average of them; None if none is better.
+        averages: Whether there can be any.
+    """
+    row: dict[str, Any] = {"step": interval.step, "epoch": epoch, "train_loss": interval.loss}
+    row |= {f"val_{name}": value for name, value in asdict(validation).items()}
+    if averages:
+        kind, found = averaged if averaged is not None else (None, None)
+        row |= {
+            "averaged_weights": kind,
+            "averaged_val_loss": found and found.loss,
+            "averaged_val_top1": found and found.top1,
+        }
+    return row
+
+
+def epoch_text(
+    settings: Settings,
+    interval: Interval,
+    epoch: int,
+    validation: Validation,
+    averaged: Averaged | None,
+    *,
+    measured_anew: bool,
+) -> str:
+    """What is said of an epoch that was validated; see `epoch_row`."""
+    text = (
+        f"epoch {epoch}/{settings.epochs}: training loss {interval.loss:.4g}, "
+        f"validation loss {validation.loss:.4g}, top-1 {validation.top1:.2%}, "
+        f"top-5 {validation.top5:.2%}"
+    )
+    if measured_anew:
+        text += " (batch-norm statistics measured anew)"
+    if averaged is not None:
+        text += (
+            f"\n    at averaged weights ({average_name(averaged[0])}): validation loss "
+            f"{averaged[1].loss:.4g}, top-1 {averaged[1].top1:.2%}"
+        )
+    return text
+
+
+def average_name(kind: float) -> str:
+    """Which average one of `AndersonConfig.averages` is."""
+    if kind < 1:
+        return f"running average, decay factor {kind:g}"
+    return f"mean of the last {kind:g} steps"
+
+
+def summarize(
+    settings: Settings,
+    trainer: Trainer,
+    totals: dict[str, Any],
+    interval: Interval,
+    validation: Validation,
+    averaged: Averaged | None,
+    best: float,
+    *,
+    ranks: int,
+    measured_anew: bool,
+) -> dict[str, Any]:
+    """The numbers of a finished training."""
+    summary: dict[str, Any] = {
+        "model": settings.model,
+        "optimizer": settings.optimizer,
+        "anderson": settings.anderson,
+        "loader": settings.loader,
+        "ranks": ranks,
+        "device": trainer.device.type,
+        "epochs": settings.epochs,
+        "steps": trainer.step,
+        "training_loss": interval.loss,
+        "batch_norm_statistics": "measured anew" if measured_anew else "running averages",
+        "validation_loss": validation.loss,
+        "validation_top1": validation.top1,
+        "validation_top5": validation.top5,
+        "best_validation_top1": best,
+        "training_seconds": totals["seconds"],
+        "waiting_for_data_seconds": totals["data_seconds"],
+        "ms_per_step": 1000 * totals["seconds"] / totals["steps"],
+        "images_per_second": totals["images"] / totals["seconds"],
+    }
+    if averaged is not None:
+        summary |= {
+            "averaged_weights": average_name(averaged[0]),
+            "averaged_validation_loss": averaged[1].loss,
+            "averaged_validation_top1": averaged[1].top1,
+        }
+    elif trainer.has_averages:
+        summary["averaged_weights"] = "none is better on the training images"
+    stats = trainer.stats
+    if stats is not None:
+        seconds = sum(stats.seconds.values())
+        summary["acceleration"] = {
+            "stored": stats.stored,
+            "accelerated": stats.accelerated,
+            "averaged": stats.averaged,
+            "rejected": dict(stats.rejected),
+            "restarts": dict(stats.restarts),
+            "history_bytes_on_rank_0": trainer.optimizer.anderson.history_bytes,
+            "seconds": seconds,
+            "seconds_of": dict(stats.seconds),
+            "percent_of_training_time": 100 * seconds / totals["seconds"],
+        }
+    return summary
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -22,41 +219,8 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Writes ``summary.json`` and ``summary.txt`` into `folder`."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "summary.txt").write_text(summary_text(summary) + "\n")
-
-
-def plot_training(folder: Path) -> Path:
-    """Draws loss, accuracy and learning rate from the CSV files of `folder`.
-
-    Returns:
-        The PNG's path.
-    """
-    from matplotlib.figure import Figure
-
-    steps, epochs = read_csv(folder / "steps.csv"), read_csv(folder / "epochs.csv")
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    validated = [row for row in epochs if "val_loss" in row]
-
-    loss.semilogy([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
-    loss.semilogy([r["step"] for r in validated], [r["val_loss"] for r in validated],
-                  "o-", markersize=3, label="validation")  # fmt: skip
-    loss.set(xlabel="step", ylabel="loss")
-    loss.legend()
-    accuracy.plot([r["step"] for r in steps], [100 * r["top1"] for r in steps], label="training")
-    for name in ("top1", "top5"):
-        accuracy.plot([r["step"] for r in validated], [100 * r[f"val_{name}"] for r in validated],
-                      "o-", markersize=3, label=f"validation, {name}")  # fmt: skip
-    accuracy.set(xlabel="step", ylabel="accuracy / %")
-    accuracy.legend()
-    rate.plot([r["step"] for r in steps], [r["lr"] for r in steps])
-    rate.set(xlabel="step", ylabel="learning rate")
-    for axes in (loss, accuracy, rate):
-        axes.grid(alpha=0.3)
-    path = folder / "training.png"
-    figure.savefig(path, dpi=150)
-    return path
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / SUMMARY_TEXT).write_text(summary_text(summary) + "\n")
 
 
 def _lines(summary: dict[str, Any], prefix: str = "") -> Any:
@@ -70,3 +234,7 @@ def _lines(summary: dict[str, Any], prefix: str = "") -> Any:
             yield name, f"{value:.6g}"
         elif value is not None:
             yield name, str(value)
+
+
+def _count(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -27,7 +27,7 @@ class Schedule:
         warmup_epochs: Length of the warm-up; may be a fraction.
         decay: "step": times `factor` at each of the `milestones`; "cosine": down to 0 at the end;
             "none".
-        milestones: Epochs, counted from 0, at whose start the rate is multiplied by `factor`.
+        milestones: How many epochs are done when the rate is multiplied by `factor`.
         factor: See `decay`.
     """
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import yaml
-
-from aadl_hvd import AndersonConfig
+from aadl_hvd import AndersonConfig, ConfigError
 from models import networks
 from models.data import AUGMENTATIONS, LOADERS, SHUFFLES
 from models.errors import UserError
@@ -21,6 +16,8 @@ from models.schedule import DECAYS, WARMUPS
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop")
 ANDERSON_PREFIX = "anderson_"
+NONE: Literal["none"] = "none"
+"""Stands for None in options of `AndersonConfig`: there None means "not given"."""
 
 
 def _option(
@@ -29,14 +26,47 @@ def _option(
     help: str,
     choices: Sequence[str] | None = None,
     least: float | None = None,
+    none: str | None = None,
 ) -> Any:
-    metadata = {"group": group, "help": help, "choices": choices, "least": least}
+    """Declares an option.
+
+    Args:
+        group: Heading in --help.
+        default: None for an option of `AndersonConfig` means what --anderson stands for.
+        help: What it is.
+        choices: All values it may have.
+        least: Smallest value it may have.
+        none: What the word "none" stands for; None: the option does not take it.
+    """
+    if none is not None:
+        help += f"; none: {none}"
+    metadata = {"group": group, "help": help, "choices": choices, "least": least, "none": none}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def dashed(name: str) -> str:
+    """An option's name as it is typed, without the dashes before it."""
+    return name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A setting's value as its user would type it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple | list):
+        return " ".join(map(shown, value)) or NONE
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NONE if value is None else str(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `python -m models.train --help` explains, option by option; checks itself.
+
+    Attributes:
+        origin: The YAML file that settings were read from, and by option the key in it; empty
+            where there is none. All others are options.
 
     Raises:
         UserError: A value is out of range or does not go with another.
@@ -69,8 +99,9 @@ class Settings:
         "data",
         None,
         "length in pixels of the shorter side before the centre crop, in validation and "
-        "without augmentation (default: 256/224 of the image size)",
+        "without augmentation",
         least=1,
+        none="256/224 of the image size, the default",
     )
     channels: int = _option(
         "data",
@@ -179,8 +210,9 @@ class Settings:
     clip_norm: float | None = _option(
         "optimization",
         None,
-        "clip the norm of the averaged gradient to this (default: no clipping)",
+        "clip the norm of the averaged gradient to this",
         least=0,
+        none="no clipping, the default",
     )
     accumulate: int = _option(
         "optimization",
@@ -223,7 +255,8 @@ class Settings:
     milestones: tuple[float, ...] = _option(
         "schedule",
         (30.0, 60.0, 80.0),
-        "epochs at which the rate is lowered",
+        "how many epochs are done when the rate is lowered",
+        none="never",
     )
     decay_factor: float = _option(
         "schedule",
@@ -274,10 +307,11 @@ class Settings:
         None,
         "ridge of the least squares, relative to the Gram matrix",
     )
-    anderson_average_window: int | None = _option(
+    anderson_average_window: int | Literal["none"] | None = _option(
         "Anderson acceleration",
         None,
         "t: iterates in the moving average",
+        none="no moving average",
     )
     anderson_average_threshold: float | None = _option(
         "Anderson acceleration",
@@ -293,13 +327,14 @@ class Settings:
     anderson_averages: tuple[float, ...] | None = _option(
         "Anderson acceleration",
         None,
-        "running averages of the weights, for validation: decay factors and window lengths; none "
-        "after the option for none",
+        "running averages of the weights, for validation: decay factors and window lengths",
+        none="no averages",
     )
-    anderson_noise_gate: float | None = _option(
+    anderson_noise_gate: float | Literal["none"] | None = _option(
         "Anderson acceleration",
         None,
-        "how many times its noise a residual must be; 0 opens the gate",
+        "how many times its noise a residual must be",
+        none="no gate",
     )
     anderson_momentum: str | None = _option(
         "Anderson acceleration",
@@ -331,12 +366,14 @@ class Settings:
         None,
         "of the stored history",
         ("float64", "float32", "bfloat16", "float16"),
+        none="float64 if a weight is float64, else float32",
     )
     anderson_history_device: str | None = _option(
         "Anderson acceleration",
         None,
         "cpu: keep the history in the host's memory, slow",
         ("cpu",),
+        none="where the weights are",
     )
     anderson_on_desync: str | None = _option(
         "Anderson acceleration",
@@ -359,8 +396,8 @@ class Settings:
     recalibrate: str = _option(
         "validation",
         "auto",
-        "measure the batch-norm statistics anew before a validation; auto: when weights were "
-        "accelerated or averaged since the last one",
+        "measure the batch-norm statistics anew before a validation and a checkpoint at an "
+        "epoch's end; auto: with acceleration",
         ("auto", "always", "never"),
     )
     recalibrate_batches: int = _option(
@@ -379,12 +416,20 @@ class Settings:
         "output",
         None,
         "checkpoint to go on from; auto: the last one in --out, if there is one",
+        none="begin, the default; refused where --out holds a training",
+    )
+    overwrite: bool = _option(
+        "output",
+        False,
+        "begin afresh where --out holds a training: remove its files, and only these, once the "
+        "new one has trained for the first --log-every steps",
     )
     checkpoint_every: int = _option(
         "output",
         1,
-        "epochs between two checkpoints; the last epoch always makes one, and so does a signal to"
-        " stop (exit code 75); 0 for none at all",
+        "epochs between two checkpoints, last.pt; the last epoch always makes one, and so does a "
+        "signal to stop (exit code 75); best.pt is written whenever a validation is better than "
+        "all before; 0 for none at all",
         least=0,
     )
     log_every: int = _option(
@@ -402,29 +447,37 @@ class Settings:
     progress: str = _option(
         "output",
         "auto",
-        "bar; lines: a line every few seconds; auto: a bar on a terminal, else lines",
+        "bar; lines: a line every few seconds; auto: a bar where this program or its launcher "
+        "writes to a terminal, else lines",
         ("auto", "bar", "lines", "off"),
+    )
+
+    origin: tuple[str, Mapping[str, str]] = dataclasses.field(
+        default=("", {}), compare=False, repr=False
     )
 
     def __post_init__(self) -> None:
         """Checks ranges and combinations."""
-        for field in dataclasses.fields(self):
+        for field in OPTIONS.values():
             value = getattr(self, field.name)
             choices, least = field.metadata["choices"], field.metadata["least"]
-            if value is None:
+            if value is None or (value == NONE and field.metadata["none"] is not None):
                 continue
+            option = f"--{dashed(field.name)}"
             if choices and value not in choices:
-                raise UserError(
-                    f"--{_dashed(field.name)} is {value!r}, must be one of {', '.join(choices)}"
-                )
+                also = "" if field.metadata["none"] is None else ", none"
+                raise UserError(f"{option} is {value!r}, must be one of {', '.join(choices)}{also}")
             if least is not None and not value >= least:
-                raise UserError(f"--{_dashed(field.name)} is {value}, must be at least {least:g}")
+                raise UserError(f"{option} is {shown(value)}, must be at least {least:g}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{option} is {number}, must be finite")
         if not self.data:
             raise UserError("--data is missing: the folder that holds train/ and val/")
         if self.channels not in (1, 3):
             raise UserError(f"--channels is {self.channels}, must be 3 or 1")
         if self.label_smoothing >= 1:
-            raise UserError(f"--label-smoothing is {self.label_smoothing}, must be below 1")
+            raise UserError(f"--label-smoothing is {shown(self.label_smoothing)}, must be below 1")
         if self.resize is not None and self.resize < self.image_size:
             raise UserError(
                 f"--resize is {self.resize}, must be at least the image size, {self.image_size}"
@@ -433,8 +486,10 @@ class Settings:
             raise UserError("--workers is 0, must be at least 1 with DALI")
         if self.optimizer == "nesterov" and not self.momentum:
             raise UserError("--momentum is 0, must be positive with --optimizer nesterov")
+        if self.overwrite and self.resume is not None:
+            raise UserError("--resume and --overwrite exclude each other: leave one of them out")
         if self.anderson == "off" and (given := self._overrides()):
-            options = ", ".join(f"--{_dashed(ANDERSON_PREFIX + name)}" for name in given)
+            options = ", ".join(f"--{dashed(ANDERSON_PREFIX + name)}" for name in given)
             raise UserError(f"{options} given with --anderson off")
         self.anderson_config()
 
@@ -450,140 +505,80 @@ class Settings:
         config = AndersonConfig.paper("resnet50") if self.anderson == "paper" else AndersonConfig()
         try:
             return dataclasses.replace(config, **self._overrides())
-        except ValueError as error:
-            raise UserError(f"--anderson-...: {error}") from error
+        except ConfigError as error:
+            raise UserError(by_option(error)) from error
+
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """What differs from the defaults: by option its value and its default."""
+        different = {
+            name: (getattr(self, name), field.default)
+            for name, field in OPTIONS.items()
+            if not name.startswith(ANDERSON_PREFIX) and getattr(self, name) != field.default
+        }
+        config = self.anderson_config()
+        if config is not None:
+            value, default = config.to_dict(), AndersonConfig().to_dict()
+            different |= {
+                ANDERSON_PREFIX + name: (value[name], default[name])
+                for name in value
+                if value[name] != default[name]
+            }
+        return different
+
+    def as_typed(self, message: str) -> str:
+        """Puts the keys of the YAML file into a message that names options."""
+        return as_typed(message, *self.origin)
 
     def _overrides(self) -> dict[str, Any]:
-        return {
-            field.name.removeprefix(ANDERSON_PREFIX): getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name.startswith(ANDERSON_PREFIX) and getattr(self, field.name) is not None
-        }
+        given = {}
+        for name, field in OPTIONS.items():
+            value = getattr(self, name)
+            if name.startswith(ANDERSON_PREFIX) and value is not None:
+                is_none = value == NONE and field.metadata["none"] is not None
+                given[name.removeprefix(ANDERSON_PREFIX)] = None if is_none else value
+        return given
 
 
-def parse(arguments: Sequence[str]) -> Settings:
-    """Reads the command line, and the YAML file it names.
+OPTIONS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
+"""By name; all fields of `Settings` that a user may set."""
+
+
+def by_option(error: Exception) -> str:
+    """Says with the names of options what the library says with those of its parameters."""
+    text = str(error)
+
+    def option(match: re.Match[str]) -> str:
+        name = ANDERSON_PREFIX + match[1]
+        value = NONE if match[2] in ("()", "None") else match[2]
+        return f"--{dashed(name)} {value}" if name in OPTIONS else match[0]
+
+    parts = re.fullmatch(r"Invalid (\w+)=(.*?)( with .*?)?\. Must (.*?)\.?", text, re.DOTALL)
+    if parts is None or ANDERSON_PREFIX + parts[1] not in OPTIONS:
+        return re.sub(r"(\w+)=([^\s,;.]+)", option, text)
+    name, value, combined, must = parts.groups()
+    for old, new in (
+        ("be an integer >=", "be >="),
+        (">= ", "at least "),
+        ("<= ", "at most "),
+        ("> ", "above "),
+        ("< ", "below "),
+        ("None", NONE),
+    ):
+        must = must.replace(old, new)
+    rest = re.sub(r"(\w+)=([^\s,;.]+)", option, f"{combined or ''}, must {must}")
+    return f"--{dashed(ANDERSON_PREFIX + name)} is {value.removesuffix('.0')}{rest}"
+
+
+def as_typed(message: str, file: str, keys: Mapping[str, str]) -> str:
+    """Names what came from a YAML file as it stands there.
 
     Args:
-        arguments: The command line without the program's name. ``--config FILE`` names a YAML
-            file whose keys are the names of the options; what the command line says wins.
-
-    Returns:
-        The settings.
-
-    Raises:
-        UserError: An option, key or value is wrong, or the file cannot be read.
-        SystemExit: After ``--help``.
+        message: Names settings as options of the command line.
+        file: The YAML file.
+        keys: By option, the key in it.
     """
-    parser = _build_parser()
-    config = parser.parse_known_args(arguments)[0].config
-    from_file = [] if config is None else _options_of_file(Path(config))
-    known = vars(parser.parse_args([*from_file, *arguments]))
-    known.pop("config")
-    if "milestones" in known:
-        known["milestones"] = tuple(known["milestones"])
-    if known.get("anderson_averages") is not None:
-        # Window lengths are whole numbers of steps; a command line has no such distinction.
-        values = known["anderson_averages"]
-        known["anderson_averages"] = tuple(int(x) if x.is_integer() else x for x in values)
-    return Settings(**known)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises instead of exiting, so that all ranks can end together."""
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            option = message.removeprefix(prefix).split()[0].split("=")[0]
-            message = f"unknown option {option}" + _suggestion(
-                option, [name for action in self._actions for name in action.option_strings]
-            )
-        raise UserError(message + " (see --help)")
-
-
-def _build_parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m models.train",
-        description="Trains a residual network on an ImageNet-style folder of images, on one rank "
-        "or, under horovodrun, mpirun, srun or jsrun, on many.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=None,
-        help="YAML file with settings; its keys are the names of the options below; what the "
-        "command line says wins",
-    )
-    hints = typing.get_type_hints(Settings)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(Settings):
-        meta = field.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        text = meta["help"]
-        if field.default not in (None, ""):
-            shown = field.default
-            if isinstance(shown, bool):
-                shown = "yes" if shown else "no"
-            elif isinstance(shown, tuple):
-                shown = " ".join(f"{value:g}" for value in shown)
-            text += f" (default: {shown})"
-        kind = hints[field.name]
-        if typing.get_origin(kind) is types.UnionType:
-            kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        keywords: dict[str, Any] = {"help": text}
-        if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is tuple:
-            keywords |= {"nargs": "*", "type": float, "metavar": "X"}
-        else:
-            keywords |= {"type": kind, "choices": meta["choices"]}
-            if not meta["choices"]:
-                keywords["metavar"] = {int: "N", float: "X", str: "PATH"}[kind]
-        group.add_argument(f"--{_dashed(field.name)}", **keywords)
-    return parser
-
-
-def _options_of_file(path: Path) -> list[str]:
-    """Turns a YAML file into the options it stands for, so that both are checked alike."""
-    try:
-        # BaseLoader leaves all values as they are written: YAML takes `off` for false.
-        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if content in (None, ""):
-        return []
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `option: value` lines")
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    options = []
-    for key, value in content.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            known = [_dashed(field) for field in fields]
-            raise UserError(f"{path}: unknown setting {key!r}" + _suggestion(key, known))
-        option = f"--{_dashed(name)}"
-        if isinstance(value, list):
-            options += [option, *value]
-        elif isinstance(value, dict):
-            raise UserError(f"{path}: {key} must be a single value")
-        elif isinstance(fields[name].default, bool):
-            if value.lower() not in ("true", "yes", "on", "false", "no", "off"):
-                raise UserError(f"{path}: {key} is {value!r}, must be true or false")
-            yes = value.lower() in ("true", "yes", "on")
-            options.append(option if yes else option.replace("--", "--no-", 1))
-        elif value.lower() not in ("", "null", "~"):
-            options.append(f"{option}={value}")
-    return options
-
-
-def _suggestion(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word.replace("_", "-"), known, n=1)
-    return f": did you mean {close[0]!r}?" if close else ""
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+    if re.match("|".join(rf"--{dashed(name)}\b(?!-)" for name in keys) or "(?!)", message):
+        message = f"{file}: {message}"
+    for name, key in keys.items():
+        message = re.sub(rf"--{dashed(name)}\b(?!-)", key, message)
+    return message

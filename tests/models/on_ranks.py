@@ -22,8 +22,9 @@ from models.dist import fail_together, on_rank0, start
 from models.engine import Trainer, count_correct, mean_over_ranks
 from models.errors import UserError
 from models.networks import build
+from models.output import LAST
+from models.resume import resume, save, state_of
 from models.schedule import Schedule
-from models.train import LAST, _resume, _save, _state
 
 
 class Batches(list):
@@ -264,15 +265,15 @@ class Training:
         """5 steps, so amid the second epoch."""
         self.steps(5)
         self.loader.epoch, self.loader.batch = 1, 1
-        state = _state(IDENTITY, 1, 0.5, 0, self.trainer, self.loader)
-        assert _save(folder / LAST, state, self.trainer, print)
+        state = state_of(IDENTITY, 1, 0.5, self.trainer, self.loader)
+        assert save(folder / LAST, state, self.trainer, print)
 
-    def resumed(self, folder, resume="auto"):
+    def resumed(self, folder):
         """What it says."""
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            settings = SimpleNamespace(resume=resume)
-            self.found = _resume(settings, folder, self.trainer, self.loader, IDENTITY)
+            settings = SimpleNamespace(resume="auto")
+            self.found = resume(settings, folder, self.trainer, self.loader, IDENTITY)
         return said.getvalue()
 
 
@@ -366,7 +367,7 @@ def a_bad_part_on_one_rank_is_a_missing_one():
             said = hvd.allgather_object(run.resumed(folder))
             assert "history has to rebuild" in said[0] and "last.5.1.part" in said[0], (where, said)
             assert said[0].count("\n") == 1 and not said[1], (where, said)
-            assert run.found == (1, 0.5, 0) and run.trainer.step == 5
+            assert run.found == (1, 0.5) and run.trainer.step == 5
             stats = run.trainer.optimizer.anderson.stats
             before = first.trainer.optimizer.anderson.stats
             assert stats.counters() == before.counters(), where
@@ -411,7 +412,7 @@ def what_cannot_be_read_back_ends_all_ranks():
 def resuming_automatically_without_a_checkpoint_begins():
     with temporary_folder() as folder:
         run = Training()
-        assert not run.resumed(folder) and run.found == (0, 0.0, 0)
+        assert not run.resumed(folder) and run.found == (0, 0.0)
         if hvd.rank() == 0:
             (folder / LAST).symlink_to(folder / "not mounted")
         hvd.barrier()

@@ -17,7 +17,7 @@ IDENTITY = {"model": "resnet8", "classes": ["a", "b"]}
 
 def state(value):
     whole = {"identity": IDENTITY, "model": {"weight": torch.full((1000,), float(value))}}
-    whole |= {"epoch": 1, "step": 7, "moved": 0, "best": 0.5, "optimizer": {}, "scaler": {}}
+    whole |= {"epoch": 1, "step": 7, "best": 0.5, "optimizer": {}, "scaler": {}}
     own = {"data": {}, "torch": torch.get_rng_state(), "cuda": None, "python": (3, (), None)}
     return whole | {"ranks": [own]}
 
@@ -91,7 +91,7 @@ REMOVED = object()
         ("identity", [{"classes": torch.zeros(2)}], "model was None, is 'resnet8'"),
         ("step", ["three", math.nan, -5, True, 7.0, torch.tensor(7)], "'step' is"),
         ("epoch", ["x", math.nan, -1], "'epoch' is"),
-        ("epoch moved best model optimizer scaler ranks", [REMOVED], "lacks"),
+        ("epoch best model optimizer scaler ranks", [REMOVED], "lacks"),
         ("best", ["x", math.nan, 2.0, None], "'best' is .* and must be a number from 0 to 1"),
         ("model optimizer", [None, []], "and must be a dict"),
         ("scaler", [None, {"scale": "x"}], "'scaler' is .* and must be a dict of numbers"),

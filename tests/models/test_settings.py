@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from aadl_hvd import AndersonConfig
+from models.command_line import parse, to_yaml
 from models.errors import UserError
-from models.settings import Settings, parse
+from models.settings import OPTIONS, Settings, by_option
 
 
 @pytest.fixture
@@ -45,10 +46,20 @@ def test_yaml_words_mean_what_they_say(config):
     ("text", "message"),
     [
         ("data: d\nbatchsize: 3\n", "unknown setting 'batchsize': did you mean 'batch-size'"),
-        ("data: d\nlr: fast\n", "--lr: invalid float value: 'fast'"),
-        ("data: d\nepochs: 1.5\n", "--epochs: invalid int value: '1.5'"),
-        ("data: d\namp: fp8\n", "--amp: invalid choice: 'fp8'"),
-        ("data: d\ncheck-images: maybe\n", "check-images is 'maybe', must be true or false"),
+        ("data: d\nlr: fast\n", "yaml: lr is 'fast', must be a number"),
+        ("data: d\nepochs: 1.5\n", "yaml: epochs is '1.5', must be a whole number"),
+        ("data: d\nepochs: [1, 2]\n", "yaml: epochs is a list, must be a single value"),
+        ("data: d\namp: fp8\n", "yaml: amp is 'fp8', must be one of off, bf16, fp16"),
+        ("data: d\nbatch_size: 0\n", "yaml: batch_size is 0, must be at least 1"),
+        ("data: d\nbatch_size: 4\nbatch-size: 4\n", "batch_size and batch-size are the same"),
+        ("data: d\nlr: null\n", "yaml: lr is null, which it does not take: leave it out"),
+        ("data: d\nanderson_refine: -1\n", "yaml: anderson_refine is -1, must be at least 0"),
+        ("data: d\nmomentum: 0\n", "yaml: momentum is 0, must be positive with --optimizer"),
+        (
+            "data: d\nanderson: off\nanderson-refine: 1\n",
+            "yaml: anderson-refine given with anderson off",
+        ),
+        ("data: d\ncheck-images: maybe\n", "yaml: check-images is 'maybe', must be true or false"),
         ("- data\n", "must hold `option: value` lines"),
         ("data: [unclosed\n", "is no YAML"),
         ("data: {a: 1}\n", "data must be a single value"),
@@ -71,7 +82,12 @@ def test_bad_file(config, text, message):
         (["--data=d", "--momentum=0"], "must be positive with --optimizer nesterov"),
         (["--data=d", "--channels=2"], "must be 3 or 1"),
         (["--data=d", "--anderson=off", "--anderson-refine=1"], "--anderson-refine given with"),
-        (["--data=d", "--anderson-relaxation=2"], "relaxation=2"),
+        (["--data=d", "--anderson-refine=1", "--anderson=off"], "--anderson-refine given with"),
+        (["--data=d", "--resume=auto", "--overwrite"], "--resume and --overwrite exclude"),
+        (["--data=d", "--lr=inf"], "--lr is inf, must be finite"),
+        (["--data=d", "--lr=-1"], "--lr is -1, must be at least 0"),
+        (["--data=d", "--lr=fast"], "--lr is 'fast', must be a number"),
+        (["--data=d", "--clip-norm=x"], "--clip-norm is 'x', must be a number or none"),
         (["--config=/nowhere.yaml"], "cannot read /nowhere.yaml: No such file"),
     ],
 )
@@ -100,9 +116,9 @@ def test_anderson_by_one_word_and_one_by_one():
 
 
 def test_every_setting_of_anderson_has_its_option():
-    options = {f.name for f in dataclasses.fields(Settings)}
-    wanted = {f"anderson_{f.name}" for f in dataclasses.fields(AndersonConfig)}
-    assert wanted - {"anderson_enabled"} <= options  # --anderson off is Horovod's own optimizer
+    # Whether there is any acceleration is what --anderson says.
+    names = {field.name for field in dataclasses.fields(AndersonConfig)} - {"enabled"}
+    assert {f"anderson_{name}" for name in names} <= OPTIONS.keys()
 
 
 def test_help_explains_every_option(capsys):
@@ -110,6 +126,93 @@ def test_help_explains_every_option(capsys):
         parse(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(Settings):
+    for field in OPTIONS.values():
         assert f"--{field.name.replace('_', '-')}" in text
         assert len(field.metadata["help"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["history-depth=0"], "history-depth is 0, must be at least 1"),
+        (["frequency=0"], "frequency is 0, must be at least 1"),
+        (
+            ["average-window=1"],
+            "average-window is 1, must be at least 2, or none, for no moving av",
+        ),
+        (["relaxation=2"], "relaxation is 2, must be a finite number above 0 and at most 1"),
+        (["noise-gate=-1"], "noise-gate is -1, must be a finite number at least 0, or none"),
+        (["averages=1.5"], "averages is (1.5,), must be a tuple of different decay factors"),
+        (
+            ["momentum=reset", "residual=state"],
+            "momentum is 'reset' with --anderson-residual 'state', which accelerates",
+        ),
+        (
+            ["layout=columns", "shard-group=node"],
+            "shard-group is 'node' with --anderson-layout 'columns', whose updates",
+        ),
+    ],
+)
+def test_what_the_library_refuses_is_named_as_it_was_typed(arguments, message):
+    with pytest.raises(UserError) as caught:
+        parse(["--data=d", *(f"--anderson-{argument}" for argument in arguments)])
+    assert str(caught.value).startswith(f"--anderson-{message}")
+    assert "Invalid" not in str(caught.value) and "Must" not in str(caught.value)
+
+
+def test_other_errors_of_the_library_name_options_too():
+    error = MemoryError("Lower history_depth=15, or choose averages=() or average_window=None.")
+    assert by_option(error) == (
+        "Lower --anderson-history-depth 15, or choose --anderson-averages none or "
+        "--anderson-average-window none."
+    )
+    assert by_option(ValueError("Invalid lr=3. Must be small.")) == "Invalid lr=3. Must be small."
+
+
+@pytest.mark.parametrize("none", ["none", "null", "~", ""])
+def test_none_is_taken_where_it_means_something(config, none):
+    names = [name for name, field in OPTIONS.items() if field.metadata["none"]]
+    assert {"clip_norm", "resize", "resume", "anderson_noise_gate", "milestones"} <= set(names)
+    text = "".join(f"{name}: {none}\n" for name in names)
+    settings = parse(config(f"data: d\nanderson: paper\n{text}"))
+    acceleration = settings.anderson_config()
+    assert (settings.clip_norm, settings.resize, settings.resume) == (None, None, None)
+    assert (acceleration.noise_gate, acceleration.average_window) == (None, None)
+    assert (settings.milestones, acceleration.averages) == ((), ())
+    if none == "none":
+        words = [f"--{name.replace('_', '-')}=none" for name in names]
+        assert parse(["--data=d", "--anderson=paper", *words]) == settings
+        assert parse([*config("data: d\nclip-norm: 3\n"), "--clip-norm=none"]).clip_norm is None
+
+
+def test_none_opens_the_gate_and_is_not_the_default():
+    assert AndersonConfig().noise_gate is not None
+    assert parse(["--data=d", "--anderson-noise-gate=none"]).anderson_config().noise_gate is None
+    assert parse(["--data=d", "--anderson-safeguard=none"]).anderson_config().safeguard == "none"
+    with pytest.raises(UserError, match="--anderson-history-depth is 'none', must be a whole"):
+        parse(["--data=d", "--anderson-history-depth=none"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--anderson=off", "--amp=bf16", "--no-tensorboard", "--milestones", "--resize=300"],
+        ["--anderson=paper", "--anderson-noise-gate=3", "--anderson-average-window=none"],
+        ["--anderson-averages=none", "--anderson-history-dtype=float16", "--clip-norm=1e-5"],
+    ],
+)
+def test_settings_come_back_from_yaml(config, arguments):
+    settings = parse(["--data=/a: 'b' #\u00e9", *arguments])
+    again = parse(config(to_yaml(settings)))
+    assert again.anderson_config() == settings.anderson_config()
+    plain = {n: getattr(settings, n) for n in OPTIONS if not n.startswith("anderson_")}
+    assert {name: getattr(again, name) for name in plain} == plain
+    assert to_yaml(again) == to_yaml(settings)
+    assert "overwrite" not in to_yaml(settings) and "resume" not in to_yaml(settings)
+
+
+def test_what_differs_from_the_defaults():
+    assert parse(["--data=d", "--lr=0.1"]).changed() == {"data": ("d", "")}
+    changed = parse(["--data=d", "--lr=3", "--anderson-noise-gate=none"]).changed()
+    assert changed["lr"] == (3.0, 0.1) and changed["anderson_noise_gate"] == (None, 10.0)

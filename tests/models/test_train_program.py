@@ -80,9 +80,10 @@ def straight(train, tmp_path_factory):
 
 def test_training_leaves_what_it_promises(straight):
     out, state = straight
-    assert {"steps.csv", "epochs.csv", "summary.json", "summary.txt", "training.png"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {path.name for path in out.iterdir()} == {
+        "steps.csv", "epochs.csv", "summary.json", "summary.txt", "training.png", "settings.yaml",
+        "last.pt", "best.pt",
+    }  # fmt: skip
     steps = read_csv(out / "steps.csv")
     assert [row["step"] for row in steps] == [2, 4, 6, 7, 9, 11, 13, 14], "7 steps an epoch"
     assert [row["lr"] for row in steps] == pytest.approx([0.2] * 4 + [0.02] * 4)
@@ -128,6 +129,7 @@ def test_signal_to_one_rank_stops_all_amid_an_epoch_and_resume_loses_nothing(
     code, output = signalled(tmp_path, 1, 8, "SIGUSR1", *options)
     assert code == 75, output[-4000:]
     assert "stopped by a signal after step 9" in output, "the interval of step 8 ends with step 9"
+    assert output.count("(what follows is mpirun's: it reports exit code 75)") == 1
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["step"], state["epoch"]) == (9, 1)
     assert [own["data"]["batch"] for own in state["ranks"]] == [2, 2]
@@ -268,6 +270,21 @@ def test_anderson_trains_and_resumes(train, tmp_path, digits):
     assert {path.name for path in tmp_path.glob("*.part")} == {"last.14.0.part", "last.14.1.part"}
 
 
+def test_an_unexpected_error_of_one_rank_is_said_before_what_follows_from_it(digits, tmp_path):
+    program = str(Path(__file__).with_name("failing.py"))
+    code, output = start(
+        program, 1, 3, *SMALL, f"--data={digits}", f"--out={tmp_path}",
+        ranks=2, controller="mpi",
+    )  # fmt: skip
+    assert code == 1, output[-4000:]
+    said = "rank 1 ends because of this error; what follows is said by mpirun, and by other ranks"
+    assert output.count(said) == 1
+    assert (
+        output.index("RuntimeError: a bug") < output.index(said) < output.index("mpirun detected")
+    )
+    assert "rank 0 ends because of this error" not in output
+
+
 def test_a_lost_part_of_the_history_is_said_and_rebuilt(train, tmp_path):
     options = ("--anderson=default", "--anderson-frequency=3")
     trained(train, tmp_path, *options, "--epochs=1")
@@ -282,13 +299,18 @@ def test_one_rank_without_a_launcher_and_settings_from_a_file(train, tmp_path):
     config.write_text("anderson: off\nepochs: 3\namp: bf16\nchannels-last: true\nclip-norm: 1\n")
     code, output = train(tmp_path / "out", f"--config={config}", "--epochs=1", ranks=1)
     assert code == 0, output[-4000:]
-    assert "1 ranks on cpu" in output and "epoch 1/1" in output
+    assert "1 rank on cpu" in output and "epoch 1/1" in output
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert "amp bf16 (default: off)" in lines and "clip-norm 1 (default: none)" in lines
+    assert not any(line.startswith("momentum") for line in lines), "a default"
+    assert max(map(len, output.splitlines())) < 200 + len(str(tmp_path))
 
 
 def test_wrong_path_ends_every_rank_with_one_message(train, tmp_path):
     code, output = train(tmp_path / "out", data="/no/such/folder", limit=60)
     assert code != 0
     assert output.count("error: no such data folder: /no/such/folder") == 1
+    assert output.count("(what follows is horovodrun's: it reports exit code 2)") == 1
     # The launcher adds lines of its own, a traceback among them; the ranks add none.
     assert "]<stderr>:Traceback" not in output and "HorovodInternalError" not in output
 
@@ -301,6 +323,7 @@ def test_corrupt_image_is_named_before_training(train, tmp_path, digits):
     code, output = train(tmp_path / "out", data=data, controller="mpi", limit=60)
     assert code != 0
     assert output.count("1 corrupt images") == 1 and str(broken) in output
+    assert output.index("corrupt images") < output.index("(what follows is mpirun's")
     assert "epoch 1/" not in output and "Traceback" not in output
 
 

@@ -1,0 +1,139 @@
+"""The files of a training in its folder, and what a second training there may do with them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from models.errors import UserError
+
+LAST, BEST, SETTINGS, TENSORBOARD = "last.pt", "best.pt", "settings.yaml", "tensorboard"
+SUMMARY, SUMMARY_TEXT, PLOT = "summary.json", "summary.txt", "training.png"
+FINISHED = (SUMMARY, SUMMARY_TEXT, PLOT)
+
+# In the order in which they are removed. The checkpoint goes first: if that is interrupted, nothing
+# can go on from a training half of which is gone.
+_FILES = (
+    r"last\.pt",
+    r"best\.pt|last\.\d+\.\d+\.part",
+    r"\.(last\.pt|best\.pt|last\.\d+\.\d+\.part)\.\d+\.partial",
+    "|".join(map(re.escape, FINISHED)),
+    r"(steps|epochs)\.(csv|partial)",
+    re.escape(SETTINGS),
+)
+_EVENTS = r"events\.out\.tfevents\..*"
+_MARK = "# All settings of the training here; python -m models.train --config reads them back."
+
+
+def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
+    """Makes the folder; refuses one whose training a new one would mix with or replace.
+
+    Nothing is removed here: see `clear`.
+
+    Args:
+        folder: Where the training is going to write.
+        resume: Checkpoint to go on from; "auto" for `LAST`, if it is there; None to begin.
+        overwrite: The training that `folder` holds may be removed.
+
+    Returns:
+        What the user should know, or None.
+
+    Raises:
+        UserError: The folder cannot be made or written to, or holds a training that the new one
+            does not go on with.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = _contents(folder)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to the folder {folder}")
+    if not there or overwrite:
+        return None
+    holds = f"--out {folder} holds a training already ({_named(folder, there)})"
+    names = {path.name for path in there}
+    afresh = "--overwrite to remove these and begin afresh, or another --out"
+    if resume is None:
+        go_on = "--resume auto to go on with it, " if LAST in names else ""
+        raise UserError(f"{holds}: give {go_on}{afresh}")
+    if resume != "auto":
+        if os.path.realpath(Path(resume).parent) != os.path.realpath(folder):
+            raise UserError(
+                f"{holds}, and --resume {resume} is of another folder: give another --out, or "
+                "--resume auto to go on with the training there"
+            )
+        return None
+    if LAST in names:
+        return None
+    if not names.isdisjoint(FINISHED):
+        raise UserError(f"{holds}, but no {LAST} to go on from: give {afresh}")
+    return (
+        f"{folder} holds no {LAST} to go on from: the training begins, and replaces what one that "
+        f"ended before its first checkpoint left ({_named(folder, there)})"
+    )
+
+
+def clear(folder: Path) -> str:
+    """Removes what a training left in its folder, and nothing else.
+
+    Returns:
+        The names of what was removed; empty where nothing was there.
+
+    Raises:
+        UserError: A file cannot be removed; some may be gone.
+    """
+    there = _contents(folder)
+    for path in there:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror}") from None
+    return _named(folder, there)
+
+
+def write_settings(folder: Path, settings: str, say: Callable[[str], None]) -> None:
+    """Writes `SETTINGS`, which ``--config`` reads back; where that fails, training goes on.
+
+    Args:
+        folder: Exists.
+        settings: YAML.
+        say: Where a warning goes.
+    """
+    path = folder / SETTINGS
+    try:
+        if path.exists() and not _is_ours(path):
+            say(f"warning: the settings were not written: {path} is a file of your own")
+        else:
+            path.write_text(f"{_MARK}\n{settings}", encoding="utf-8")
+    except OSError as error:
+        say(f"warning: the settings were not written to {path}: {error}")
+
+
+def _contents(folder: Path) -> list[Path]:
+    """The files of a training in `folder`."""
+    found = []
+    names = sorted(os.listdir(folder))
+    for pattern in _FILES:
+        found += [folder / name for name in names if re.fullmatch(pattern, name)]
+    board = folder / TENSORBOARD
+    if board.is_dir():
+        found += [board / n for n in sorted(os.listdir(board)) if re.fullmatch(_EVENTS, n)]
+    return [path for path in found if path.name != SETTINGS or _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether settings were written by this program: users call theirs so, too."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readline().rstrip("\n") == _MARK
+    except OSError:
+        return False
+
+
+def _named(folder: Path, paths: list[Path], limit: int = 8) -> str:
+    names = list(dict.fromkeys(path.relative_to(folder).parts[0] for path in paths))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,219 @@
+"""What a checkpoint of the training program holds, and how all ranks write it and go on from it."""
+
+from __future__ import annotations
+
+import os
+import random
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from models import checkpoint
+from models.data import ImageList, Loader
+from models.dist import fail_together, gather, on_rank0
+from models.engine import Trainer
+from models.errors import UserError
+from models.output import LAST
+from models.settings import Settings
+
+
+def identity_of(settings: Settings, images: ImageList) -> dict[str, Any]:
+    config = settings.anderson_config()
+    return {
+        "model": settings.model,
+        "width": settings.width,
+        "channels": settings.channels,
+        "classes": list(images.classes),
+        "optimizer": settings.optimizer,
+        "accumulate": settings.accumulate,
+        "anderson": settings.anderson if config is None else config.to_dict(),
+    }
+
+
+def state_of(
+    identity: dict[str, Any],
+    epoch: int,
+    best: float,
+    trainer: Trainer,
+    loader: Loader,
+) -> dict[str, Any]:
+    """What a checkpoint holds; collective, since every rank has its own part."""
+    own = {
+        "data": loader.state_dict(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if trainer.device.type == "cuda" else None,
+        "python": random.getstate(),
+    }
+    return {
+        "identity": identity,
+        "epoch": epoch,
+        "best": best,
+        "step": trainer.step,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "ranks": gather(own),
+    }
+
+
+def save(path: Path, state: dict[str, Any], trainer: Trainer, say: Callable[[str], None]) -> bool:
+    """Writes a checkpoint and each rank's part of the history beside it; whether. Collective.
+
+    The parts come first and carry the step in their names: the checkpoint there is, new or old,
+    always finds its own. By a mark it knows them from another run's after as many steps.
+
+    Raises:
+        UserError: On all ranks, if any has something that could not be read back. A full disk may
+            have room again; this would be so at each checkpoint, and the training would be lost.
+    """
+    own, problem, refused, mark = None, None, None, ""
+    if hasattr(trainer.optimizer, "anderson"):
+        mark = on_rank0(lambda: uuid.uuid4().hex)
+        own = checkpoint.part_of(path, trainer.step, hvd.rank())
+        try:
+            checkpoint.save_part(own, {"of": mark, **trainer.optimizer.sharded_state_dict()})
+        except OSError as error:
+            problem = f"rank {hvd.rank()}: {error}"
+        except UserError as error:
+            refused = str(error)
+    fail_together(refused)
+    problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        say(f"warning: this checkpoint is without the history: {problems[0]}")
+    state["history"] = mark if own is not None and not problems else False
+    kept = keep(path, state, say)
+    if kept:
+        checkpoint.remove_parts(path, hvd.rank(), but=own if state["history"] else None)
+    elif own is not None:
+        own.unlink(missing_ok=True)
+    return kept
+
+
+def keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Has rank 0 write a checkpoint; whether. Collective.
+
+    Where the disk refuses it, the one before stays and training goes on.
+
+    Raises:
+        UserError: On all ranks, if it could not be read back.
+    """
+
+    def write() -> bool:
+        try:
+            checkpoint.save(path, state)
+        except OSError as error:
+            say(f"warning: no checkpoint was written to {path}: {error}. What was there still is.")
+            return False
+        return True
+
+    return on_rank0(write)
+
+
+def _load_history(path: Path, state: dict[str, Any], optimizer: Any) -> None:
+    """Loads this rank's part of a checkpoint's history; nothing if any rank cannot. Collective."""
+    own = checkpoint.part_of(path, state["step"], hvd.rank())
+    problem = None
+    try:
+        part = checkpoint.load_part(own)
+        with checkpoint.fitting(own):
+            if state["history"] not in (True, part.get("of")):  # True: written without a mark
+                raise UserError("it belongs to another checkpoint")
+            if not part["anderson"]["history"]:
+                raise UserError("it holds no history")
+            optimizer.load_state_dict({"anderson": part["anderson"]})
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text is not None]
+    if not problems:
+        return
+    if hvd.rank() == 0:
+        print(f"warning: the history has to rebuild itself: {problems[0]}", flush=True)
+    optimizer.load_state_dict(state["optimizer"])  # once more, to be rid of what came after it
+
+
+def resume(
+    settings: Settings,
+    folder: Path,
+    trainer: Trainer,
+    loader: Loader,
+    identity: dict[str, Any],
+) -> tuple[int, float]:
+    """Restores everything on every rank from what rank 0 reads. Collective.
+
+    Returns:
+        Epochs done and best top-1.
+
+    Raises:
+        UserError: On all ranks, if the checkpoint does not fit on any of them.
+    """
+    if settings.resume is None:
+        return 0, 0.0
+    auto = settings.resume == "auto"
+    path = folder / LAST if auto else Path(settings.resume)
+    state = on_rank0(
+        # A link to what is not there is a checkpoint that cannot be read, not none.
+        lambda: (
+            None if auto and not os.path.lexists(path) else checkpoint.load(path, expected=identity)
+        )
+    )
+    if state is None:
+        return 0, 0.0
+    ranks = state["ranks"]
+    if len(ranks) != hvd.size():
+        raise UserError(f"{path} was written by {len(ranks)} ranks, this run has {hvd.size()}")
+    problem = None
+    try:
+        with checkpoint.fitting(path):
+            _restore(state, trainer, loader)
+    except UserError as error:
+        problem = str(error)
+    fail_together(problem)
+    if state.get("history"):
+        _load_history(path, state, trainer.optimizer)
+    return state["epoch"], state["best"]
+
+
+def _restore(state: dict[str, Any], trainer: Trainer, loader: Loader) -> None:
+    """Puts everything but the history in place. Not collective: may fail on any rank alone."""
+    own, epoch, step = state["ranks"][hvd.rank()], state["epoch"], state["step"]
+    loader.load_state_dict(own["data"])
+    done = epoch * trainer.schedule.steps_per_epoch + loader.batch // trainer.accumulate
+    if (loader.epoch, step) != (epoch, done):
+        raise UserError(
+            f"it is damaged, epoch {epoch} and step {step} contradict the data loader's epoch "
+            f"{loader.epoch} and batch {loader.batch}, which is step {done}"
+        )
+    trainer.model.load_state_dict(state["model"])
+    groups = [dict(group) for group in trainer.optimizer.param_groups]
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    _check_optimizer(trainer.optimizer, groups)
+    if state["scaler"]:  # empty where the checkpoint was written without fp16
+        trainer.scaler.load_state_dict(state["scaler"])
+    trainer.step = step
+    torch.set_rng_state(own["torch"])
+    if own["cuda"] is not None and trainer.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"])
+    random.setstate(own["python"])
+
+
+def _check_optimizer(optimizer: Any, before: list[dict[str, Any]]) -> None:
+    """Finds what torch takes in unseen and trips over in the first step."""
+    for group, known in zip(optimizer.param_groups, before, strict=True):
+        for name, value in known.items():
+            if isinstance(value, (bool, float)) and not isinstance(group[name], (int, float)):
+                raise UserError(f"the optimizer's {name} was {group[name]!r}, is {value!r}")
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            shape = getattr(value, "shape", ())  # of numbers: none
+            if not isinstance(value, (torch.Tensor, int, float, type(None))) or (
+                len(shape) and shape != parameter.shape
+            ):
+                found = f"a {type(value).__name__} of shape {tuple(shape)}"
+                raise UserError(
+                    f"the optimizer's {name} of a parameter of shape {tuple(parameter.shape)} "
+                    f"is {found}"
+                )
