@@ -221,6 +221,7 @@ class AndersonConfig:
             raise ConfigError(
                 f"Invalid {name}={value!r}. Must be an integer >= {low}{upper}{also}."
             )
+        object.__setattr__(self, name, int(value))  # NumPy's numbers are no plain ones
 
     def _check_real(
         self, name: str, low: float, high: float, *, low_open: bool = False, other: str = ""
@@ -235,6 +236,8 @@ class AndersonConfig:
             raise ConfigError(
                 f"Invalid {name}={value!r}. Must be a finite number {lower}{upper}{also}."
             )
+        if type(value) is not int:
+            object.__setattr__(self, name, float(value))
 
     def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
@@ -254,7 +257,8 @@ class AndersonConfig:
                 f"Invalid averages={value!r}. Must be a tuple of different decay factors, floats "
                 "> 0 and < 1, and window lengths, integers >= 2."
             )
-        object.__setattr__(self, "averages", tuple(value))
+        plain = (int(x) if isinstance(x, numbers.Integral) else float(x) for x in value)
+        object.__setattr__(self, "averages", tuple(plain))
 
     def _check_shard_group(self) -> None:
         value = self.shard_group

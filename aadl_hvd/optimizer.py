@@ -505,8 +505,8 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
 
         Not collective. Loads into plain torch as well. The history is not part of it, but for the
         rank that `consolidate_state_dict` has just given it: after loading it rebuilds itself in
-        m stores. Hooks see all of it; where one returns another state in its place, "anderson" is
-        put into that.
+        m stores. Hooks see all of it. Where one returns another state in its place, "anderson" is
+        put into that; one that puts a state inside another dict has to keep the entry itself.
         """
 
         def add(_: Any, state: dict[str, Any]) -> None:
@@ -613,6 +613,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         """
         accelerator: Accelerator = self.anderson
         problem = self._anderson_problem
+        self._anderson_attended = False  # Horovod's method forgets all reductions
         hooked = isinstance(state_dict, dict) and state_dict.keys() != {"anderson"}
         part, left_out = None, ""
         with _all_or_nothing(self):
@@ -692,6 +693,7 @@ def _all_or_nothing(optimizer: Any) -> Iterator[None]:
     """What a load has changed is put back, bit for bit, where it raises."""
     problem = optimizer._anderson_problem
     attributes = [(o, dict(vars(o))) for o in (optimizer, optimizer._accelerated)]
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
     rates, put_back = problem.last_rates, optimizer.anderson.hold()
     try:
         yield
@@ -699,6 +701,9 @@ def _all_or_nothing(optimizer: Any) -> Iterator[None]:
         for owner, before in attributes:
             vars(owner).clear()
             vars(owner).update(before)
+        for group, settings in groups:
+            group.clear()
+            group.update(settings)
         problem.last_rates = rates
         hash(problem.signature)  # up to date with the parameter groups
         put_back()
@@ -918,8 +923,11 @@ def _with_hooks_on_reduced(step: Any) -> Any:
     @functools.wraps(hooked)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
         registered = _TORCH_OPTIMIZER_MODULE._global_optimizer_pre_hooks
+        # A closure has yet to make the gradients.
+        closure = args[0] if args else kwargs.get("closure")
+        self._anderson_attended = False
         if (registered or self._optimizer_step_pre_hooks) and self._should_synchronize:
-            _end_reductions(self)
+            _end_reductions(self, begin=closure is None and not self._synchronized)
         return hooked(self, *args, **kwargs)
 
     waiting.hooked = True  # type: ignore[attr-defined]  # so torch has it
@@ -928,6 +936,8 @@ def _with_hooks_on_reduced(step: Any) -> Any:
 
 def _synchronized(optimizer: Any, closure: Closure) -> Any:
     """The closure's value, its gradients reduced (unless the closure has seen to it)."""
+    if optimizer._anderson_attended:  # a hook has put the closure in; these began before it did
+        optimizer.synchronize()
     optimizer._synchronized = False
     loss = closure()
     if not optimizer._synchronized:
@@ -945,13 +955,19 @@ def _begin_reductions(optimizer: Any) -> None:
         optimizer._handles[p] = optimizer._allreduce_grad_async(p)
 
 
-def _end_reductions(optimizer: Any) -> None:
-    """Waits until no reduction is under way. What has yet to begin, if all of them, is left.
+def _end_reductions(optimizer: Any, begin: bool) -> None:
+    """Waits until no reduction is under way.
 
     As `synchronize`, but that gradients which were sent compressed stay this rank's own, as they
     are in Horovod before the step.
+
+    Args:
+        optimizer: what `DistributedAndersonOptimizer` returned.
+        begin: reductions begin here even if none has begun on this rank. Others may wait for
+            them, and a hook that is collective would never meet those ranks.
     """
-    if not any(isinstance(handle, int) for handle, _ in optimizer._handles.values()):
+    begun = any(isinstance(handle, int) for handle, _ in optimizer._handles.values())
+    if not (begun or (begin and optimizer._anderson_reduces)):
         return
     _register_new_parameters(optimizer)
     _begin_reductions(optimizer)  # others may wait for these

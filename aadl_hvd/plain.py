@@ -127,7 +127,7 @@ class _Walk:
 
     def _dict(self, value: dict[Any, Any], name: str) -> Any:
         kind: Any = type(value) if type(value) in _DICTS else dict
-        if kind is dict and "bit_generator" in value:
+        if kind is dict and isinstance(value.get("bit_generator"), str):
             value = _with_lists(value)
         result = kind()
         for key, item in value.items():

@@ -62,6 +62,11 @@ def _run(arguments: Sequence[str]) -> int:
     job = plan(machine, Options(command=arguments[cut + 1 :], **options))
     if submit and job.stage is not None and not Path(job.stage).exists():
         raise LaunchError(f"--stage is {job.stage!r}, must exist: there is no such file or folder")
+    if job.requeue and "models.train" in job.command and "--overwrite" in job.command:
+        raise LaunchError(
+            "--overwrite is given in a job that is queued again: each time it would remove what it "
+            "has trained so far; give --resume auto to the training, or --no-requeue"
+        )
     for note in _notes(job):
         print(f"note: {note}", file=sys.stderr)
     script = render(job)
@@ -81,10 +86,7 @@ def _notes(job: Job) -> Iterator[str]:
     for line in replaced_directives(job):
         yield f"--directive takes the place of {line!r}"
     if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
-        yield (
-            "without --resume auto a requeued training is refused, for --out holds one; with "
-            "--overwrite it begins anew"
-        )
+        yield "without --resume auto a requeued training is refused, for --out holds one"
     if job.stage is None and any(PLACEHOLDER in word for word in words):
         yield f"nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is"
 

@@ -115,14 +115,19 @@ def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
         for rank, own in enumerate(state["ranks"]):
             _check(f"rank {rank}", own, _WANTED_OF_RANK)
         saved = state["identity"]
-        different = [
-            f"{key} was {saved.get(key)!r}, is {value!r}"
-            for key, value in expected.items()
-            if saved.get(key) != value
-        ]
+        different = [*_differences(saved, expected)]
     if different:
         raise UserError(f"{path} is from another run: " + "; ".join(different))
     return state
+
+
+def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in expected.items():
+        before = saved.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            yield from (f"{key} {text}" for text in _differences(before, value))
+        elif before != value:
+            yield f"{key} was {before!r}, is {value!r}"
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

@@ -160,11 +160,22 @@ def _number(name: str, word: str, kind: type) -> Any:
         raise UserError(f"--{dashed(name)} is {word!r}, must be {what}{also}") from None
 
 
+class _Loader(yaml.BaseLoader):
+    """Leaves all values as they are written: YAML takes `off` for false. Refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} is there more than once"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """By option, its words in a YAML file, and its key there."""
     try:
-        # BaseLoader leaves all values as they are written: YAML takes `off` for false.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

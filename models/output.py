@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from models.errors import UserError
@@ -46,11 +46,16 @@ def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = _contents(folder)
+        there = contents(folder)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write to the folder {folder}")
+    if overwrite and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        raise UserError(
+            "--overwrite is given in a job that was queued again: it would remove what the job has "
+            "trained so far; give --resume auto"
+        )
     if not there or overwrite:
         return None
     holds = f"--out {folder} holds a training already ({_named(folder, there)})"
@@ -76,16 +81,26 @@ def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
     )
 
 
-def clear(folder: Path) -> str:
+def clear(folder: Path, known: Container[Path] | None = None) -> str:
     """Removes what a training left in its folder, and nothing else.
+
+    Args:
+        folder: Exists.
+        known: What `contents` said at the start; None: whatever is there now.
 
     Returns:
         The names of what was removed; empty where nothing was there.
 
     Raises:
-        UserError: A file cannot be removed; some may be gone.
+        UserError: There is more than what was known, and nothing was removed; or a file cannot be
+            removed, and some may be gone.
     """
-    there = _contents(folder)
+    there = contents(folder)
+    if known is not None and (new := [path for path in there if path not in known]):
+        raise UserError(
+            f"--out {folder} holds files that are newer than this training "
+            f"({_named(folder, new)}): another one writes there; give another --out"
+        )
     for path in there:
         try:
             path.unlink(missing_ok=True)
@@ -112,7 +127,7 @@ def write_settings(folder: Path, settings: str, say: Callable[[str], None]) -> N
         say(f"warning: the settings were not written to {path}: {error}")
 
 
-def _contents(folder: Path) -> list[Path]:
+def contents(folder: Path) -> list[Path]:
     """The files of a training in `folder`."""
     found = []
     names = sorted(os.listdir(folder))

@@ -24,7 +24,7 @@ _HOROVODRUN = "horovod.runner"  # started as a module
 class Progress:
     """Shows steps/s, images/s, loss and what the acceleration does; silent on other ranks."""
 
-    def __init__(self, kind: str, *, total: int, done: int) -> None:
+    def __init__(self, kind: str, *, total: int, done: int, chief: bool = True) -> None:
         """Starts the display.
 
         Args:
@@ -32,7 +32,10 @@ class Progress:
                 process or of the program that started the ranks; else lines.
             total: Steps of the whole training.
             done: Steps done before, by the run that is resumed.
+            chief: This is rank 0; the others show nothing.
         """
+        self._chief = chief
+        kind = kind if chief else "off"
         # What a rank writes goes through pipes of its launcher, which puts a tag before each line
         # and takes a carriage return for an end of line: a bar has to go past it.
         self._terminal = launchers_terminal() if kind in ("auto", "bar") else None
@@ -82,8 +85,13 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
-        if self._kind == "off":
+        """Prints a line without breaking the bar, unless progress is off."""
+        if self._kind != "off":
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Prints what the user has to know, whatever is shown else."""
+        if not self._chief:
             return
         if self._bar is not None:
             with self._without_terminal():

@@ -17,12 +17,15 @@ from models.data import ImageList, Loader
 from models.dist import fail_together, gather, on_rank0
 from models.engine import Trainer
 from models.errors import UserError
-from models.output import LAST
+from models.output import BEST, LAST
 from models.settings import Settings
 
 
 def identity_of(settings: Settings, images: ImageList) -> dict[str, Any]:
     config = settings.anderson_config()
+    anderson: Any = settings.anderson if config is None else config.to_dict()
+    if config is not None:
+        del anderson["enabled"]  # not a setting here: --anderson off is Horovod's own optimizer
     return {
         "model": settings.model,
         "width": settings.width,
@@ -30,7 +33,7 @@ def identity_of(settings: Settings, images: ImageList) -> dict[str, Any]:
         "classes": list(images.classes),
         "optimizer": settings.optimizer,
         "accumulate": settings.accumulate,
-        "anderson": settings.anderson if config is None else config.to_dict(),
+        "anderson": anderson,
     }
 
 
@@ -174,7 +177,19 @@ def resume(
     fail_together(problem)
     if state.get("history"):
         _load_history(path, state, trainer.optimizer)
-    return state["epoch"], state["best"]
+    best = state["best"]
+    if os.path.realpath(path.parent) == os.path.realpath(folder):
+        # The best one may be newer than the last one, and must not give way to a worse one.
+        best = max(best, on_rank0(lambda: _best_of(folder / BEST, identity)))
+    return state["epoch"], best
+
+
+def _best_of(path: Path, identity: dict[str, Any]) -> float:
+    try:
+        best: float = checkpoint.load(path, expected=identity)["best"]
+    except UserError:  # it is not there, or of another training
+        return 0.0
+    return best
 
 
 def _restore(state: dict[str, Any], trainer: Trainer, loader: Loader) -> None:

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from models.dist import fail_together, gather, launcher, on_rank0, start
 from models.engine import Averaged, Interval, Trainer, Validation, mean_over_ranks
 from models.errors import UserError
 from models.metrics import MetricsLog
-from models.output import BEST, LAST, claim, clear, write_settings
+from models.output import BEST, LAST, claim, clear, contents, write_settings
 from models.plots import plot_training, training_title
 from models.preemption import EXIT_CODE, StopRequest
 from models.progress import Progress
@@ -69,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):
-        parse(arguments)
+        try:
+            parse(arguments)
+        except UserError as error:  # an option before it is wrong
+            _complain(f"error: {error}")
+            return 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Names of files may be no text: no message may fail for that.
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 2
         if code:
             if rank == 0 and started_by is not None:
-                _complain(f"(what follows is {started_by}'s: it reports exit code {code})")
+                _complain(f"(the program ends with exit code {code}; the rest is {started_by}'s)")
             hvd.barrier()  # launchers end all ranks as soon as the first one fails
         return code
     except Exception as error:
@@ -109,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # In one piece: a launcher puts its tag between text and end of line otherwise.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def run(settings: Settings) -> bool:
@@ -129,6 +135,7 @@ def run(settings: Settings) -> bool:
     device = _device(settings)
     folder = Path(settings.out)
     notice = on_rank0(lambda: claim(folder, settings.resume, settings.overwrite))
+    held = on_rank0(lambda: contents(folder))
     train_images, val_images = on_rank0(lambda: _list(settings))
     if settings.check_images:
         _check_images(settings, train_images, val_images)
@@ -169,16 +176,17 @@ def run(settings: Settings) -> bool:
     chief = hvd.rank() == 0
     resumed_at = trainer.step
     progress = Progress(
-        settings.progress if chief else "off",
+        settings.progress,
         total=settings.epochs * steps_per_epoch,
         done=trainer.step,
+        chief=chief,
     )
     counts = {"ranks": hvd.size(), "steps_per_epoch": steps_per_epoch}
     progress.say(opening(settings, trainer, train_images, val_images, **counts))
     if notice is not None:
-        progress.say(notice)
+        progress.warn(notice)
     for note in (*train_images.notes, *val_images.notes):
-        progress.say(note)
+        progress.warn(note)
     if resumed_at:
         progress.say(f"going on after step {resumed_at}")
 
@@ -192,7 +200,7 @@ def run(settings: Settings) -> bool:
         while epoch < settings.epochs and not stopped:
             for interval in trainer.train_epoch(train_loader, settings.log_every):
                 if not totals["steps"]:
-                    log = _open_log(settings, folder, resumed_at, progress.say)
+                    log = _open_log(settings, folder, held, resumed_at, progress.warn)
                 for name in totals:
                     totals[name] += getattr(interval, name)
                 progress.update(interval, epoch + 1, trainer.stats)
@@ -207,7 +215,7 @@ def run(settings: Settings) -> bool:
             if stopped and epoch < settings.epochs:  # at once: the scheduler may not wait
                 average_batch_norm(trainer.model, mean_over_ranks)
                 state = state_of(identity, epoch, best, trainer, train_loader)
-                kept = save(folder / LAST, state, trainer, progress.say)
+                kept = save(folder / LAST, state, trainer, progress.warn)
             if amid:
                 break
             final = epoch == settings.epochs
@@ -231,9 +239,9 @@ def run(settings: Settings) -> bool:
                 # other checkpoint may know of a better one than there is.
                 state = state_of(identity, epoch, best, trainer, train_loader)
                 if improved:
-                    keep(folder / BEST, state | {"history": False}, progress.say)
+                    keep(folder / BEST, state | {"history": False}, progress.warn)
                 if saving:
-                    kept = save(folder / LAST, state, trainer, progress.say)
+                    kept = save(folder / LAST, state, trainer, progress.warn)
     finally:
         progress.close()
         if log is not None:
@@ -271,15 +279,19 @@ def run(settings: Settings) -> bool:
 
 
 def _open_log(
-    settings: Settings, folder: Path, resumed_at: int, say: Callable[[str], None]
+    settings: Settings,
+    folder: Path,
+    held: Container[Path],
+    resumed_at: int,
+    say: Callable[[str], None],
 ) -> MetricsLog | None:
     """Opens this training's files on rank 0, after its first steps. Collective.
 
-    What was in the folder is removed only now: not for a training that cannot begin.
+    What the folder held at the start is removed only now: not for a training that cannot begin.
     """
 
     def begin() -> None:
-        if (removed := clear(folder)) and settings.overwrite:
+        if (removed := clear(folder, held)) and settings.overwrite:
             say(f"removed the training that {folder} held ({removed})")
 
     if not resumed_at:

@@ -42,6 +42,13 @@ def test_notes(capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_job_that_is_queued_again_does_not_overwrite_itself(capsys):
+    train = ["python", "-m", "models.train", "--overwrite"]
+    assert main([*arguments(), "--", *train]) == 2
+    assert "--overwrite is given in a job that is queued again" in capsys.readouterr().err
+    assert main([*arguments(), "--no-requeue", "--", *train]) == 0
+
+
 def test_frontier():
     text = script("frontier", **SUMMIT, stage="/data set", command=("python", "{data}"))
     words = launched(text, "srun")

@@ -22,8 +22,8 @@ from models.dist import fail_together, on_rank0, start
 from models.engine import Trainer, count_correct, mean_over_ranks
 from models.errors import UserError
 from models.networks import build
-from models.output import LAST
-from models.resume import resume, save, state_of
+from models.output import BEST, LAST
+from models.resume import keep, resume, save, state_of
 from models.schedule import Schedule
 
 
@@ -409,6 +409,17 @@ def what_cannot_be_read_back_ends_all_ranks():
         assert not Training().resumed(folder)
 
 
+def a_better_checkpoint_than_the_last_one_knows_of_counts():
+    """`best.pt` may be newer than `last.pt`, and must not give way to a worse one."""
+    with temporary_folder() as folder:
+        run = Training()
+        run.saved(folder)
+        state = state_of(IDENTITY, 1, 0.75, run.trainer, run.loader)
+        assert keep(folder / BEST, state, print)
+        run = Training()
+        assert not run.resumed(folder) and run.found == (1, 0.75)
+
+
 def resuming_automatically_without_a_checkpoint_begins():
     with temporary_folder() as folder:
         run = Training()
@@ -433,6 +444,7 @@ CASES = [
     damaged_checkpoints_end_all_ranks,
     a_bad_part_on_one_rank_is_a_missing_one,
     what_cannot_be_read_back_ends_all_ranks,
+    a_better_checkpoint_than_the_last_one_knows_of_counts,
     resuming_automatically_without_a_checkpoint_begins,
 ]
 

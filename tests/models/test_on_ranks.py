@@ -13,4 +13,4 @@ def test_on_two_ranks(controller):
     code, output = start(script, ranks=2, controller=controller)
     assert code == 0, output[-6000:]
     assert "FAILED" not in output
-    assert output.count("passed ") == 28, output
+    assert output.count("passed ") == 30, output

@@ -8,7 +8,7 @@ from launching import start
 
 from models.errors import UserError
 from models.metrics import MetricsLog, read_csv
-from models.output import SETTINGS, claim, clear, write_settings
+from models.output import SETTINGS, claim, clear, contents, write_settings
 
 TRAINED = ("last.pt", "best.pt", "last.7.0.part", "last.7.1.part", "steps.csv", "epochs.csv",
            "summary.json", "summary.txt", "training.png", ".last.pt.12.partial", "steps.partial",
@@ -52,6 +52,23 @@ def test_all_of_a_training_is_removed_and_nothing_else(folder):
     clear(out)
     assert files(out) == sorted(OTHERS)
     assert clear(out) == ""
+
+
+def test_what_another_training_writes_meanwhile_is_not_removed(folder):
+    out = folder("steps.csv")
+    known = contents(out)
+    folder("last.pt")
+    with pytest.raises(UserError, match=r"newer than this training \(last.pt\): another one"):
+        clear(out, known)
+    assert files(out) == ["last.pt", "steps.csv"]
+    (out / "last.pt").unlink()
+    assert clear(out, known) == "steps.csv"
+
+
+def test_a_job_that_is_queued_again_does_not_overwrite_itself(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="give --resume auto"):
+        claim(folder(), None, True)
 
 
 def test_the_checkpoint_goes_first(folder, monkeypatch):

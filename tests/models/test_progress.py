@@ -11,6 +11,8 @@ import horovod.torch as hvd
 import pytest
 from launching import HOROVODRUN, ROOT
 
+from models.progress import Progress
+
 PROGRAM = str(ROOT / "tests" / "models" / "progress_on_rank.py")
 BAR = re.compile(r"\r *\d+%\|")
 TAG = re.compile(r"\[\d[^\]]*\]<std(out|err)>:")
@@ -111,3 +113,12 @@ def test_a_bar_can_be_asked_for_and_refused(mpirun, tmp_path, kind, bar):
     text = (tmp_path / "log").read_text()
     assert ("%|" in text) == bar and seen == ""
     assert bool(BAR.search(on_terminal([mpirun, *rank(kind)]))) == bar
+
+
+def test_warnings_are_said_whatever_is_shown(capsys):
+    for chief in (True, False):
+        progress = Progress("off", total=1, done=0, chief=chief)
+        progress.say("going on")
+        progress.warn("warning: no checkpoint was written")
+        progress.close()
+    assert capsys.readouterr().out == "warning: no checkpoint was written\n"

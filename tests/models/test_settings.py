@@ -62,6 +62,7 @@ def test_yaml_words_mean_what_they_say(config):
         ("data: d\ncheck-images: maybe\n", "yaml: check-images is 'maybe', must be true or false"),
         ("- data\n", "must hold `option: value` lines"),
         ("data: [unclosed\n", "is no YAML"),
+        ("data: d\nlr: 1\nlr: 2\n", "the key 'lr' is there more than once"),
         ("data: {a: 1}\n", "data must be a single value"),
     ],
 )

@@ -129,7 +129,7 @@ def test_signal_to_one_rank_stops_all_amid_an_epoch_and_resume_loses_nothing(
     code, output = signalled(tmp_path, 1, 8, "SIGUSR1", *options)
     assert code == 75, output[-4000:]
     assert "stopped by a signal after step 9" in output, "the interval of step 8 ends with step 9"
-    assert output.count("(what follows is mpirun's: it reports exit code 75)") == 1
+    assert output.count("(the program ends with exit code 75; the rest is mpirun's)") == 1
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["step"], state["epoch"]) == (9, 1)
     assert [own["data"]["batch"] for own in state["ranks"]] == [2, 2]
@@ -310,7 +310,7 @@ def test_wrong_path_ends_every_rank_with_one_message(train, tmp_path):
     code, output = train(tmp_path / "out", data="/no/such/folder", limit=60)
     assert code != 0
     assert output.count("error: no such data folder: /no/such/folder") == 1
-    assert output.count("(what follows is horovodrun's: it reports exit code 2)") == 1
+    assert output.count("(the program ends with exit code 2; the rest is horovodrun's)") == 1
     # The launcher adds lines of its own, a traceback among them; the ranks add none.
     assert "]<stderr>:Traceback" not in output and "HorovodInternalError" not in output
 
@@ -323,7 +323,7 @@ def test_corrupt_image_is_named_before_training(train, tmp_path, digits):
     code, output = train(tmp_path / "out", data=data, controller="mpi", limit=60)
     assert code != 0
     assert output.count("1 corrupt images") == 1 and str(broken) in output
-    assert output.index("corrupt images") < output.index("(what follows is mpirun's")
+    assert output.index("corrupt images") < output.index("; the rest is mpirun's")
     assert "epoch 1/" not in output and "Traceback" not in output
 
 

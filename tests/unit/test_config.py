@@ -197,3 +197,17 @@ def test_process_set_is_plain_in_a_dictionary():
     """It differs from rank to rank, and belongs into no checkpoint."""
     assert AndersonConfig(shard_group=ProcessSet()).to_dict()["shard_group"] == "process set"
     assert AndersonConfig(shard_group="node").to_dict()["shard_group"] == "node"
+
+
+def test_numpy_numbers_become_plain_ones():
+    import numpy as np
+
+    config = AndersonConfig(
+        history_depth=np.int64(5),
+        damping=np.float32(0.5),
+        noise_gate=np.float64(2.0),
+        averages=(np.float64(0.5), np.int64(7)),
+    )
+    assert config == AndersonConfig(history_depth=5, damping=0.5, noise_gate=2, averages=(0.5, 7))
+    kinds = [type(config.history_depth), type(config.damping), type(config.noise_gate)]
+    assert [*kinds, *map(type, config.averages)] == [int, float, float, float, int]

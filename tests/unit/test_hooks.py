@@ -245,7 +245,12 @@ def test_what_a_load_hook_raises_comes_through_and_changes_nothing(when):
     before, weights = copy.deepcopy(opt.consolidate_state_dict()), flat(model)
     _, other = accelerated(8)
     register = getattr(opt, f"register_load_state_dict_{when}_hook")
-    handle = register(lambda *_: {}["not there"])
+
+    def raises(opt, *_):
+        opt.param_groups[0]["lr"] = 9.0
+        raise KeyError("not there")
+
+    handle = register(raises)
     with pytest.raises(KeyError, match="not there"):
         opt.load_state_dict(other.consolidate_state_dict())
     handle.remove()

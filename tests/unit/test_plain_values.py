@@ -585,3 +585,8 @@ def test_settings_of_numpys_name_the_same_moment(tmp_path):
     found = part((np.float64(0.9),), np.int64(5))
     claims = [found, read_back({"x": found}, tmp_path)["x"], part((0.9,), 5)]
     assert len({*map(checkpoint.claim_of, claims)}) == 1
+
+
+def test_an_entry_called_bit_generator_makes_no_lists(tmp_path):
+    state = {"bit_generator": np.random.default_rng(0).bit_generator.state, "order": np.arange(3)}
+    assert torch.equal(read_back(state, tmp_path)["order"], torch.arange(3))
