@@ -214,9 +214,9 @@ def test_loops(loop, name):
         accelerated=2,
     )
     assert_replicas_equal(model)
-    restarts = {cause: count for cause, count in opt.anderson.stats.restarts.items() if count}
+    resets = {cause: count for cause, count in opt.anderson.stats.resets.items() if count}
     changed = {"schedules": {}, "added group": {"changed": 1}, "unfrozen": {"changed": 1}}
-    assert restarts == changed.get(loop, {})
+    assert resets == changed.get(loop, {})
     if loop == "GradScaler":
         assert opt.anderson.stats.steps == STEPS
 
@@ -276,7 +276,7 @@ def test_frozen_on_the_way():
     model = double_network()
     opt = wrapped(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     frozen(model, opt)
-    assert opt.anderson.stats.restarts["changed"] == 1
+    assert opt.anderson.stats.resets["changed"] == 1
     assert opt.anderson.stats.accelerated >= 2
     assert_replicas_equal(model)
 
@@ -433,7 +433,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", unless_brief(*SCHEDULERS))
 @pytest.mark.parametrize("before", [True, False])
 def test_schedulers(scheduler, before):
-    """Made before or after the wrapping: the rates of plain torch, no warning, no restart."""
+    """Made before or after the wrapping: the rates of plain torch, no warning, no reset."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rates = []
@@ -457,7 +457,7 @@ def test_schedulers(scheduler, before):
     assert rates[0] == rates[1]
     assert len({group[0] for group in map(tuple, rates[0])}) > 2
     assert opt.anderson.stats.accelerated >= 2
-    assert not any(opt.anderson.stats.restarts.values())
+    assert not any(opt.anderson.stats.resets.values())
     assert_replicas_equal(model)
 
 
@@ -750,7 +750,7 @@ def test_two_optimizers_in_turns():
             generator_opt.step()
         for opt in optimizers:
             assert opt.anderson.stats.accelerated == STEPS // 3
-            assert not any(opt.anderson.stats.restarts.values())
+            assert not any(opt.anderson.stats.resets.values())
         weights.append(torch.cat([flat(model) for model in models]))
         assert_replicas_equal(*models)
     torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-8)

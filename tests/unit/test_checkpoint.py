@@ -18,10 +18,10 @@ from aadl_hvd import (
     NeumannOptimizer,
     checkpoint,
 )
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.diagnostics import Stats
-from aadl_hvd.safeguard import LossWatch
+from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.core.acceptance import LossWatch
+from aadl_hvd.stats import Stats
 
 STEPS, P = 40, 3
 
@@ -74,7 +74,7 @@ class Run:
 
     def _verdict_due(self):
         anderson = self.opt.anderson
-        loaded = anderson._wish  # what the first step after a load will go by
+        loaded = anderson._pending  # what the first step after a load will go by
         if loaded is not None:
             return loaded["replicated"]["losses"]["verdict_due"]
         return anderson._losses.verdict_due
@@ -133,9 +133,9 @@ SETTINGS = {
     "columns": {"layout": "columns"},
     "store every 2nd": {"store_every": 2, "layout": "columns", "history_depth": 4},
     "warm-up": {"warmup_steps": 15},
-    "residual": {"safeguard": "residual", "residual": "step", "damping": 1.0},
+    "residual": {"safeguard": "residual", "residual": "step", "mixing": 1.0},
     "residual, columns": {"safeguard": "residual", "layout": "columns"},
-    "state": {"residual": "state", "damping": 1.0},
+    "state": {"residual": "state", "mixing": 1.0},
     "reset": {"momentum": "reset"},
     "window": {"average_window": 4, "average_threshold": 1e-3},
     "averages": {"averages": (0.5, 6, 0.9), "layout": "columns"},
@@ -180,7 +180,7 @@ def test_resume_is_bitwise(name, ranks, observe, tmp_path):
     stats = run_ranks(ranks, program)[0]
     counters = stats[3]
     assert counters["accelerated"] >= 2, counters
-    assert not sum(counters["restarts"].values()), counters
+    assert not sum(counters["resets"].values()), counters
     if observe:
         assert counters["rejected"]["loss"] >= 1, counters
     if name == "window":
@@ -282,7 +282,7 @@ def test_resharding(layouts, sizes, dtype):
         found, there = whole_of([r[which] for r in results]), merged["anderson"]["history"]
         for name in ("y", "r"):
             assert_same(found["columns"][name].float(), there["columns"][name].float())
-        assert_same(found["columns"]["mixings"], there["columns"]["mixings"])
+        assert_same(found["columns"]["weights"], there["columns"]["weights"])
         assert_same(found["rows"], there["rows"])
         same = found["replicated"], there["replicated"]
         assert_same(*({k: v for k, v in s.items() if k != "last"} for s in same))
@@ -338,7 +338,7 @@ def test_history_of_one_rank_alone_restarts_everywhere():
         results = run_ranks(3, program)
         for weights, stats in results:
             assert torch.equal(weights, results[0][0])
-            assert stats.restarts["desynchronized"] == 1
+            assert stats.resets["desynchronized"] == 1
         assert results[0][1].accelerated >= 3
 
 
@@ -377,7 +377,7 @@ def test_loaded_in_the_middle_of_a_run_on_all_ranks(agree):
         run.train(20 + P)
         assert run.opt.anderson.columns == 15
         run.train(STEPS)
-        assert not run.opt.anderson.stats.restarts["desynchronized"]
+        assert not run.opt.anderson.stats.resets["desynchronized"]
         return run.weights()
 
     weights = run_ranks(3, program)
@@ -399,7 +399,7 @@ def test_parts_of_different_moments_restart_everywhere():
         run = Run(comm)
         run.opt.load_state_dict((early, late)[comm.rank][comm.rank])
         run.train(20)
-        return run.opt.anderson.stats.restarts["desynchronized"], run.weights()
+        return run.opt.anderson.stats.resets["desynchronized"], run.weights()
 
     results = run_ranks(2, resumed)
     assert [count for count, _ in results] == [1, 1]
@@ -413,13 +413,13 @@ def test_consolidated_until_the_next_step():
         def held():
             return "history" in run.opt.state_dict()["anderson"]
 
-        for event in ("step", "restart", "load", "group"):
+        for event in ("step", "reset", "load", "group"):
             run.opt.consolidate_state_dict(1)
             assert held() == (comm.rank == 1)
             if event == "step":
                 run.train(run.k + 1)
-            elif event == "restart":
-                run.opt.anderson.restart()
+            elif event == "reset":
+                run.opt.anderson.reset()
             elif event == "load":
                 run.opt.load_state_dict(run.opt.state_dict())
             else:
@@ -496,7 +496,7 @@ def damaged(state, change):
 
 
 def without_a_column(columns):
-    for name in ("index", "y", "r", "mixings"):
+    for name in ("index", "y", "r", "weights"):
         columns[name] = columns[name][:-1]
 
 
@@ -549,7 +549,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
 @pytest.mark.parametrize(
     ("settings", "change", "why"),
     [
-        ({"residual": "step", "damping": 1.0}, lambda run: None, "residual='step'"),
+        ({"residual": "step", "mixing": 1.0}, lambda run: None, "residual='step'"),
         ({}, lambda run: run.model[0].bias.requires_grad_(False), "requires_grad"),
     ],
 )
@@ -571,7 +571,7 @@ def test_part_alone_with_other_rates_is_left_out():
     def built(rate):
         model = copy.deepcopy(START)
         groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": rate}]
-        config = AndersonConfig(residual="step", damping=1.0)
+        config = AndersonConfig(residual="step", mixing=1.0)
         return AndersonOptimizer(torch.optim.SGD(groups, lr=0.1), anderson=config)
 
     part = built(0.2).sharded_state_dict()
@@ -634,7 +634,7 @@ NONSENSE = {
         torch.zeros(4, 32).double(),
     ],
     (*COLUMNS, "r"): [torch.zeros(4, 31), torch.zeros(4, 33), torch.zeros(3, 32)],
-    (*COLUMNS, "mixings"): [torch.zeros(3).double(), torch.zeros(4), None],
+    (*COLUMNS, "weights"): [torch.zeros(3).double(), torch.zeros(4), None],
     (*COLUMNS, "scales"): ["x", torch.zeros(2, 4)],
     (*COLUMNS, "products"): ["x", torch.zeros(4, 9).double()],
     **{(*HISTORY, name): [None, "x", -1] for name in ("undo", "ranks", "own")},
@@ -693,7 +693,7 @@ def test_nonsense_on_one_of_two_ranks_is_no_wish():
                 with pytest.raises(CheckpointError):
                     path = tuple("1" if key == "0" else key for key in path)
                     run.opt.load_state_dict(changed(state, path, values[0]))
-                assert run.opt.anderson._wish is None
+                assert run.opt.anderson._pending is None
         return everything(run.train(15)), everything(Run(comm, SMALL).train(15))
 
     for found, expected in run_ranks(2, program):
@@ -823,7 +823,7 @@ def of_torch(cls, accelerated):
     extra = {"amsgrad": True, "momentum": 0.9, "centered": True}
     names = inspect.signature(cls).parameters
     opt = cls(parameters, lr=1e-3, **{k: v for k, v in extra.items() if k in names})
-    settings = {"frequency": P, "noise_gate": None, "residual": "step", "damping": 1.0}
+    settings = {"frequency": P, "noise_gate": None, "residual": "step", "mixing": 1.0}
     return model, AndersonOptimizer(
         opt, anderson=AndersonConfig(**settings)
     ) if accelerated else opt

@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 from problems import PLAIN, TEXTBOOK, Problem, flat
 from sklearn.datasets import load_digits
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, noise
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.diagnostics import Stats
-from aadl_hvd.noise import (
+from aadl_hvd.core import noise
+from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.core.noise import (
     GradientSamples,
     NoiseMeter,
     stands_out,
     variance_from_history,
 )
+from aadl_hvd.stats import Stats
 
 DOUBLE = torch.float64
 
 
 def riders_of(meter):
-    return meter.riders(meter.measured().numpy())
+    return meter.payload(meter.measured().numpy())
 
 
 def network():
@@ -95,7 +96,7 @@ def measured(steps, samples, draws, scaled=lambda p, k: None, factor=1.0, model=
                 taker.take_mean()
         for p in parameters:
             scaled(p, k)
-        sums = np.zeros(NoiseMeter.RIDERS)
+        sums = np.zeros(NoiseMeter.PAYLOAD)
         for taker, meter in zip(takers, meters, strict=True):
             meter.note(taker.deviations(), k)
             sums = sums + riders_of(meter)
