@@ -15,6 +15,7 @@ import torch
 from aadl_hvd.errors import ConfigError
 
 SAFEGUARDS: Final = ("none", "residual", "loss", "descent")
+METHODS: Final = ("residual",)
 RESIDUALS: Final = ("step", "gradient")
 LAYOUTS: Final = ("rows", "columns")
 SHARD_GROUPS: Final = ("world", "node")
@@ -79,6 +80,8 @@ class AndersonConfig:
             no samples of gradients, no collectives in a step. `observe` is ignored, and
             `averaged_weights` yields the weights as they are. The other settings must be valid all
             the same. The same on all ranks.
+        method: what makes a point of the history. "residual": the point of the smallest residual
+            in the span of the history (Anderson acceleration, type II; the paper's).
         history_depth: m, the number of columns of W and R (Eq. 2, 3); from 1 to 1000. Every
             attempt sends a message of 8 m^2 bytes and decomposes an m x m matrix on each rank.
             With m = 1000 that is 8 MB and 0.4 s on one core; time grows with m^3.
@@ -133,6 +136,7 @@ class AndersonConfig:
     """
 
     enabled: bool = True
+    method: str = "residual"
     history_depth: int = 15
     frequency: int = 2
     store_every: int = 1
@@ -166,6 +170,7 @@ class AndersonConfig:
         self._check_real("regularization", 0.0, math.inf)
         self._check_real("average_threshold", 0.0, math.inf, low_open=True)
         self._check_averages()
+        self._check_choice("method", METHODS)
         self._check_choice("safeguard", SAFEGUARDS)
         if self.residual == "state":
             raise ConfigError(

@@ -39,7 +39,8 @@ from torch import Tensor
 
 from aadl_hvd.checkpoint.plain import plain
 from aadl_hvd.comm.base import Communicator
-from aadl_hvd.core.acceptance import Backoff, LossWatch
+from aadl_hvd.core.acceptance import Backoff
+from aadl_hvd.core.loss_check import LossCheck
 from aadl_hvd.core.averages import WeightAverages
 from aadl_hvd.core.history import chunks
 from aadl_hvd.core.noise import NoiseMeter
@@ -105,7 +106,7 @@ _PART = entries(
                 "averages": WeightAverages.STATE,
                 "pushed": optional(integer()),
                 "noise": optional(NoiseMeter.SHARE),
-                "losses": LossWatch.STATE,
+                "losses": LossCheck.STATE,
                 "backoff": Backoff.STATE,
             }
         ),
@@ -122,7 +123,7 @@ _PART = entries(
         "own": instance(dict),
     }
 )
-_OWN = entries({"noise": NoiseMeter.PART, "losses": LossWatch.PART})
+_OWN = entries({"noise": NoiseMeter.PART, "losses": LossCheck.PART})
 
 
 # Files

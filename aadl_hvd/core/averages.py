@@ -56,14 +56,14 @@ class MovingAverage:
         """Puts `w` in place of the newest iterate (the sequence goes on from the average)."""
         self._iterates[(self._pushed - 1) % self._iterates.shape[0]].copy_(w)
 
-    def part(self) -> tuple[int, Tensor]:
+    def shard_state(self) -> tuple[int, Tensor]:
         """Iterates seen; those of the window from the oldest, [at most t, rows], on the host."""
         window = self._iterates.shape[0]
         first = max(0, self._pushed - window)
         return self._pushed, self._iterates[[i % window for i in range(first, self._pushed)]].cpu()
 
-    def take(self, pushed: int, iterates: Tensor) -> None:
-        """Takes in what `part` returned, of this window or another."""
+    def load_state(self, pushed: int, iterates: Tensor) -> None:
+        """Takes in what `shard_state` returned, of this window or another."""
         window = self._iterates.shape[0]
         newest = iterates[-window:]
         # Places in the ring are kept: the order of a sum decides its last bit.
@@ -114,6 +114,7 @@ class WeightAverages:
         parts: each of the averages.
     """
 
+    part = "average"
     SMOOTHING = 0.95
     STATE = entries(  # what `state` returns
         {
@@ -136,6 +137,8 @@ class WeightAverages:
         self.use_kernels = False
         self._gains: Vector = np.zeros(len(self.kinds))
         self._measured = self.count = 0
+        self.summed: Vector = np.zeros(0)  # gains of the last reduction
+        self._iterate: tuple[Tensor, Tensor, slice]
 
     @property
     def nbytes(self) -> int:
@@ -168,6 +171,23 @@ class WeightAverages:
         zero = w.new_zeros(len(self.parts), dtype=torch.float64)
         parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
         return torch.stack(parts).sum(dim=0).mul_(0.5)
+
+    def of(self, w: Tensor, r: Tensor, part: slice = slice(None)) -> WeightAverages:
+        """Measures the gains over an iterate and its residual [rows] in the next reduction."""
+        self._iterate = w, r, part
+        return self
+
+    def pending(self) -> list[Tensor]:
+        """This rank's part of the gains."""
+        return [self.partial_gains(*self._iterate)]
+
+    def pack(self, numbers: list[Vector]) -> Vector:
+        """[kinds] numbers to be summed over ranks."""
+        return numbers[0]
+
+    def unpack(self, sums: Vector, size: int) -> None:
+        """Takes in their sums."""
+        self.summed = sums
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
         """Takes in an iterate and its residual, [rows] each.
@@ -208,12 +228,12 @@ class WeightAverages:
             "count": self.count,
         }
 
-    def part(self) -> list[Tensor]:
+    def shard_state(self) -> list[Tensor]:
         """Of each kind this rank's rows, [2, rows], on the host; none if none is known."""
         return [average.sums.cpu().clone() for average in self.parts] if self.count else []
 
-    def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
-        """Takes in what `state` and `part` returned.
+    def load_state(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
+        """Takes in what `state` and `shard_state` returned.
 
         Returns:
             Whether they are of these kinds; if not, all averages begin anew.

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.comm.base import Communicator
 from aadl_hvd.core import replicas
+from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.history import History
-from aadl_hvd.core.solve import Matrix, Vector
-
-System = tuple[Matrix, Vector, float]
+from aadl_hvd.core.solve import Matrix, System, Vector
 
 # How many m x m matrices the host holds at once, at most: R^T R, its columns in use, those clear of
 # noise; a message as sent, received and summed; seven for the eigen-decomposition and what it works
@@ -44,13 +42,22 @@ class Gram:
     where columns are rounded, so that r is not the sum of what is stored; and where a GPU
     multiplies rows of R: there one row more in a product of matrices costs next to nothing.
 
+    Implements `reduction.Payload`.
+
     Attributes:
-        sent: bytes that a rank has handed to allreduces, ever.
+        system: R^T R, R^T r and r^T r after a reduction, the same bits on every rank. They may
+            hold NaN or Inf, then on every rank. None, on every rank, if the ranks have not stored
+            the same pairs.
     """
 
-    def __init__(self, history: History, comm: Communicator) -> None:
+    part = "gram"
+
+    def __init__(self, history: History, collectives: Collectives) -> None:
         self._history = history
-        self._comm = comm
+        self._collectives = collectives
+        self.system: System | None = None
+        self._r: Tensor
+        self._newest = False
         self._depth = history.sharding.depth
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
         self._fresh: dict[int, Tensor | None] = {}
@@ -58,7 +65,6 @@ class Gram:
         # its rounding goes by.
         self._carried: Vector | None = None
         self._drift = 0.0
-        self.sent = 0
 
     def partial(self, r: Tensor, newest: bool) -> Tensor:
         """This rank's part of the rows of new columns, of R^T r and of r^T r, one after the other.
@@ -98,42 +104,47 @@ class Gram:
         self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
         self._fresh[slot] = None if column is None else self._multiplied(column)
 
-    def assemble(
-        self, partial: Vector, payload: Vector, r: Tensor, newest: bool
-    ) -> tuple[System | None, Vector]:
-        """Brings R^T R up to date and multiplies R with r. Collective: one allreduce, rarely two.
+    def of(self, r: Tensor, newest: bool) -> Gram:
+        """Multiplies R with r in the next reduction.
 
         Args:
-            partial: what `partial` returned, on the host.
-            payload: [e] numbers to be summed over ranks in the same message.
-            r: what `partial` was given.
-            newest: what `partial` was given.
-
-        Returns:
-            R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, for the h columns in
-            use from the oldest to the newest; they may hold NaN or Inf, then on every rank. None,
-            on every rank, if the ranks have not stored the same pairs. And the sums of the payload.
+            r: this rank's rows of the residual, [rows].
+            newest: whether it was stored, last of all; the same on every rank.
         """
+        self._r, self._newest, self.system = r, newest, None
+        return self
+
+    def pending(self) -> list[Tensor]:
+        """This rank's part of the products."""
+        return [self.partial(self._r, self._newest)]
+
+    def pack(self, numbers: list[Vector]) -> Vector:
+        """[(m + 1) m + 9] numbers to be summed: new rows, R^T r, r^T r, and what is stored."""
         k, m = len(self._fresh), self._depth
         table = np.zeros((m + 1, m))
         own = np.ix_([*range(k), m], self._history.sharding.slots)
-        products, rr = partial[:-1], partial[-1]
+        products, rr = numbers[0][:-1], numbers[0][-1]
         table[own] = products.reshape(table[own].shape)
         version = np.array(self._history.version, dtype=np.float64)
-        version[1] = 2.0 * version[1] + newest  # what is done with the sums hangs on it
-        message = np.concatenate([payload, table.reshape(-1), [rr], version, version**2])
-        summed, message = np.split(self._sum(message), [len(payload)])
-        numbers, version = np.split(message, [-2 * len(version)])
-        if not replicas.equal(version, self._comm.size):
-            return None, summed
+        version[1] = 2.0 * version[1] + self._newest  # what is done with the sums hangs on it
+        return np.concatenate([table.reshape(-1), [rr], version, version**2])
+
+    def unpack(self, sums: Vector, size: int) -> None:
+        """Brings R^T R up to date and sets `system`. Collective: rarely, one allreduce more."""
+        k, m = len(self._fresh), self._depth
+        version = 2 * len(self._history.version)
+        numbers, versions = np.split(sums, [-version])
+        if not replicas.equal(versions, size):
+            return
         table, rr = numbers[:-1].reshape(m + 1, m), float(numbers[-1])
         for slot, row in zip(self._fresh, table[:k], strict=True):
             self._matrix[slot, :] = row
             self._matrix[:, slot] = row
-        b = self._multiply(table[:k], table[m], math.sqrt(max(rr, 0.0)), r, newest)
+        norm = math.sqrt(max(rr, 0.0))
+        b = self._multiply(table[:k], table[m], norm, self._r, self._newest)
         self._fresh.clear()
         live = self._history.live
-        return (self._matrix[np.ix_(live, live)], b[live], rr), summed
+        self.system = self._matrix[np.ix_(live, live)], b[live], rr
 
     def _multiply(self, rows: Matrix, last: Vector, norm: float, r: Tensor, newest: bool) -> Vector:
         """R^T r [m] from what was summed up: rows of new columns, the last one, and ||r||."""
@@ -164,11 +175,7 @@ class Gram:
         """
         sums = np.zeros(self._depth)
         sums[list(self._history.sharding.slots)] = self._multiplied(v).cpu().numpy()
-        return self._sum(sums)
-
-    def _sum(self, message: Vector) -> Vector:
-        self.sent += message.nbytes
-        return self._comm.allreduce(message)
+        return self._collectives.product(sums)
 
     def _multiplied(self, v: Tensor) -> Tensor:
         """This rank's part of R^T v, [own slots]."""

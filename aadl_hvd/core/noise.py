@@ -13,7 +13,6 @@ every attempt; that change is much the same as at the one before. What repeats i
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import weakref
 from collections import deque
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
+from aadl_hvd.core.fixed_point import Deviations
 from aadl_hvd.core.solve import Matrix, Vector
 from aadl_hvd.schema import entries, integer, listed, number, optional, sequence, tensor
 
@@ -33,19 +33,6 @@ from aadl_hvd.schema import entries, integer, listed, number, optional, sequence
 COORDINATES = 2**16
 LOOKED_AT = 4  # tensors
 _SEED = 20211014  # any; the same on every rank
-
-
-@dataclasses.dataclass
-class Deviations:
-    """What the samples of one step deviate by from their mean.
-
-    Attributes:
-        values: [samples, coordinates], scaled so that a squared norm estimates that of all n.
-        squared: square of the mean's norm, estimated likewise; [].
-    """
-
-    values: Tensor
-    squared: Tensor
 
 
 class GradientSamples:
@@ -221,12 +208,13 @@ def _is_marked(gradient: Tensor | None, mark: _Mark) -> bool:
 class NoiseMeter:
     """Turns deviations of successive steps into numbers to be summed, and these into sigma^2."""
 
+    part = "noise"
     PAYLOAD = 4
     # Squared cosine from which two changes are taken to be alike. Independent noise has 1 over its
     # effective dimension on average, measured 0.05 to 0.1; full batches have 0.4 to 0.8.
     ALIKE = 0.6
     MEMORY = 0.9  # of the share of noise, per attempt
-    # What `share` and `part` return; a share may be below 0 by rounding.
+    # What `share` and `part_of_rank` return; a share may be below 0 by rounding.
     SHARE = number(-1.0, 1.0)
     PART = entries(
         {
@@ -237,6 +225,7 @@ class NoiseMeter:
     )
 
     def __init__(self) -> None:
+        self.measurement: tuple[float, float] | None = None  # of the last reduction
         self._share: float | None = None
         self._now: Deviations | None = None
         self._last: Deviations | None = None
@@ -249,11 +238,11 @@ class NoiseMeter:
         self._last = self._now if successive else None
         self._now, self._call = deviations, call
 
-    def measured(self) -> Tensor:
-        """What `payload` is to be given, on the device: [2] float64, [0] if this rank cannot say."""
+    def pending(self) -> list[Tensor]:
+        """[2] float64 on the device, or [0] if this rank cannot say."""
         deviations, last = self._now, self._last
         if deviations is None or last is None or last.values.shape != deviations.values.shape:
-            return torch.empty(0, device="cpu")
+            return [torch.empty(0, device="cpu")]
         change = deviations.values - last.values
         # Steps that two changes have in common would make their noise alike, too.
         apart = [earlier for call, earlier in self._changes if call <= self._call - 2]
@@ -264,22 +253,26 @@ class NoiseMeter:
             alike = (change * before).sum(dim=1, dtype=torch.float64).square()
             alike /= squares * before.square().sum(dim=1, dtype=torch.float64)
             squares = torch.where(alike > self.ALIKE, squares * (1.0 - alike), squares)
-        return torch.stack([squares.sum(), deviations.squared.double()])
+        return [torch.stack([squares.sum(), deviations.squared.double()])]
 
-    def payload(self, measured: Vector) -> Vector:
+    def pack(self, numbers: list[Vector]) -> Vector:
         """[4] numbers on the last step to be summed over ranks; zeros if this rank cannot say."""
-        if self._now is None or not len(measured):
+        if self._now is None or not len(numbers[0]):
             return np.zeros(self.PAYLOAD)
-        changed, squared = measured
+        changed, squared = numbers[0]
         samples = len(self._now.values)
         return np.array([changed, samples, samples**2, squared], dtype=np.float64)
+
+    def unpack(self, sums: Vector, size: int) -> None:
+        """Takes in their sums."""
+        self.measurement = self.variance(sums, size)
 
     @staticmethod
     def variance(sums: Vector, size: int) -> tuple[float, float] | None:
         """sigma^2 of the mean gradient, and the square of the gradient's norm.
 
         Args:
-            sums: of `payload` over ranks, [4].
+            sums: of `pack` over ranks, [4].
             size: number of ranks.
 
         Returns:
@@ -307,14 +300,16 @@ class NoiseMeter:
         """Share of noise in ||r||^2 of late, the same on every rank; None: not known."""
         return self._share
 
-    def part(self) -> dict[str, Any]:
+    def part_of_rank(self) -> dict[str, Any]:
         """What this rank's own gradients deviated by, copied to the host."""
         now = None if self._now is None else (self._now.values.cpu(), self._now.squared.cpu())
         changes = [(call, change.cpu()) for call, change in self._changes]
         return {"call": self._call, "now": now, "changes": changes}
 
-    def take(self, share: float | None, part: dict[str, Any] | None, device: torch.device) -> None:
-        """Takes in `share`, and what `part` returned on this rank where that is known."""
+    def load_state(
+        self, share: float | None, part: dict[str, Any] | None, device: torch.device
+    ) -> None:
+        """Takes in `share`, and what `part_of_rank` returned on this rank where that is known."""
         self.clear()
         self._share = share
         if part is None:

@@ -152,11 +152,11 @@ def _elsewhere(hosts: Sequence[str], rank: int) -> int | None:
 def _state(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Its `state_dict`, of which hooks may have made anything, and what goes with a history."""
     accelerator: Accelerator = optimizer.anderson
-    whole, accelerator.consolidated = accelerator.consolidated, None  # rank 0 has asked for it
+    whole, accelerator.full_state = accelerator.full_state, None  # rank 0 has asked for it
     try:
         return optimizer.state_dict(), anderson_state(optimizer)
     finally:
-        accelerator.consolidated = whole
+        accelerator.full_state = whole
 
 
 def _load(
@@ -170,7 +170,7 @@ def _load(
 
 def _part(optimizer: Any) -> dict[str, Any] | None:
     """This rank's part, a copy in host memory; None if it has none yet."""
-    if not optimizer.anderson.has_part:
+    if not optimizer.anderson.has_shard_state:
         return None
     part: dict[str, Any] = optimizer.sharded_state_dict()["anderson"]["history"]
     return part

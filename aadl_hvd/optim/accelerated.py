@@ -515,8 +515,8 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         def add(_: Any, state: dict[str, Any]) -> None:
             if "anderson" not in state:
                 state["anderson"] = anderson_state(self)
-                if self.anderson.consolidated is not None:
-                    state["anderson"]["history"] = self.anderson.consolidated
+                if self.anderson.full_state is not None:
+                    state["anderson"]["history"] = self.anderson.full_state
 
         handle = self.register_state_dict_post_hook(add, prepend=True)
         try:
@@ -557,8 +557,8 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         problem = self._anderson_problem
         accelerator.agree(problem)
         needed = accelerator.group.index == 0
-        history = checkpoint.consolidate(comm, lambda: accelerator.part(problem), to, needed)
-        accelerator.consolidated = history
+        history = checkpoint.consolidate(comm, lambda: accelerator.shard_state(problem), to, needed)
+        accelerator.full_state = history
         return None if history is None else self.state_dict()
 
     def sharded_state_dict(self: Any) -> dict[str, Any]:
@@ -577,7 +577,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             `aadl_hvd.checkpoint.merge_shards` makes the whole of all ranks' parts.
         """
         state = anderson_state(self)
-        state["history"] = self.anderson.part(self._anderson_problem)
+        state["history"] = self.anderson.shard_state(self._anderson_problem)
         return {"anderson": state}
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
@@ -654,7 +654,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                         part, left_out = None, "learning rates or weight decays are others"
                 accelerator.reset(Reset.LOADED)
                 if part is not None:
-                    accelerator.load(problem, part, checkpoint.fingerprint_of(saved["history"]))
+                    accelerator.load_state(problem, part, checkpoint.fingerprint_of(saved["history"]))
                 if saved is not None:
                     accelerator.stats.load_counters(saved["counters"])
                     accelerator.stats.load_measured(saved.get("measured", {}))
@@ -668,7 +668,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
     def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
         """As in torch; the history is reset in the next step."""
         base("add_param_group")(self, param_group)
-        self.anderson.consolidated = None
+        self.anderson.full_state = None
 
     def __repr__(self: Any) -> str:
         return f"{inner.__repr__(self)}\n{self.anderson.config}"
@@ -697,7 +697,7 @@ def _all_or_nothing(optimizer: Any) -> Iterator[None]:
     problem = optimizer._anderson_problem
     attributes = [(o, dict(vars(o))) for o in (optimizer, optimizer._accelerated)]
     groups = [(group, dict(group)) for group in optimizer.param_groups]
-    rates, put_back = problem.last_rates, optimizer.anderson.hold()
+    rates, put_back = problem.last_rates, optimizer.anderson.backup()
     try:
         yield
     except BaseException:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.core.noise import Deviations, GradientSamples
+from aadl_hvd.core.fixed_point import Deviations
+from aadl_hvd.core.noise import GradientSamples
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.job import check_whole
