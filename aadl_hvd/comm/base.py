@@ -91,7 +91,7 @@ class Communicator(ABC):
         """Sum over ranks of a large tensor [k] float32 or float64; may overwrite it."""
         return self._sum_tensor(checked_tensor(tensor))
 
-    def deliver(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
+    def send(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
         """Hands bytes of one rank to another; no third one sees them.
 
         Args:
@@ -116,10 +116,10 @@ class Communicator(ABC):
         for lo in range(0, length, _MESSAGE):
             hi = min(lo + _MESSAGE, length)
             own, out = (None if x is None else x[lo:hi].contiguous() for x in (data, result))
-            self._deliver(own, out, hi - lo, source, to)
+            self._send(own, out, hi - lo, source, to)
         return result
 
-    def exchange(self, outgoing: Mapping[int, Tensor], most: int = _MESSAGE) -> dict[int, Tensor]:
+    def all_to_all(self, outgoing: Mapping[int, Tensor], most: int = _MESSAGE) -> dict[int, Tensor]:
         """Hands bytes from every rank to any others, all at once.
 
         Args:
@@ -140,7 +140,7 @@ class Communicator(ABC):
                     arrived.setdefault(source, []).append(part)
         return {source: torch.cat(parts) for source, parts in arrived.items()}
 
-    def attend(self, done: Callable[[], bool]) -> None:  # noqa: B027
+    def poll_until(self, done: Callable[[], bool]) -> None:  # noqa: B027
         """May wait for something collective that other ranks, in error, do not enter.
 
         Called once by every rank whenever they wait for each other outside of this communicator:
@@ -170,7 +170,7 @@ class Communicator(ABC):
     @abstractmethod
     def _allgather(self, block: Tensor) -> Tensor: ...
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
         raise NotImplementedError  # a rank alone delivers to itself

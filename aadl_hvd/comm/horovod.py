@@ -66,9 +66,9 @@ class HorovodCommunicator(Communicator):
             )
         return self._set
 
-    def attend(self, done: Callable[[], bool]) -> None:
+    def poll_until(self, done: Callable[[], bool]) -> None:
         if self.host is not None:
-            return self.host.attend(done)
+            return self.host.poll_until(done)
         while not done():
             time.sleep(NAP)
         return None
@@ -126,18 +126,18 @@ class HorovodCommunicator(Communicator):
             )
             return _finished(handle)
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
         if self.host is not None:
-            return self.host._deliver(data, out, length, source, to)
+            return self.host._send(data, out, length, source, to)
         splits = torch.zeros(self.size, dtype=torch.int32, device="cpu")
         if data is not None:
             splits[to] = length
         received, _ = hvd.alltoall(
             torch.empty(0, dtype=torch.uint8, device="cpu") if data is None else data,
             splits,
-            name=f"{self._name}.deliver",
+            name=f"{self._name}.send",
             process_set=self._process_set,
         )
         if out is not None:

@@ -117,7 +117,7 @@ class MpiCommunicator(Communicator):
     def allgather_object(self, item: Any) -> list[Any]:
         return list(self._comm.allgather(item))
 
-    def attend(self, done: Callable[[], bool]) -> None:
+    def poll_until(self, done: Callable[[], bool]) -> None:
         self._gradients += 1
         started, asked = time.monotonic(), False
         while not done():
@@ -204,7 +204,7 @@ class MpiCommunicator(Communicator):
         self._comm.Allgather(host.numpy(), result.numpy())
         return result.to(block.device)
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
         if data is not None:

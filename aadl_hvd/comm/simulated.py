@@ -87,7 +87,7 @@ class SimulatedCommunicator(Communicator):
         for first in range(0, block.numel(), rows):
             yield first, whole[:, first : first + rows].clone()
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
         sent = self._exchange(None if data is None else data.clone())[source]
