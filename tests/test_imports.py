@@ -1,6 +1,7 @@
 """The rules of which module may import which, read from the source; and what works without MPI."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,15 @@ LAYERS = [
         "schema",
         "base_state",
     },
-    {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
+    {
+        "comm.local",
+        "comm.simulated",
+        "comm.messages",
+        "comm.tree",
+        "comm.departures",
+        "comm.mpi",
+        "comm.horovod",
+    },
     {
         "history",
         "gram",
@@ -54,6 +63,9 @@ BESIDE = {
     "schema": {"errors"},
     "base_state": {"errors", "schema"},
     "comm.base": {"errors"},
+    "comm.tree": {"comm.messages"},
+    "comm.departures": {"comm.messages"},
+    "comm.mpi": {"comm.messages", "comm.tree", "comm.departures"},
     "comm.horovod": {"comm.local", "comm.mpi"},
     "gram": {"history", "replicas"},
     "diagnostics": {"safeguard"},
@@ -63,7 +75,7 @@ BESIDE = {
 }
 MAY_IMPORT = {
     "horovod": {"comm.horovod", "optimizer", "elastic"},
-    "mpi4py": {"comm.mpi"},
+    "mpi4py": {"comm.mpi", "comm.tree", "comm.departures"},
 }
 
 
@@ -130,6 +142,7 @@ def test_something_is_looked_at():
     assert PROGRAMS
     assert set(own_imports(PACKAGE / "accelerator.py")) >= {"safeguard", "comm.base", "gram"}
     assert ("horovod.torch", [], True) in imports(PACKAGE / "comm" / "horovod.py")
+    assert "process_sets._basics" in set(of_other_objects(PACKAGE / "comm" / "horovod.py"))
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=module_name)
@@ -156,6 +169,22 @@ def test_horovod_and_mpi_stay_behind_their_adapters(path):
             assert not at_import or name in ("comm.horovod", "elastic"), f"{name}: at import"
         if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.elastic":
             assert not at_import, f"{name} imports {module}, and with it horovod, at import"
+
+
+def of_other_objects(path):
+    """Private attributes that a file reads or writes on anything but `self`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            yield from [] if ast.unparse(node.value) in ("self", "super()") else [ast.unparse(node)]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LIBRARY if path.parent.name == "comm"], ids=module_name
+)
+def test_private_attributes_are_used_by_their_owner(path):
+    # Horovod has no public way to find existing process sets.
+    of_horovod = "process_sets._basics", "process_sets._basics._get_process_set_ids_and_ranks"
+    assert set(of_other_objects(path)) <= set(of_horovod)
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
