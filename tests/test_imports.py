@@ -1,6 +1,7 @@
 """The rules of which module may import which, read from the source; and what works without MPI."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,15 @@ LAYERS = [
     },
     {"checkpoint", "checkpoint.base_state", "checkpoint.plain"},
     {
+        "comm.local",
+        "comm.simulated",
+        "comm.messages",
+        "comm.tree",
+        "comm.departures",
+        "comm.mpi",
+        "comm.horovod",
+    },
+    {
         "optim",
         "optim.accelerated",
         "optim.batch_norm",
@@ -49,6 +59,9 @@ BESIDE = {
     "config": {"errors"},
     "schema": {"errors"},
     "comm.base": {"errors"},
+    "comm.tree": {"comm.messages"},
+    "comm.departures": {"comm.messages"},
+    "comm.mpi": {"comm.messages", "comm.tree", "comm.departures"},
     "comm.horovod": {"comm.local", "comm.mpi"},
     "core.gram": {"core.history", "core.replicas", "core.solve"},
     "core.history": {"core.sharding"},
@@ -76,6 +89,8 @@ BESIDE = {
 MAY_IMPORT = {
     "horovod": {"comm.horovod", "optim.accelerated", "engines.horovod_elastic"},
     "mpi4py": {"comm.mpi"},
+    "horovod": {"comm.horovod", "optimizer", "elastic"},
+    "mpi4py": {"comm.mpi", "comm.tree", "comm.departures"},
 }
 
 
@@ -142,6 +157,7 @@ def test_something_is_looked_at():
     assert PROGRAMS
     assert set(own_imports(PACKAGE / "core" / "accelerator.py")) >= {"core.acceptance", "comm.base", "core.gram"}
     assert ("horovod.torch", [], True) in imports(PACKAGE / "comm" / "horovod.py")
+    assert "process_sets._basics" in set(of_other_objects(PACKAGE / "comm" / "horovod.py"))
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=module_name)
@@ -168,6 +184,22 @@ def test_horovod_and_mpi_stay_behind_their_adapters(path):
             assert not at_import or name in ("comm.horovod", "engines.horovod_elastic"), f"{name}: at import"
         if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.engines.horovod_elastic":
             assert not at_import or name == "elastic", f"{name} imports {module}, and with it horovod, at import"
+
+
+def of_other_objects(path):
+    """Private attributes that a file reads or writes on anything but `self`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            yield from [] if ast.unparse(node.value) in ("self", "super()") else [ast.unparse(node)]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LIBRARY if path.parent.name == "comm"], ids=module_name
+)
+def test_private_attributes_are_used_by_their_owner(path):
+    # Horovod has no public way to find existing process sets.
+    of_horovod = "process_sets._basics", "process_sets._basics._get_process_set_ids_and_ranks"
+    assert set(of_other_objects(path)) <= set(of_horovod)
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

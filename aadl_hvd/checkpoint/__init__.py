@@ -581,12 +581,12 @@ def consolidate(
             except Exception as error:  # the others are in step with this rank: it must go on
                 problem = f"{type(error).__name__}: {error}"
                 header = torch.zeros(0, dtype=torch.uint8, device="cpu")
-        header = comm.deliver(header, source, to)
+        header = comm.send(header, source, to)
         count = int(comm.allreduce(np.array([len(tensors)], dtype=np.float64), "max")[0])
         received = []
         for i in range(count):
             own = tensors[i].reshape(-1).view(torch.uint8) if comm.rank == source else None
-            received.append(comm.deliver(own, source, to))
+            received.append(comm.send(own, source, to))
         complete = complete and (header is None or len(header) > 0)
         if header is not None and complete and not problem:
             try:
@@ -688,7 +688,7 @@ def redistribute(
     except Exception as error:  # the others are in step with this rank: it must go on
         problem = f"{type(error).__name__}: {error}"
     del outgoing
-    incoming = comm.exchange(packed)
+    incoming = comm.all_to_all(packed)
     history = None
     try:
         for data in incoming.values():

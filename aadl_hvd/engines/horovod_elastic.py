@@ -138,7 +138,7 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
                 _log.warning(
                     "elastic: the part of rank %d is not handed over: %s", comm.rank, error
                 )
-        arrived = comm.exchange(sent)
+        arrived = comm.all_to_all(sent)
         self._handed = [checkpoint.from_bytes(data) for data in arrived.values()]
 
 

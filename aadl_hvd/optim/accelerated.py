@@ -814,7 +814,7 @@ def _distributed_methods(inner: Any, horovods: dict[str, Any]) -> dict[str, Any]
             if self._anderson_reduces and not adasum:
                 _begin_reductions(self)
             if not attended:
-                comm.attend(_reduced(self))
+                comm.poll_until(_reduced(self))
             horovods["synchronize"](self)
             self._anderson_joined = False
         except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
@@ -973,7 +973,7 @@ def _end_reductions(optimizer: Any, begin: bool) -> None:
         return
     _register_new_parameters(optimizer)
     _begin_reductions(optimizer)  # others may wait for these
-    optimizer.anderson.comm.attend(_reduced(optimizer, all_of_them=True))
+    optimizer.anderson.comm.poll_until(_reduced(optimizer, all_of_them=True))
     optimizer._anderson_attended = True
     if _reduces_in_place(optimizer):
         _take_mean(optimizer)
@@ -989,7 +989,7 @@ def _reduces_in_place(optimizer: Any) -> bool:
 
 
 def _reduced(optimizer: Any, all_of_them: bool = False) -> Callable[[], bool]:
-    """Whether there is no more to attend to, to be asked again and again.
+    """Whether there is no more to wait for, to be asked again and again.
 
     Where the first reduction is done all ranks have come, and the rest is left to Horovod, which
     waits with fewer turns; on Gloo it is not. Where parameters have joined, other ranks may not

@@ -147,15 +147,15 @@ def test_pieces_are_all_that_travels():
     sent = []
 
     def program(comm):
-        send = comm.exchange
+        original = comm.all_to_all
 
-        def exchange(outgoing):
+        def all_to_all(outgoing):
             for to, data in outgoing.items():
                 pieces = checkpoint.from_bytes(data)
                 sent.extend((comm.rank, to, *piece["sharding"]["rows"]) for piece in pieces)
-            return send(outgoing)
+            return original(outgoing)
 
-        comm.exchange = exchange
+        comm.all_to_all = all_to_all
         mine = [parts[i] for i in held[comm.rank]]
         return checkpoint.redistribute(comm, mine, sharding_of(comm, "rows")[0])
 
