@@ -41,7 +41,7 @@ from aadl_hvd.checkpoint.plain import plain
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.core.acceptance import Backoff, LossWatch
 from aadl_hvd.core.averages import WeightAverages
-from aadl_hvd.core.history import chunks
+from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.noise import NoiseMeter
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.errors import AndersonError, CheckpointError

@@ -40,10 +40,13 @@ from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core import acceptance as safeguard
 from aadl_hvd.core import memory, replicas
 from aadl_hvd.core.acceptance import Backoff, LossWatch, Trial
-from aadl_hvd.core.averages import MovingAverage, WeightAverages
+from aadl_hvd.core.averages import WeightAverages
+from aadl_hvd.core.chunking import chunked_dot
 from aadl_hvd.core.gram import Gram, matrix_bytes
-from aadl_hvd.core.history import History, chunked_dot, working_bytes
+from aadl_hvd.core.history import History
+from aadl_hvd.core.moving_average import MovingAverage
 from aadl_hvd.core.noise import Deviations, NoiseMeter, stands_out, variance_from_history
+from aadl_hvd.core.products import Products, working_bytes
 from aadl_hvd.core.reduction import numbers_of
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.core.solve import Factorization, Matrix, Vector, promised_reduction
@@ -377,7 +380,7 @@ class Accelerator:
         """
         owners = [
             *(self, self.stats, self._history, self._gram, self._noise, self._losses),
-            *(self._backoff, self._averages, *self._averages.parts),
+            *(self._backoff, self._averages),
             *([] if self._average is None else [self._average]),
         ]
         held = []
@@ -418,7 +421,7 @@ class Accelerator:
         history, gram, averages, losses = self._history, self._gram, self._averages, self._losses
         columns = history.part() | {"products": gram.products()}
         lo, hi = self._rows
-        names = [f"average {kind}" for kind in averages.kinds]
+        names = [f"average {kind}" for kind in averages.decays]
         rows = dict(zip(names, averages.part(), strict=False))
         if (pair := columns.pop("pair")) is not None:
             rows["pair"] = pair
@@ -507,10 +510,10 @@ class Accelerator:
         """Has `kernels` do the work where they can, if all ranks are able to."""
         self._use_kernels = able
         history = self._history
-        history.use_kernels = able and kernels.usable(
+        self._products.use_kernels = able and kernels.usable(
             history.device, history.work_dtype, history.dtype
         )
-        self._averages.use_kernels = history.use_kernels
+        self._averages.use_kernels = self._products.use_kernels
 
     @torch.no_grad()
     def _take(self, continues: bool) -> None:
@@ -670,7 +673,7 @@ class Accelerator:
         with stats.timed("update"):
             scaling = config.mixing * self._scaling(problem)
             start = w if self._sharding.layout == "rows" else None  # else parts are added up first
-            update, partial_slope = self._history.update(
+            update, partial_slope = self._products.update(
                 r, gamma, scaling, self._history.scratch(w, r), start, config.relaxation
             )
             slope = float(self._comm.allreduce(partial_slope.reshape(1).cpu().numpy())[0])
@@ -951,7 +954,8 @@ class Accelerator:
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
         config, sharding = self.config, self.share(n)
         self._history = History(sharding, config.history_dtype or work, work, device)
-        self._gram = Gram(self._history, self._comm)
+        self._products = Products(self._history)
+        self._gram = Gram(self._products, self._comm)
         lo, hi = sharding.rows
         self._base_rows = None
         kinds = config.averages if config.enabled else ()

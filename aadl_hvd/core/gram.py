@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.core import replicas
-from aadl_hvd.core.history import History
+from aadl_hvd.core.products import Products
 from aadl_hvd.core.solve import Matrix, Vector
 
 System = tuple[Matrix, Vector, float]
@@ -48,8 +48,9 @@ class Gram:
         sent: bytes that a rank has handed to allreduces, ever.
     """
 
-    def __init__(self, history: History, comm: Communicator) -> None:
-        self._history = history
+    def __init__(self, products: Products, comm: Communicator) -> None:
+        self._products = products
+        self._history = history = products.history
         self._comm = comm
         self._depth = history.sharding.depth
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
@@ -78,7 +79,7 @@ class Gram:
         only = None
         if self._carries(newest):
             only = [slot for slot in self._fresh if history.index(slot) is not None]
-        own, square = history.inner(slots, r, only)
+        own, square = self._products.inner(slots, r, only)
         square = square * float(sharding.counts_replicated)
         return torch.cat([*(row.reshape(-1) for row in (*known, own)), square.reshape(1)])
 
@@ -172,7 +173,7 @@ class Gram:
 
     def _multiplied(self, v: Tensor) -> Tensor:
         """This rank's part of R^T v, [own slots]."""
-        return self._history.inner([], v)[0][0]
+        return self._products.inner([], v)[0][0]
 
     def state(self) -> dict[str, Any]:
         """R^T R of the columns in use [h, h] float64, from the oldest, and what is missing in it.
