@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 
-from aadl_hvd.core.noise import GradientSamples, NoiseMeter
+from aadl_hvd.core.noise import NoiseMeter
+from aadl_hvd.optim.gradient_samples import GradientSamples
 
 DOUBLE = torch.float64
 
 
-def riders_of(meter):
+def payload_of(meter):
     return meter.payload(meter.measured().numpy())
 
 
@@ -79,7 +80,7 @@ def measured(steps, samples, draws, scaled=lambda p, k: None, factor=1.0, model=
         sums = np.zeros(NoiseMeter.PAYLOAD)
         for taker, meter in zip(takers, meters, strict=True):
             meter.note(taker.deviations(), k)
-            sums = sums + riders_of(meter)
+            sums = sums + payload_of(meter)
         if (both := NoiseMeter.variance(sums, ranks)) is not None:
             found.append(both[0])
         with torch.no_grad():

@@ -8,15 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from noise_problem import DOUBLE, Regression, measured, riders_of
+from noise_problem import DOUBLE, Regression, measured, payload_of
 from problems import PLAIN, Problem
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import noise
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.noise import GradientSamples, NoiseMeter, stands_out
+from aadl_hvd.core.noise import NoiseMeter, stands_out
+from aadl_hvd.optim import gradient_samples
+from aadl_hvd.optim.gradient_samples import GradientSamples
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -162,7 +163,7 @@ def test_gate_does_not_depend_on_the_units_of_the_loss(scale, samples, seed):
                 parameters[0].grad = torch.from_numpy(mean)
                 taker.take_mean()
                 meter.note(taker.deviations(), k)
-                sums = sums + (riders_of(meter) if k else 0.0)
+                sums = sums + (payload_of(meter) if k else 0.0)
         both.append(NoiseMeter.variance(sums, 4))
     (variance, squared), (other, other_squared) = both
     assert other == pytest.approx(scale**2 * variance, rel=1e-9)
@@ -253,9 +254,9 @@ def test_random_coordinates_are_unbiased(monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((40, 25), (7,), (2, 150))]
     deviation = [torch.randn(p.shape) * (1 + i) for i, p in enumerate(parameters)]
     squares = []
-    monkeypatch.setattr(noise, "COORDINATES", 200)
+    monkeypatch.setattr(gradient_samples, "COORDINATES", 200)
     for seed in range(60):
-        monkeypatch.setattr(noise, "_SEED", seed)
+        monkeypatch.setattr(gradient_samples, "_SEED", seed)
         taker, again = (GradientSamples(parameters, 1, 1.0) for _ in range(2))
         assert 150 < taker._own.shape[1] <= 200
         for each in (taker, again):
@@ -352,13 +353,13 @@ def test_only_successive_steps_are_compared():
         p.grad = torch.randn(2)
         taker.take_mean()
         meter.note(taker.deviations(), call)
-        return riders_of(meter).any()
+        return payload_of(meter).any()
 
     assert [note(call) for call in (1, 2, 4, 5, 6)] == [False, True, False, True, True]
     meter.clear()
     assert [note(call) for call in (7, 8)] == [False, True]
     meter.note(None, 9)
-    assert not riders_of(meter).any()
+    assert not payload_of(meter).any()
     assert [note(call) for call in (10, 11)] == [False, True]
 
 

@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.noise import GradientSamples, NoiseMeter, variance_from_history
+from aadl_hvd.core.noise import NoiseMeter, variance_from_history
+from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.stats import Stats
 
 # One rank without micro-batches
