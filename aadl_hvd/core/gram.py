@@ -1,4 +1,4 @@
-"""The Gram matrix R^T R: this rank's part of it, and its assembly by one tiny allreduce."""
+"""The Gram matrix R^T R: this rank's contribution, and its assembly by one small allreduce."""
 
 from __future__ import annotations
 
@@ -16,36 +16,43 @@ from aadl_hvd.core.solve import Matrix, Vector
 
 System = tuple[Matrix, Vector, float]
 
-# How many m x m matrices the host holds at once, at most: R^T R, its columns in use, those clear of
-# noise; a message as sent, received and summed; seven for the eigen-decomposition and what it works
-# in; one more, for rounding up. Measured in one process at m = 1000: 13.
+# The most m x m matrices that the host holds at once: R^T R, its columns in use, those that stand
+# out of the noise; a message as sent, received and summed; seven for the eigen-decomposition and
+# its working memory; one to round up. Measured in one process at m = 1000: 13.
 MATRICES = 14
 
-# By how much R^T r, carried forward, may be less accurate than if it were multiplied out.
+# R^T r may lose accuracy by this factor when it is updated instead of computed anew.
 DRIFT = 10.0
 
 
 class Gram:
     """Keeps R^T R [m, m], float64, the same on every rank, and brings it up to date on demand.
 
-    Only rows of slots that were filled since the last assembly are computed. The message has the
-    same length whatever a rank has stored, (m + 1) m + 9 float64 numbers and what rides along, and
-    says what it has stored, so that a rank that differs is noticed and waits for nobody.
+    Only the rows of slots that were filled since the last assembly are computed. The message has
+    (m + 1) m + 9 float64 numbers and the payload, whatever a rank has stored. It contains the
+    version of the history, so that a rank that has stored something else is noticed, and no rank
+    waits for it.
 
-    In the row layout the rows are computed at assembly, in one pass over R. In the column layout
-    nobody holds two columns of different ranks, so each rank multiplies its own columns with a new
-    one while that is at hand, when it is stored.
+    In the row layout the new rows are computed at assembly, in one pass over R. In the column
+    layout no rank holds two columns of different ranks. So each rank multiplies its own columns
+    with a new column when it is stored, while it is at hand.
 
-    R^T r needs no product of its own where r was stored last: r is the r of the last assembly and
-    what was stored since, whose products with R are the new rows. Only the new columns are
-    multiplied with r. What rounding adds is bounded by eps ||R_j|| sum ||r_k - r_(k-1)||; before
-    that is more than DRIFT times eps ||R_j|| ||r||, all is multiplied out, in the same pass; where
-    r has fallen at once, in one more pass and tiny message. All is, too, where r was not stored;
-    where columns are rounded, so that r is not the sum of what is stored; and where a GPU
-    multiplies rows of R: there one row more in a product of matrices costs next to nothing.
+    R^T r needs no full product if r was stored last. Then r is the r of the last assembly plus the
+    columns stored since, and the products of these with R are the new rows. Only the new columns
+    are multiplied with r. Rounding adds an error of at most eps ||R_j|| sum ||r_k - r_(k-1)||.
+    Before that exceeds DRIFT times eps ||R_j|| ||r||, R^T r is computed anew in the same pass. If
+    ||r|| has fallen suddenly, it takes one more pass and one more small message.
+
+    R^T r is also computed anew in three other cases: if r was not stored; if columns are rounded,
+    so that r is not the sum of what is stored; and on a GPU in the row layout, where one more row
+    in a product of matrices costs next to nothing.
+
+    Args:
+        products: with the columns of this rank's history.
+        comm: the ranks that sum up.
 
     Attributes:
-        sent: bytes that a rank has handed to allreduces, ever.
+        sent: bytes that this rank has given to allreduces since it was created.
     """
 
     def __init__(self, products: Products, comm: Communicator) -> None:
@@ -55,21 +62,21 @@ class Gram:
         self._depth = history.sharding.depth
         self._matrix: Matrix = np.zeros((self._depth, self._depth))
         self._fresh: dict[int, Tensor | None] = {}
-        # R^T r [m] of the last pair that was stored, None where it is not known, and the norms that
-        # its rounding goes by.
+        # R^T r [m] of the last pair that was stored, None if it is not known; and the sum of norms
+        # that bounds its rounding error.
         self._carried: Vector | None = None
         self._drift = 0.0
         self.sent = 0
 
     def partial(self, r: Tensor, newest: bool) -> Tensor:
-        """This rank's part of the rows of new columns, of R^T r and of r^T r, one after the other.
+        """This rank's contribution to the rows of k new columns, to R^T r and to r^T r.
 
         Args:
             r: this rank's rows of the residual, [rows].
-            newest: whether it was stored, last of all; the same on every rank.
+            newest: whether r is the residual that was stored last; the same on every rank.
 
         Returns:
-            [(k + 1) own slots + 1] float64, on the device.
+            All of it in a row, [(k + 1) * len(sharding.slots) + 1] float64, on the device.
         """
         history, sharding = self._history, self._history.sharding
         if not history.stored:
@@ -84,19 +91,24 @@ class Gram:
         return torch.cat([*(row.reshape(-1) for row in (*known, own)), square.reshape(1)])
 
     def _carries(self, newest: bool) -> bool:
-        some = len(self._fresh) < self._history.columns  # else all are new
+        some = len(self._fresh) < self._history.columns  # otherwise all columns are new
         return newest and some and self._carried is not None
 
     @property
     def _worthwhile(self) -> bool:
-        """Whether R^T r may be carried forward at all, and gains by it: see the class."""
+        """Whether R^T r may be updated, and whether that is faster: see the class."""
         history = self._history
         on_gpu = history.device.type != "cpu" and history.sharding.layout == "rows"
         return history.dtype == history.work_dtype and not on_gpu
 
     def stored(self, slot: int, column: Tensor | None) -> None:
-        """Takes note of a new column in `slot`, as `History.push` returned it; no communication."""
-        self._fresh.pop(slot, None)  # to the end: rows are assembled in the order of storing
+        """Notes a new column. No communication.
+
+        Args:
+            slot: where it is stored.
+            column: what `History.push` returned with the slot.
+        """
+        self._fresh.pop(slot, None)  # and to the end: rows are assembled in the order of storing
         self._fresh[slot] = None if column is None else self._multiplied(column)
 
     def assemble(
@@ -106,14 +118,15 @@ class Gram:
 
         Args:
             partial: what `partial` returned, on the host.
-            payload: [e] numbers to be summed over ranks in the same message.
-            r: what `partial` was given.
-            newest: what `partial` was given.
+            payload: [e] float64, numbers to be summed over ranks in the same message.
+            r: the argument of `partial`.
+            newest: the argument of `partial`.
 
         Returns:
-            R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, for the h columns in
-            use from the oldest to the newest; they may hold NaN or Inf, then on every rank. None,
-            on every rank, if the ranks have not stored the same pairs. And the sums of the payload.
+            First R^T R [h, h], R^T r [h] and r^T r, for the h columns in use from the oldest to
+            the newest, with the same bits on every rank. They may contain NaN or Inf, then on every
+            rank. None, on every rank, if the ranks have not stored the same pairs. Then the sums
+            of the payload, [e].
         """
         k, m = len(self._fresh), self._depth
         table = np.zeros((m + 1, m))
@@ -121,7 +134,7 @@ class Gram:
         products, rr = partial[:-1], partial[-1]
         table[own] = products.reshape(table[own].shape)
         version = np.array(self._history.version, dtype=np.float64)
-        version[1] = 2.0 * version[1] + newest  # what is done with the sums hangs on it
+        version[1] = 2.0 * version[1] + newest  # ranks must agree on it, too
         message = np.concatenate([payload, table.reshape(-1), [rr], version, version**2])
         summed, message = np.split(self._sum(message), [len(payload)])
         numbers, version = np.split(message, [-2 * len(version)])
@@ -137,7 +150,7 @@ class Gram:
         return (self._matrix[np.ix_(live, live)], b[live], rr), summed
 
     def _multiply(self, rows: Matrix, last: Vector, norm: float, r: Tensor, newest: bool) -> Vector:
-        """R^T r [m] from what was summed up: rows of new columns, the last one, and ||r||."""
+        """R^T r [m] from the sums: the rows of new columns, the last row, and ||r||."""
         direct = not self._carries(newest)
         if not direct:
             assert self._carried is not None
@@ -152,7 +165,7 @@ class Gram:
         if direct:
             self._drift, moved = norm, 0.0
         sound = math.isfinite(self._drift) and bool(np.isfinite(last).all())
-        # Where the next one, or the one after, might be too much, it is multiplied out in time.
+        # If one of the next two updates might exceed the bound, R^T r is computed anew next time.
         lasts = self._drift + 2.0 * moved <= DRIFT * norm
         self._carried = last if newest and sound and lasts and self._worthwhile else None
         return last
@@ -172,7 +185,7 @@ class Gram:
         return self._comm.allreduce(message)
 
     def _multiplied(self, v: Tensor) -> Tensor:
-        """This rank's part of R^T v, [own slots]."""
+        """This rank's contribution to R^T v, [len(sharding.slots)]."""
         return self._products.inner([], v)[0][0]
 
     def state(self) -> dict[str, Any]:
@@ -224,11 +237,11 @@ class Gram:
 
 
 def matrix_bytes(depth: int, ranks: int) -> int:
-    """What all m x m matrices of a rank take on the host, at most.
+    """The most bytes that all m x m matrices of a rank take on the host.
 
     Args:
         depth: m.
-        ranks: that train together; one of them keeps memory for a message of each of its
-            neighbours in a binomial tree.
+        ranks: number of ranks that train together. A rank keeps memory for a message of each of
+            its neighbours in a binomial tree.
     """
     return 8 * depth * (depth + 1) * (MATRICES + ranks.bit_length())
