@@ -7,16 +7,15 @@ are for evaluation and leave training alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
+from aadl_hvd.checkpoint.shard_state import AveragesState, WindowState
 from aadl_hvd.core.history import chunks
 from aadl_hvd.core.solve import Vector
-from aadl_hvd.schema import entries, integer, listed, number
 
 
 class MovingAverage:
@@ -56,18 +55,18 @@ class MovingAverage:
         """Puts `w` in place of the newest iterate (the sequence goes on from the average)."""
         self._iterates[(self._pushed - 1) % self._iterates.shape[0]].copy_(w)
 
-    def part(self) -> tuple[int, Tensor]:
+    def state(self) -> WindowState:
         """Iterates seen; those of the window from the oldest, [at most t, rows], on the host."""
         window = self._iterates.shape[0]
-        first = max(0, self._pushed - window)
-        return self._pushed, self._iterates[[i % window for i in range(first, self._pushed)]].cpu()
+        places = [i % window for i in range(max(0, self._pushed - window), self._pushed)]
+        return WindowState(pushed=self._pushed, iterates=self._iterates[places].cpu())
 
-    def take(self, pushed: int, iterates: Tensor) -> None:
-        """Takes in what `part` returned, of this window or another."""
+    def load_state(self, state: WindowState) -> None:
+        """Loads what `state` returned, of this window or another."""
         window = self._iterates.shape[0]
-        newest = iterates[-window:]
+        newest = state.iterates[-window:]
         # Places in the ring are kept: the order of a sum decides its last bit.
-        self._pushed = pushed if len(newest) == window else len(newest)
+        self._pushed = state.pushed if len(newest) == window else len(newest)
         for i, w in enumerate(newest, self._pushed - len(newest)):
             self._iterates[i % window].copy_(w)
 
@@ -115,12 +114,6 @@ class WeightAverages:
     """
 
     SMOOTHING = 0.95
-    STATE = entries(  # what `state` returns
-        {
-            **{"kinds": listed(number(0.0)), "every": integer(1), "gains": listed(number())},
-            **{"measured": integer(), "count": integer()},
-        }
-    )
 
     def __init__(
         self,
@@ -131,7 +124,7 @@ class WeightAverages:
         device: torch.device,
     ) -> None:
         self.kinds = tuple(kinds)
-        self._every = every
+        self._every, self._rows, self._dtype = every, rows, dtype
         self.parts = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
         self.use_kernels = False
         self._gains: Vector = np.zeros(len(self.kinds))
@@ -198,36 +191,39 @@ class WeightAverages:
         average = self.parts[self.kinds.index(kind)]
         return average.mean()[0] if self.count else None
 
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank, in plain types."""
-        return {
-            "kinds": list(self.kinds),
-            "every": self._every,
-            "gains": self._gains.tolist(),
-            "measured": self._measured,
-            "count": self.count,
-        }
+    def state(self) -> AveragesState:
+        """All it knows; this rank's rows of each kind copied to the host."""
+        sums = None
+        if self.count:
+            shape = len(self.parts), 2, self._rows
+            sums = torch.empty(shape, dtype=self._dtype, device="cpu")
+            for copied, average in zip(sums, self.parts, strict=True):
+                copied.copy_(average.sums)
+        return AveragesState(
+            kinds=self.kinds,
+            every=self._every,
+            gains=tuple(self._gains.tolist()),
+            measured=self._measured,
+            count=self.count,
+            sums=sums,
+        )
 
-    def part(self) -> list[Tensor]:
-        """Of each kind this rank's rows, [2, rows], on the host; none if none is known."""
-        return [average.sums.cpu().clone() for average in self.parts] if self.count else []
-
-    def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
-        """Takes in what `state` and `part` returned.
+    def load_state(self, state: AveragesState) -> bool:
+        """Loads what `state` returned.
 
         Returns:
-            Whether they are of these kinds; if not, all averages begin anew.
+            Whether it is of these kinds; if not, all averages begin anew.
         """
         self.clear()
-        known = state["every"] == self._every and set(self.kinds) <= set(state["kinds"])
-        if not known or not state["count"]:
+        known = state.every == self._every and set(self.kinds) <= set(state.kinds)
+        if not known or state.sums is None:
             return known
-        places = [state["kinds"].index(kind) for kind in self.kinds]
-        self._gains = np.array(state["gains"], dtype=np.float64)[places]
-        self._measured, self.count = state["measured"], state["count"]
+        places = [state.kinds.index(kind) for kind in self.kinds]
+        self._gains = np.array(state.gains, dtype=np.float64)[places]
+        self._measured, self.count = state.measured, state.count
         for average, place in zip(self.parts, places, strict=True):
             average.count = self.count
-            average.sums.copy_(part[place])
+            average.sums.copy_(state.sums[place])
         return True
 
     def clear(self) -> None:
