@@ -34,6 +34,13 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
+from aadl_hvd.checkpoint.shard_state import (
+    OwnState,
+    ResidualTrial,
+    ShardState,
+    TrialState,
+    origin_of,
+)
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import PendingCommunicator
 from aadl_hvd.config import AndersonConfig
@@ -147,7 +154,7 @@ class Accelerator:
         config: the settings.
         stats: counters, see `Stats`.
         agreed: whether `agree` has been called, on all ranks.
-        consolidated: the whole history, where and while `checkpoint.consolidate` has left it.
+        consolidated: the full state, where and while `checkpoint.transfer.consolidate` has left it.
         stepped_apart: whether this rank's base optimizer has stepped by itself. If some ranks'
             have, they get weights and state of those whose has not.
     """
@@ -176,8 +183,8 @@ class Accelerator:
         self._comm, self._group, self._calls = comm, group, calls
         self.agreed = self._use_kernels = False
         self._summer: kernels.Checksum | None = None
-        self._pending: dict[str, Any] | None = None  # a loaded history that is not taken in yet
-        self.consolidated: dict[str, Any] | None = None
+        self._pending: ShardState | None = None  # a loaded history that is not taken in yet
+        self.consolidated: ShardState | None = None
         self._signature: Hashable = None
         self._trial: Trial | None = None
         self._noise = NoiseMeter()
@@ -209,7 +216,7 @@ class Accelerator:
         """
         calls = self._calls
         if self._pending is not None and not self.agreed:  # what the next step will go by
-            calls = self._pending["replicated"]["calls"]
+            calls = self._pending.calls
         k = calls + (not self._stepping) - self.config.warmup_steps
         p = self.config.frequency
         measuring = self.config.enabled and self.config.noise_gate is not None
@@ -403,81 +410,61 @@ class Accelerator:
         return put_back
 
     @property
-    def has_part(self) -> bool:
-        """Whether `part` is of use: not while ranks have yet to meet, unless one was loaded.
+    def has_shard(self) -> bool:
+        """Whether `shard_state` is of use: not while ranks have yet to meet, unless one was loaded.
 
-        Until then this rank's share is the whole, which no rank should have to hold.
+        Until then this rank's shard is the full state, which no rank should have to hold.
         """
         return not isinstance(self._comm, PendingCommunicator) or self._pending is not None
 
-    def part(self, problem: FixedPoint) -> dict[str, Any]:
-        """This rank's part of all that acceleration goes on from, in host memory.
-
-        Not collective. `checkpoint` says what it looks like, and fits it to other shardings.
-        """
+    def shard_state(self, problem: FixedPoint) -> ShardState:
+        """All that acceleration goes on from on this rank, in host memory. Not collective."""
         self._prepare(problem)
         if self._pending is not None:
             return copy.deepcopy(self._pending)
-        history, gram, averages, losses = self._history, self._gram, self._averages, self._losses
-        columns = history.part() | {"products": gram.products()}
-        lo, hi = self._rows
-        names = [f"average {kind}" for kind in averages.decays]
-        rows = dict(zip(names, averages.part(), strict=False))
-        if (pair := columns.pop("pair")) is not None:
-            rows["pair"] = pair
-        pushed = None
-        if self._average is not None:
-            pushed, rows["iterates"] = self._average.part()
-        undo: dict[str, Any] = {}
-        if self._trial is not None:
-            rows["base"] = self._trial.base_rows.cpu().clone()
-            undo["residual"] = {"norm": self._trial.norm, "undo": _on_host(self._trial.undo)}
-        if losses.trial is not None:
-            rows["base"] = losses.trial.cpu().clone()
-            undo["loss"] = {}
-        return {
-            "sharding": {
-                "layout": history.sharding.layout,
-                "n": history.sharding.n,
-                "size": history.sharding.size,
-                "rank": history.sharding.rank,
-                "rows": [lo, hi],
-            },
-            "replicated": {
-                "calls": self._calls,
-                "stored": history.stored,
-                "columns": history.columns,
-                "last": history.last,
-                "gram": gram.state(),
-                "averages": averages.state(),
-                "pushed": pushed,
-                "noise": self._noise.share,
-                "losses": losses.state(),
-                "backoff": self._backoff.state(),
-            },
-            "rows": rows,
-            "columns": columns,
-            "undo": undo,
-            "ranks": self._comm.size,
-            "own": {str(self._comm.rank): {"noise": self._noise.part(), "losses": losses.part()}},
-        }
+        own = OwnState(noise=self._noise.own_state(), losses=self._losses.own_state())
+        return ShardState(
+            sharding=origin_of(self._sharding),
+            calls=self._calls,
+            ranks=self._comm.size,
+            columns=self._history.state(),
+            gram=self._gram.state(),
+            averages=self._averages.state(),
+            window=None if self._average is None else self._average.state(),
+            noise=self._noise.state(),
+            losses=self._losses.state(),
+            backoff=self._backoff.state(),
+            trial=self._trial_state(),
+            own={str(self._comm.rank): own},
+        )
 
-    def load(self, problem: FixedPoint, part: dict[str, Any], fingerprint: int) -> None:
-        """Makes a part that fits this rank's the history to go on from, if all ranks do: a pending history.
+    def _trial_state(self) -> TrialState | None:
+        trial, base = self._trial, self._losses.trial
+        if trial is None and base is None:
+            return None
+        residual, rows = None, base
+        if trial is not None:
+            residual = ResidualTrial(norm=trial.norm, undo=_on_host(trial.undo))
+            rows = trial.base_rows if base is None else base
+        assert rows is not None
+        return TrialState(base=rows.cpu().clone(), residual=residual, loss=base is not None)
+
+    def load_state(self, problem: FixedPoint, shard: ShardState, fingerprint: int) -> None:
+        """Makes a shard that fits this rank the pending history, to go on from if all ranks do.
 
         Not collective. It comes true in `agree`, which the first step calls; after that, in the
         next accelerated step, which then does not accelerate; there steps go on being counted as
         before, and what was on trial is forgotten.
 
         Args:
-            problem: what is accelerated, as it was when the part was made.
-            part: what `part` returned, of this rank's rows and columns.
-            fingerprint: names the history among all: in [1, 2^36), the same for all its parts.
+            problem: what is accelerated, as it was when the shard was made.
+            shard: what `shard_state` returned, of this rank's rows and columns.
+            fingerprint: names the history among all: in [1, 2^36), the same for all its shards.
         """
         self._prepare(problem)
-        self._pending, self._history.fingerprint = part, fingerprint
+        self._pending, self._history.fingerprint = shard, fingerprint
         if self._comm.size == 1 and not isinstance(self._comm, PendingCommunicator):
-            self._take(continues=True)
+            self._load_pending(continues=True)
 
     def agree(self, problem: FixedPoint) -> None:
         """Takes in a loaded history if all ranks have loaded the same; else it is reset on all.
@@ -504,7 +491,7 @@ class Accelerator:
         if not replicas.equal(fingerprint, self._comm.size):
             self._reset_on_all()
         elif self._pending is not None:
-            self._take(continues=True)
+            self._load_pending(continues=True)
 
     def _set_kernels(self, able: bool) -> None:
         """Has `kernels` do the work where they can, if all ranks are able to."""
@@ -516,37 +503,34 @@ class Accelerator:
         self._averages.use_kernels = self._products.use_kernels
 
     @torch.no_grad()
-    def _take(self, continues: bool) -> None:
-        """Takes in the pending history; `continues`: as if the run had not been interrupted."""
-        part, self._pending = self._pending, None
-        assert part is not None
-        same, rows, columns = part["replicated"], part["rows"], part["columns"]
-        own = part["own"].get(str(self._comm.rank)) if continues else None
-        device = self._weights_device
-        pair = {"pair": rows.get("pair")}
-        self._history.take(columns | pair, same["stored"], same["columns"], same["last"])
+    def _load_pending(self, continues: bool) -> None:
+        """Loads the pending history; `continues`: as if the run had not been interrupted."""
+        shard, self._pending = self._pending, None
+        assert shard is not None
+        own = shard.own.get(str(self._comm.rank)) if continues else None
+        self._history.load_state(shard.columns)
         self._history.generation = 0  # the same on all ranks
-        self._gram.take(same["gram"], columns["products"])
-        averages = same["averages"]
-        known = [f"average {kind}" for kind in averages["kinds"] if averages["count"]]
-        self._averages.take(averages, [rows[name] for name in known])
+        self._gram.load_state(shard.gram)
+        self._averages.load_state(shard.averages)
         if self._average is not None:
             self._average.clear()
-            if "iterates" in rows:
-                self._average.take(same["pushed"], rows["iterates"])
-        self._noise.take(same["noise"], own and own["noise"], device)
-        self._backoff.take(same["backoff"])
+            if shard.window is not None:
+                self._average.load_state(shard.window)
+        own_noise, own_losses = (None, None) if own is None else (own.noise, own.losses)
+        self._noise.load_state(shard.noise, own_noise, self._weights_device)
+        self._backoff.load_state(shard.backoff)
         self._trial = None
         if not continues:
             self._losses.drop_trial()
             return
-        self._calls = same["calls"]
-        self._losses.take(same["losses"], own and own["losses"])
-        if "base" in rows:
-            self._base_rows = self._vector().copy_(rows["base"])
-            if (trial := part["undo"].get("residual")) is not None:
-                self._trial = Trial(self._base_rows, trial["undo"], trial["norm"])
-            if "loss" in part["undo"]:
+        self._calls = shard.calls
+        self._losses.load_state(shard.losses, own_losses)
+        if (trial := shard.trial) is not None:
+            self._base_rows = self._vector().copy_(trial.base)
+            if trial.residual is not None:
+                residual = trial.residual
+                self._trial = Trial(self._base_rows, residual.undo, residual.norm)
+            if trial.loss:
                 self._losses.try_out(self._base_rows)
 
     def step(self, problem: FixedPoint) -> Any:
@@ -652,7 +636,7 @@ class Accelerator:
         if system is None:
             return self._reset_on_all()
         if self._pending is not None:  # version are equal: all ranks have it
-            return self._take(continues=False)
+            return self._load_pending(continues=False)
         gram, b, rr = system
         if math.isfinite(rr):
             with stats.timed("average"):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import BackoffState, LossState, OwnLossState
 from aadl_hvd.core.solve import Matrix, Vector
-from aadl_hvd.schema import entries, instance, integer, listed, number, optional, sequence
 from aadl_hvd.stats import Rejection
 
 
@@ -41,24 +41,23 @@ class Backoff:
     Everything it hears of has come out of reductions: it is the same on every rank.
     """
 
-    FIRST = 4
-    LONGEST = 64
+    FIRST = BackoffState.FIRST
+    LONGEST = BackoffState.LONGEST
     STUCK = 0.5
     MEMORY = 0.97  # of the share of attempts that descent rejects, per attempt
-    STATE = sequence(integer(0, LONGEST), integer(FIRST, LONGEST), number(0.0, 1.0))  # see `state`
 
     def __init__(self) -> None:
         self._left_out, self._next = 0, self.FIRST
         self._rejected = 0.0
 
-    def state(self) -> list[float]:
-        """All it knows, in plain types."""
-        return [self._left_out, self._next, self._rejected]
+    def state(self) -> BackoffState:
+        """All it knows."""
+        return BackoffState(left_out=self._left_out, following=self._next, rejected=self._rejected)
 
-    def take(self, state: list[float]) -> None:
-        """Takes in what `state` returned."""
-        left_out, following, self._rejected = state
-        self._left_out, self._next = int(left_out), int(following)
+    def load_state(self, state: BackoffState) -> None:
+        """Loads what `state` returned."""
+        self._left_out, self._next = state.left_out, state.following
+        self._rejected = state.rejected
 
     def ready(self) -> bool:
         """Whether this attempt is to be made; counts it if not."""
@@ -100,21 +99,7 @@ class LossWatch:
     # In standard deviations of the difference of two losses.
     TOLERANCE = 2.0
     ROUNDING = 1e-6  # relative; losses are float32, and at rest they only round differently
-    SPREADS = 20  # of late, that a loss's own spread is the median of
-    # What `state` and `part` return; losses may be what they will.
-    STATE = entries(
-        {
-            **{"observed": instance(bool), "verdict_due": instance(bool)},
-            **{"loss": number(finite=False), "tolerance": number(0.0, finite=False)},
-        }
-    )
-    PART = entries(
-        {
-            "losses": listed(listed(number(finite=False)), most=2),
-            "variances": listed(number(0.0), most=SPREADS),
-            "last_difference": optional(number(finite=False)),
-        }
-    )
+    SPREADS = OwnLossState.SPREADS  # of late, that a loss's own spread is the median of
 
     def __init__(self) -> None:
         self.observed = False
@@ -186,40 +171,40 @@ class LossWatch:
         self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
         self._tolerance += self.ROUNDING * abs(self._loss)
 
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank, in plain types."""
-        return {
-            "observed": self.observed,
-            "verdict_due": self.verdict_due,
-            "loss": self._loss,
-            "tolerance": self._tolerance,
-        }
+    def state(self) -> LossState:
+        """What is the same on every rank."""
+        return LossState(
+            observed=self.observed,
+            verdict_due=self.verdict_due,
+            loss=self._loss,
+            tolerance=self._tolerance,
+        )
 
-    def part(self) -> dict[str, Any]:
-        """What this rank alone knows of its losses, in plain types."""
-        return {
-            "losses": [[float(loss) for loss in losses] for losses in self._losses],
-            "variances": list(self._variances),
-            "last_difference": self._last_difference,
-        }
+    def own_state(self) -> OwnLossState:
+        """What this rank alone knows of its losses."""
+        return OwnLossState(
+            losses=tuple(tuple(float(loss) for loss in losses) for losses in self._losses),
+            variances=tuple(self._variances),
+            last_difference=self._last_difference,
+        )
 
     @property
     def trial(self) -> Tensor | None:
         """What `try_out` was given, where a point is on trial."""
         return self._trial
 
-    def take(self, state: dict[str, Any], part: dict[str, Any] | None) -> None:
-        """Takes in what `state` returned, and `part` on this rank where that is known.
+    def load_state(self, state: LossState, own: OwnLossState | None) -> None:
+        """Loads what `state` returned, and `own_state` on this rank where that is known.
 
         What was observed for the step to come stays. A trial has to be put in by `try_out`.
         """
-        self.observed, self.verdict_due = state["observed"], state["verdict_due"]
-        self._loss, self._tolerance = state["loss"], state["tolerance"]
+        self.observed, self.verdict_due = state.observed, state.verdict_due
+        self._loss, self._tolerance = state.loss, state.tolerance
         self._trial = None
-        if part is not None:
-            self._losses = [list(losses) for losses in part["losses"]]
-            self._last_difference = part["last_difference"]
-            self._variances = deque(part["variances"], maxlen=self.SPREADS)
+        if own is not None:
+            self._losses = [list(losses) for losses in own.losses]
+            self._last_difference = own.last_difference
+            self._variances = deque(own.variances, maxlen=self.SPREADS)
 
     def try_out(self, base_rows: Tensor) -> None:
         """Puts an accepted point on trial.

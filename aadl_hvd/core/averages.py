@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
+from aadl_hvd.checkpoint.shard_state import AveragesState
 from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.solve import Vector
-from aadl_hvd.schema import entries, integer, listed, number
 
 
 class WeightAverages:
@@ -42,12 +41,6 @@ class WeightAverages:
     """
 
     SMOOTHING = 0.95  # of the gains, per step
-    STATE = entries(  # what `state` returns
-        {
-            **{"kinds": listed(number(0.0)), "every": integer(1), "gains": listed(number())},
-            **{"measured": integer(), "count": integer()},
-        }
-    )
 
     def __init__(
         self,
@@ -137,35 +130,32 @@ class WeightAverages:
         """This rank's rows of an average, [rows]; None if no iterate has been taken in."""
         return self._means[self.decays.index(decay), 0] if self.count else None
 
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank, in plain types."""
-        return {
-            "kinds": list(self.decays),
-            "every": self._every,
-            "gains": self._gains.tolist(),
-            "measured": self._measured,
-            "count": self.count,
-        }
+    def state(self) -> AveragesState:
+        """All it knows, with this rank's rows of the averages copied to the host."""
+        return AveragesState(
+            kinds=self.decays,
+            every=self._every,
+            gains=tuple(self._gains.tolist()),
+            measured=self._measured,
+            count=self.count,
+            sums=self._means.to("cpu", copy=True) if self.count else None,
+        )
 
-    def part(self) -> list[Tensor]:
-        """Of each average this rank's rows, [2, rows], on the host; none if none is known."""
-        return [means.cpu().clone() for means in self._means] if self.count else []
-
-    def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
-        """Takes in what `state` and `part` returned.
+    def load_state(self, state: AveragesState) -> bool:
+        """Loads what `state` returned.
 
         Returns:
-            Whether they are of these averages; if not, all begin anew.
+            Whether it contains all these averages; if not, all begin anew.
         """
         self.clear()
-        known = state["every"] == self._every and set(self.decays) <= set(state["kinds"])
-        if not known or not state["count"]:
+        known = state.every == self._every and set(self.decays) <= set(state.kinds)
+        if not known or state.sums is None:
             return known
-        places = [state["kinds"].index(decay) for decay in self.decays]
-        self._gains = np.array(state["gains"], dtype=np.float64)[places]
-        self._measured, self.count = state["measured"], state["count"]
-        for means, place in zip(self._means, places, strict=True):
-            means.copy_(part[place])
+        indices = [state.kinds.index(decay) for decay in self.decays]
+        self._gains = np.array(state.gains, dtype=np.float64)[indices]
+        self._measured, self.count = state.measured, state.count
+        for means, index in zip(self._means, indices, strict=True):
+            means.copy_(state.sums[index])
         return True
 
     def clear(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import GramState
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.core import replicas
 from aadl_hvd.core.products import Products
@@ -56,7 +56,7 @@ class Gram:
     """
 
     def __init__(self, products: Products, comm: Communicator) -> None:
-        self._products = products
+        self._passes = products
         self._history = history = products.history
         self._comm = comm
         self._depth = history.sharding.depth
@@ -86,7 +86,7 @@ class Gram:
         only = None
         if self._carries(newest):
             only = [slot for slot in self._fresh if history.index(slot) is not None]
-        own, square = self._products.inner(slots, r, only)
+        own, square = self._passes.inner(slots, r, only)
         square = square * float(sharding.counts_replicated)
         return torch.cat([*(row.reshape(-1) for row in (*known, own)), square.reshape(1)])
 
@@ -186,47 +186,49 @@ class Gram:
 
     def _multiplied(self, v: Tensor) -> Tensor:
         """This rank's contribution to R^T v, [len(sharding.slots)]."""
-        return self._products.inner([], v)[0][0]
+        return self._passes.inner([], v)[0][0]
 
-    def state(self) -> dict[str, Any]:
-        """R^T R of the columns in use [h, h] float64, from the oldest, and what is missing in it.
-
-        The same on every rank: "matrix"; "fresh": columns whose rows have yet to be computed;
-        "carried": R^T r [h] float64, None if it is not known, and "drift": see the class.
-        """
+    def state(self) -> GramState:
+        """R^T R of the columns in use, and what is missing in it; see the class."""
         live = self._history.live
-        fresh = [live.index(slot) for slot in self._fresh if slot in live]
-        state = {"matrix": torch.from_numpy(self._matrix[np.ix_(live, live)]), "fresh": fresh}
-        if self._carried is None or len(fresh) < len(self._fresh):
-            return state | {"carried": None, "drift": 0.0}
-        return state | {"carried": torch.from_numpy(self._carried[live]), "drift": self._drift}
+        fresh = [slot for slot in self._fresh if slot in live]
+        carried = self._carried if len(fresh) == len(self._fresh) else None
+        return GramState(
+            matrix=torch.from_numpy(self._matrix[np.ix_(live, live)]),
+            fresh=tuple(live.index(slot) for slot in fresh),
+            carried=None if carried is None else torch.from_numpy(carried[live]),
+            drift=0.0 if carried is None else self._drift,
+            products=self._products(fresh),
+        )
 
-    def products(self) -> Tensor | None:
+    def _products(self, fresh: list[int]) -> Tensor | None:
         """With the column layout [columns held, fresh ones] float64, on the host, else None."""
         if self._history.sharding.layout == "rows":
             return None
-        live = self._history.live
-        held = [place for slot in live if (place := self._history.index(slot)) is not None]
-        known = [self._fresh[live[i]] for i in self.state()["fresh"]]
-        rows = [row.cpu()[held] for row in known if row is not None]
+        held = self._held()
+        rows = [row.cpu()[held] for slot in fresh if (row := self._fresh[slot]) is not None]
         nothing = torch.zeros((len(held), 0), dtype=torch.float64, device="cpu")
         return torch.stack(rows, dim=1) if rows else nothing
 
-    def take(self, state: dict[str, Any], products: Tensor | None) -> None:
-        """Takes in `state` and `products`; the history has taken its columns before."""
+    def _held(self) -> list[int]:
+        """Of the columns in use, from the oldest, those held here: their indices there."""
+        history = self._history
+        return [i for slot in history.live if (i := history.index(slot)) is not None]
+
+    def load_state(self, state: GramState) -> None:
+        """Loads what `state` returned; the history has loaded its columns before."""
         self.clear()
-        live = self._history.live
-        self._matrix[np.ix_(live, live)] = state["matrix"].numpy()
-        self._drift, self._carried = state["drift"], None
-        if state["carried"] is not None and self._worthwhile:
+        live, sharding = self._history.live, self._history.sharding
+        self._matrix[np.ix_(live, live)] = state.matrix.numpy()
+        self._drift, self._carried = state.drift, None
+        if state.carried is not None and self._worthwhile:
             self._carried = np.zeros(self._depth)
-            self._carried[live] = state["carried"].numpy()
-        held = [place for slot in live if (place := self._history.index(slot)) is not None]
-        for i, index in enumerate(state["fresh"]):
+            self._carried[live] = state.carried.numpy()
+        for i, index in enumerate(state.fresh):
             row = None
-            if products is not None and self._history.sharding.layout == "columns":
-                row = products.new_zeros(len(self._history.sharding.slots))
-                row[held] = products[:, i]
+            if state.products is not None and sharding.layout == "columns":
+                row = state.products.new_zeros(len(sharding.slots))
+                row[self._held()] = state.products[:, i]
                 row = row.to(self._history.device)
             self._fresh[live[index]] = row
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import ColumnsState
 from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.sharding import Sharding
 
@@ -193,60 +192,47 @@ class History:
             self._y.zero_()
             self._r.zero_()
 
-    def part(self) -> dict[str, Any]:
-        """This rank's part of the columns in use, copied to host memory.
-
-        Returns:
-            "index": places among the columns in use, from the oldest, of those this rank holds;
-            "y" and "r": [len(index), rows], as stored; "weights": [len(index)] float64; "pair": the last (w, r),
-            [2, rows], None if none was stored.
-        """
+    def state(self) -> ColumnsState:
+        """The columns in use that are held here, and the last pair, copied to host memory."""
         lo, hi = self.sharding.rows
-        held = [
-            (i, place)
-            for i, slot in enumerate(self.live)
-            if (place := self.index(slot)) is not None
-        ]
-        places = [place for _, place in held]
-        part: dict[str, Any] = {"index": [i for i, _ in held], "pair": None}
-        for name in ("y", "r"):
-            part[name] = torch.empty((len(held), hi - lo), dtype=self.dtype, device="cpu")
-            for row, place in zip(part[name], places, strict=True):
-                row.copy_(getattr(self, f"_{name}")[place])
-        weights = [self._weights[i] for i in places]
-        part["weights"] = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        if self.stored:
-            part["pair"] = self._pairs[self._last].cpu().clone()
-        return part
+        held = [(i, self.index(slot)) for i, slot in enumerate(self.live)]
+        own = [(i, index) for i, index in held if index is not None]
+        y, r = (torch.empty((len(own), hi - lo), dtype=self.dtype, device="cpu") for _ in "yr")
+        for row, (_, index) in enumerate(own):
+            assert self._y is not None
+            y[row].copy_(self._y[index])
+            r[row].copy_(self._r[index])
+        weights = [self._weights[index] for _, index in own]
+        return ColumnsState(
+            stored=self.stored,
+            count=self.columns,
+            last=self._last,
+            index=tuple(i for i, _ in own),
+            pair=self._pairs[self._last].cpu().clone() if self.stored else None,
+            y=y,
+            r=r,
+            weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
+        )
 
-    @property
-    def last(self) -> int:
-        """Which of its two places the last pair lies in: products of unaligned vectors differ."""
-        return self._last
+    def load_state(self, state: ColumnsState) -> None:
+        """Loads what `state` of a history of the same rows and columns returned.
 
-    def take(self, part: dict[str, Any], stored: int, columns: int, last: int) -> None:
-        """Takes in what `part` of a history of the same rows and columns returned.
-
-        Args:
-            part: see `part`; dtypes may be others.
-            stored: pairs stored since the last reset.
-            columns: h, number of columns in use, at most depth.
-            last: 0 or 1, see `last`.
+        The dtypes may be others.
         """
         self.clear()
-        self._last = last
-        self.stored, self.columns = stored, columns
-        if part["pair"] is None:
+        self._last = state.last
+        self.stored, self.columns = state.stored, state.count
+        if state.pair is None:
             return
         if self._y is None:
             self._allocate()
         assert self._y is not None
-        self._pairs[self._last].copy_(part["pair"])
-        for row, index in enumerate(part["index"]):
-            place = self._index[self.live[index]]
-            self._weights[place] = float(part["weights"][row])
-            for name, stored_as in (("r", self._r), ("y", self._y)):
-                stored_as[place].copy_(part[name][row].to(self.device, self.work_dtype))
+        self._pairs[self._last].copy_(state.pair)
+        for row, index in enumerate(state.index):
+            own = self._index[self.live[index]]
+            self._weights[own] = float(state.weights[row])
+            self._r[own].copy_(state.r[row].to(self.device, self.work_dtype))
+            self._y[own].copy_(state.y[row].to(self.device, self.work_dtype))
 
     def _allocate(self) -> None:
         lo, hi = self.sharding.rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import WindowState
 from aadl_hvd.core.chunking import chunks
 
 
@@ -49,18 +50,18 @@ class MovingAverage:
         """Puts `w` [rows] in place of the newest iterate: the sequence goes on from there."""
         self._iterates[(self._pushed - 1) % self._iterates.shape[0]].copy_(w)
 
-    def part(self) -> tuple[int, Tensor]:
-        """Iterates seen; those of the window from the oldest, [at most t, rows], on the host."""
+    def state(self) -> WindowState:
+        """The number of iterates pushed and those still stored, from the oldest, on the host."""
         window = self._iterates.shape[0]
-        first = max(0, self._pushed - window)
-        return self._pushed, self._iterates[[i % window for i in range(first, self._pushed)]].cpu()
+        indices = [i % window for i in range(max(0, self._pushed - window), self._pushed)]
+        return WindowState(pushed=self._pushed, iterates=self._iterates[indices].cpu())
 
-    def take(self, pushed: int, iterates: Tensor) -> None:
-        """Takes in what `part` returned, of this window or another."""
+    def load_state(self, state: WindowState) -> None:
+        """Loads what `state` returned. Its window may have another length."""
         window = self._iterates.shape[0]
-        newest = iterates[-window:]
-        # Places in the ring are kept: the order of a sum decides its last bit.
-        self._pushed = pushed if len(newest) == window else len(newest)
+        newest = state.iterates[-window:]
+        # They keep their index in the ring, because the order of a sum decides its last bit.
+        self._pushed = state.pushed if len(newest) == window else len(newest)
         for i, w in enumerate(newest, self._pushed - len(newest)):
             self._iterates[i % window].copy_(w)
 

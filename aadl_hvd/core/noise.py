@@ -17,14 +17,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import NoiseState, OwnNoiseState
 from aadl_hvd.core.solve import Matrix, Vector
-from aadl_hvd.schema import entries, integer, listed, number, optional, sequence, tensor
 
 
 @dataclasses.dataclass
@@ -53,15 +52,6 @@ class NoiseMeter:
     # effective dimension on average, measured 0.05 to 0.1. Full batches have 0.4 to 0.8.
     ALIKE = 0.6
     MEMORY = 0.9  # decay of the share of noise, per acceleration step
-    # What `share` and `part` return. A share may be below 0 by rounding.
-    SHARE = number(-1.0, 1.0)
-    PART = entries(
-        {
-            "call": integer(-1),
-            "now": optional(sequence(tensor(None, None), tensor())),
-            "changes": listed(sequence(integer(), tensor(None, None)), most=2),
-        }
-    )
 
     def __init__(self) -> None:
         self._share: float | None = None
@@ -145,27 +135,28 @@ class NoiseMeter:
             self._share = self.MEMORY * last + (1.0 - self.MEMORY) * share
         return max(variance, (self._share or 0.0) * squared)
 
-    @property
-    def share(self) -> float | None:
-        """Recent share of noise in ||r||^2, the same on every rank; None: not known."""
-        return self._share
+    def state(self) -> NoiseState:
+        """What is the same on every rank."""
+        return NoiseState(share=self._share)
 
-    def part(self) -> dict[str, Any]:
+    def own_state(self) -> OwnNoiseState:
         """What this rank's own gradients deviated by, copied to the host."""
         now = None if self._now is None else (self._now.values.cpu(), self._now.squared.cpu())
-        changes = [(call, change.cpu()) for call, change in self._changes]
-        return {"call": self._call, "now": now, "changes": changes}
+        changes = tuple((call, change.cpu()) for call, change in self._changes)
+        return OwnNoiseState(call=self._call, now=now, changes=changes)
 
-    def take(self, share: float | None, part: dict[str, Any] | None, device: torch.device) -> None:
-        """Takes in `share`, and what `part` returned on this rank where that is known."""
+    def load_state(
+        self, state: NoiseState, own: OwnNoiseState | None, device: torch.device
+    ) -> None:
+        """Loads what `state` returned, and `own_state` on this rank where that is known."""
         self.clear()
-        self._share = share
-        if part is None:
+        self._share = state.share
+        if own is None:
             return
-        self._call = part["call"]
-        if part["now"] is not None:
-            self._now = Deviations(*(tensor.to(device) for tensor in part["now"]))
-        self._changes.extend((call, change.to(device)) for call, change in part["changes"])
+        self._call = own.call
+        if own.now is not None:
+            self._now = Deviations(*(tensor.to(device) for tensor in own.now))
+        self._changes.extend((call, change.to(device)) for call, change in own.changes)
 
     def clear(self) -> None:
         """Forgets all steps."""

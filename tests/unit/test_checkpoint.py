@@ -159,8 +159,8 @@ def test_resharding(layouts, sizes, dtype):
     saved = run_ranks(sizes[0], before)
     state, weights, expected = saved[0]
     merged = checkpoint.merge_shards([state for state, *_ in reversed(saved)])
-    assert merged["anderson"]["history"]["replicated"]["columns"] == 6
-    assert merged["anderson"]["history"]["replicated"]["gram"]["fresh"], "no column is fresh"
+    assert merged["anderson"]["history"]["columns"]["count"] == 6
+    assert merged["anderson"]["history"]["gram"]["fresh"], "no column is fresh"
 
     def after(comm):
         run = Run(comm, settings | {"layout": layouts[1]}, noisy=True)
@@ -194,12 +194,12 @@ def test_another_depth_keeps_the_newest_columns():
         new.resumed(run.model.state_dict(), copy.deepcopy(state))
         found = new.opt.sharded_state_dict()["anderson"]["history"]
         h = min(depth, 6)
-        assert found["replicated"]["columns"] == h
+        assert found["columns"]["count"] == h
         assert torch.equal(found["columns"]["y"], history["columns"]["y"][-h:])
-        G = history["replicated"]["gram"]["matrix"][-h:, -h:]
-        assert torch.equal(found["replicated"]["gram"]["matrix"], G)
-        iterates = history["rows"]["iterates"]
-        assert torch.equal(found["rows"]["iterates"], iterates[-min(window, 5) :])
+        G = history["gram"]["matrix"][-h:, -h:]
+        assert torch.equal(found["gram"]["matrix"], G)
+        iterates = history["window"]["iterates"]
+        assert torch.equal(found["window"]["iterates"], iterates[-min(window, 5) :])
         assert torch.equal(found["rows"]["average 12"], history["rows"]["average 12"])
         assert "average 0.9" not in found["rows"]
         new.k = 25

@@ -22,8 +22,8 @@ from checkpointing import (
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core.acceptance import LossWatch
 from aadl_hvd.stats import Stats
+from aadl_hvd.core.acceptance import LossWatch
 
 # What does not fit
 
