@@ -15,17 +15,20 @@ PACKAGE = ROOT / "aadl_hvd"
 
 # A module may import from layers below its own, and only from those.
 LAYERS = [
-    {"config", "errors", "schema", "kernels", "comm.base"},
+    {"config", "errors", "schema", "kernels", "kernels.source", "comm.base"},
     {"stats", "comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
     {
         "core",
         "core.acceptance",
         "core.accelerator",
         "core.averages",
+        "core.chunking",
         "core.gram",
         "core.history",
         "core.memory",
+        "core.moving_average",
         "core.noise",
+        "core.products",
         "core.reduction",
         "core.replicas",
         "core.sharding",
@@ -46,9 +49,11 @@ LAYERS = [
         "optim.accelerated",
         "optim.batch_norm",
         "optim.flatten",
+        "optim.gradient_samples",
         "optim.job",
         "optim.neumann",
         "optim.problem",
+        "optim.scaling",
     },
     {"engines", "engines.horovod_elastic"},
     {"elastic"},
@@ -63,19 +68,25 @@ BESIDE = {
     "comm.departures": {"comm.messages"},
     "comm.mpi": {"comm.messages", "comm.tree", "comm.departures"},
     "comm.horovod": {"comm.local", "comm.mpi"},
-    "core.gram": {"core.history", "core.replicas", "core.solve"},
-    "core.history": {"core.sharding"},
-    "core.averages": {"core.history", "core.solve"},
+    "kernels": {"kernels.source"},
+    "core.gram": {"core.products", "core.replicas", "core.solve"},
+    "core.history": {"core.chunking", "core.sharding"},
+    "core.products": {"core.chunking", "core.history", "core.sharding"},
+    "core.averages": {"core.chunking", "core.solve"},
+    "core.moving_average": {"core.chunking"},
     "core.acceptance": {"core.solve"},
     "core.noise": {"core.solve"},
     "core.replicas": {"core.solve"},
     "core.accelerator": {
         "core.acceptance",
         "core.averages",
+        "core.chunking",
         "core.gram",
         "core.history",
         "core.memory",
+        "core.moving_average",
         "core.noise",
+        "core.products",
         "core.reduction",
         "core.replicas",
         "core.sharding",
@@ -83,7 +94,12 @@ BESIDE = {
     },
     "checkpoint": {"checkpoint.base_state", "checkpoint.plain"},
     "optim.neumann": {"optim.job"},
-    "optim.problem": {"optim.flatten", "optim.job"},
+    "optim.problem": {
+        "optim.flatten",
+        "optim.gradient_samples",
+        "optim.job",
+        "optim.scaling",
+    },
     "optim.accelerated": {"optim.batch_norm", "optim.job", "optim.problem"},
 }
 MAY_IMPORT = {
@@ -105,10 +121,10 @@ FROM_INSIDE = {
         "aadl_hvd.stats",
         "aadl_hvd.optim.problem",
         "aadl_hvd.core.gram",
-        "aadl_hvd.core.history",
+        "aadl_hvd.core.chunking",
         "aadl_hvd.kernels",
-        "aadl_hvd.core.noise",
         "aadl_hvd.core.replicas",
+        "aadl_hvd.optim.gradient_samples",
     },
 }
 
@@ -155,7 +171,11 @@ PROGRAMS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("
 def test_something_is_looked_at():
     assert {"core.accelerator", "comm.horovod"} <= {module_name(path) for path in LIBRARY}
     assert PROGRAMS
-    assert set(own_imports(PACKAGE / "core" / "accelerator.py")) >= {"core.acceptance", "comm.base", "core.gram"}
+    assert set(own_imports(PACKAGE / "core" / "accelerator.py")) >= {
+        "core.acceptance",
+        "comm.base",
+        "core.gram",
+    }
     assert ("horovod.torch", [], True) in imports(PACKAGE / "comm" / "horovod.py")
     assert "process_sets._basics" in set(of_other_objects(PACKAGE / "comm" / "horovod.py"))
 
@@ -181,9 +201,16 @@ def test_horovod_and_mpi_stay_behind_their_adapters(path):
         if top in MAY_IMPORT:
             assert name in MAY_IMPORT[top], f"{name} imports {module}"
             # comm.horovod is itself imported lazily: only by those who need it.
-            assert not at_import or name in ("comm.horovod", "engines.horovod_elastic"), f"{name}: at import"
-        if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.engines.horovod_elastic":
-            assert not at_import or name == "elastic", f"{name} imports {module}, and with it horovod, at import"
+            assert not at_import or name in ("comm.horovod", "engines.horovod_elastic"), (
+                f"{name}: at import"
+            )
+        if (
+            module.startswith("aadl_hvd.comm.horovod")
+            or module == "aadl_hvd.engines.horovod_elastic"
+        ):
+            assert not at_import or name == "elastic", (
+                f"{name} imports {module}, and with it horovod, at import"
+            )
 
 
 def of_other_objects(path):

@@ -190,7 +190,7 @@ class Accelerator(AcceleratorState):
         """
         calls = self._calls
         if self._pending is not None and not self.agreed:  # what the next step will go by
-            calls = self._pending["replicated"]["calls"]
+            calls = self._pending.calls
         return measures_noise(self.config, calls + (not self._stepping))
 
     def observe(self, loss: float | Tensor) -> None:

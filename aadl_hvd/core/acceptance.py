@@ -7,6 +7,7 @@ out of reductions, so that every rank decides the same.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -14,16 +15,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import BackoffState, ResidualTrial, TrialState
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.chunking import chunked_dot
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint
-from aadl_hvd.core.history import chunked_dot
 from aadl_hvd.core.loss_check import LossCheck
 from aadl_hvd.core.noise import NoiseMeter, stands_out, variance_from_history
 from aadl_hvd.core.numerics import plain_numerics
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.core.solve import Matrix, System, Vector
-from aadl_hvd.schema import integer, number, sequence
 from aadl_hvd.stats import Rejection, Stats
 
 
@@ -65,24 +66,23 @@ class Backoff:
     Its inputs come out of reductions: it is the same on every rank.
     """
 
-    FIRST = 4
-    LONGEST = 64
+    FIRST = BackoffState.FIRST
+    LONGEST = BackoffState.LONGEST
     STUCK = 0.5
     MEMORY = 0.97  # of the share that descent rejects, per acceleration step
-    STATE = sequence(integer(0, LONGEST), integer(FIRST, LONGEST), number(0.0, 1.0))  # see `state`
 
     def __init__(self) -> None:
         self._left_out, self._next = 0, self.FIRST
         self._rejected = 0.0
 
-    def state(self) -> list[float]:
-        """All it knows, in plain types."""
-        return [self._left_out, self._next, self._rejected]
+    def state(self) -> BackoffState:
+        """All it knows."""
+        return BackoffState(left_out=self._left_out, following=self._next, rejected=self._rejected)
 
-    def load_state(self, state: list[float]) -> None:
-        """Takes in what `state` returned."""
-        left_out, following, self._rejected = state
-        self._left_out, self._next = int(left_out), int(following)
+    def load_state(self, state: BackoffState) -> None:
+        """Loads what `state` returned."""
+        self._left_out, self._next = state.left_out, state.following
+        self._rejected = state.rejected
 
     def ready(self) -> bool:
         """Whether this acceleration step is tried. One that is left out is counted."""
@@ -145,6 +145,28 @@ class Acceptance:
         self.trial = None
         self.losses.drop_trial()
         self.noise.clear()
+
+    def trial_state(self) -> TrialState | None:
+        """What is on trial, in host memory; None: nothing."""
+        trial, base = self.trial, self.losses.trial
+        if trial is None and base is None:
+            return None
+        residual, rows = None, base
+        if trial is not None:
+            residual = ResidualTrial(norm=trial.norm, undo=_on_host(trial.undo))
+            rows = trial.base_rows if base is None else base
+        assert rows is not None
+        return TrialState(base=rows.cpu().clone(), residual=residual, loss=base is not None)
+
+    def load_trial(self, state: TrialState | None) -> None:
+        """Goes on with what `trial_state` returned."""
+        if state is None:
+            return
+        base_rows = self.base_rows().copy_(state.base)
+        if state.residual is not None:
+            self.trial = Trial(base_rows, state.residual.undo, state.residual.norm)
+        if state.loss:
+            self.losses.start_trial(base_rows)
 
     # Before the solve
 
@@ -327,3 +349,10 @@ def judge_loss(base: float, accelerated: float) -> Rejection | None:
 def judge_residual(before: float, after: float) -> Rejection | None:
     """The paper's criterion: the norm of the residual must fall. NaN has not fallen."""
     return None if after < before else Rejection.RESIDUAL
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory of nested dicts of tensors and plain types."""
+    if isinstance(value, dict):
+        return {key: _on_host(entry) for key, entry in value.items()}
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from aadl_hvd.checkpoint.shard_state import LossState, OwnLossState
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.errors import ConfigError
-from aadl_hvd.schema import entries, instance, listed, number, optional
 
 _MEDIAN = 0.4549  # of the square of a normal variable of variance 1
 
@@ -38,21 +38,7 @@ class LossCheck:
     PAYLOAD = 3
     TOLERANCE = 2.0  # in standard deviations of the difference of two losses
     ROUNDING = 1e-6  # relative; at rest, float32 losses differ by rounding alone
-    SPREADS = 20  # number of recent spreads of which the median is taken
-    # What `state` and `part` return. Losses may be any number.
-    STATE = entries(
-        {
-            **{"observed": instance(bool), "verdict_due": instance(bool)},
-            **{"loss": number(finite=False), "tolerance": number(0.0, finite=False)},
-        }
-    )
-    PART = entries(
-        {
-            "losses": listed(listed(number(finite=False)), most=2),
-            "variances": listed(number(0.0), most=SPREADS),
-            "last_difference": optional(number(finite=False)),
-        }
-    )
+    SPREADS = OwnLossState.SPREADS  # number of recent spreads of which the median is taken
 
     def __init__(self) -> None:
         self.observed = False
@@ -146,35 +132,35 @@ class LossCheck:
         self._losses[-1] = []  # the point is taken back, so the next difference is no spread
         return True, trial
 
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank, in plain types."""
-        return {
-            "observed": self.observed,
-            "verdict_due": self.verdict_due,
-            "loss": self._loss,
-            "tolerance": self._tolerance,
-        }
+    def state(self) -> LossState:
+        """What is the same on every rank."""
+        return LossState(
+            observed=self.observed,
+            verdict_due=self.verdict_due,
+            loss=self._loss,
+            tolerance=self._tolerance,
+        )
 
-    def part_of_rank(self) -> dict[str, Any]:
-        """What this rank alone knows of its losses, in plain types."""
-        return {
-            "losses": [[float(loss) for loss in losses] for losses in self._losses],
-            "variances": list(self._variances),
-            "last_difference": self._last_difference,
-        }
+    def own_state(self) -> OwnLossState:
+        """What this rank alone knows of its losses."""
+        return OwnLossState(
+            losses=tuple(tuple(float(loss) for loss in losses) for losses in self._losses),
+            variances=tuple(self._variances),
+            last_difference=self._last_difference,
+        )
 
-    def load_state(self, state: dict[str, Any], part: dict[str, Any] | None) -> None:
-        """Takes in what `state` returned, and `part_of_rank` on this rank where it is known.
+    def load_state(self, state: LossState, own: OwnLossState | None) -> None:
+        """Loads what `state` returned, and `own_state` on this rank where that is known.
 
         What was observed for the step to come stays. `start_trial` puts a trial in.
         """
-        self.observed, self.verdict_due = state["observed"], state["verdict_due"]
-        self._loss, self._tolerance = state["loss"], state["tolerance"]
+        self.observed, self.verdict_due = state.observed, state.verdict_due
+        self._loss, self._tolerance = state.loss, state.tolerance
         self._trial = None
-        if part is not None:
-            self._losses = [list(losses) for losses in part["losses"]]
-            self._last_difference = part["last_difference"]
-            self._variances = deque(part["variances"], maxlen=self.SPREADS)
+        if own is not None:
+            self._losses = [list(losses) for losses in own.losses]
+            self._last_difference = own.last_difference
+            self._variances = deque(own.variances, maxlen=self.SPREADS)
 
     def _note_spread(self, difference: float) -> None:
         # Successive differences of a smooth curve are nearly equal, whatever its slope.

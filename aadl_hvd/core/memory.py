@@ -11,7 +11,7 @@ import torch
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.gram import matrix_bytes
-from aadl_hvd.core.history import working_bytes
+from aadl_hvd.core.products import working_bytes
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.errors import HistoryMemoryError
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aadl_hvd.core.acceptance import Acceptance, Trial
-from aadl_hvd.core.averages import MovingAverage, WeightAverages
+from aadl_hvd.checkpoint.shard_state import OwnState, ShardState, origin_of
+from aadl_hvd.core.acceptance import Acceptance
+from aadl_hvd.core.averages import WeightAverages
 from aadl_hvd.core.methods.base import Method
+from aadl_hvd.core.moving_average import MovingAverage
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.stats import Stats
 
@@ -41,98 +42,56 @@ class Persistence:
         self._averages, self._moving_average = averages, moving_average
         self._size, self._rank = ranks
 
-    def shard_state(self, calls: int) -> dict[str, Any]:
+    def shard_state(self, calls: int) -> ShardState:
         """This rank's shard of the state, in host memory. Not collective.
 
         Args:
             calls: number of the last step.
         """
-        history, gram, averages = self._method.history, self._method.gram, self._averages
-        acceptance, losses = self._acceptance, self._acceptance.losses
-        sharding = self._shard.sharding
-        columns = history.part() | {"products": gram.products()}
-        names = [f"average {kind}" for kind in averages.kinds]
-        rows = dict(zip(names, averages.shard_state(), strict=False))
-        if (pair := columns.pop("pair")) is not None:
-            rows["pair"] = pair
-        pushed = None
-        if self._moving_average is not None:
-            pushed, rows["iterates"] = self._moving_average.shard_state()
-        undo: dict[str, Any] = {}
-        if (trial := acceptance.trial) is not None:
-            rows["base"] = trial.base_rows.cpu().clone()
-            undo["residual"] = {"norm": trial.norm, "undo": _on_host(trial.undo)}
-        if losses.trial is not None:
-            rows["base"] = losses.trial.cpu().clone()
-            undo["loss"] = {}
-        own = {"noise": acceptance.noise.part_of_rank(), "losses": losses.part_of_rank()}
-        return {
-            "sharding": {
-                "layout": sharding.layout,
-                "n": sharding.n,
-                "size": sharding.size,
-                "rank": sharding.rank,
-                "rows": [*sharding.rows],
-            },
-            "replicated": {
-                "calls": calls,
-                "stored": history.stored,
-                "columns": history.columns,
-                "last": history.last,
-                "gram": gram.state(),
-                "averages": averages.state(),
-                "pushed": pushed,
-                "noise": acceptance.noise.share,
-                "losses": losses.state(),
-                "backoff": acceptance.backoff.state(),
-            },
-            "rows": rows,
-            "columns": columns,
-            "undo": undo,
-            "ranks": self._size,
-            "own": {str(self._rank): own},
-        }
+        acceptance, window = self._acceptance, self._moving_average
+        own = OwnState(noise=acceptance.noise.own_state(), losses=acceptance.losses.own_state())
+        return ShardState(
+            sharding=origin_of(self._shard.sharding),
+            calls=calls,
+            ranks=self._size,
+            columns=self._method.history.state(),
+            gram=self._method.gram.state(),
+            averages=self._averages.state(),
+            window=None if window is None else window.state(),
+            noise=acceptance.noise.state(),
+            losses=acceptance.losses.state(),
+            backoff=acceptance.backoff.state(),
+            trial=acceptance.trial_state(),
+            own={str(self._rank): own},
+        )
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Any], continues: bool) -> int:
-        """Takes in what `shard_state` returned, for this rank's rows and columns.
+    def load_state(self, state: ShardState, continues: bool) -> None:
+        """Loads what `shard_state` returned, for this rank's rows and columns.
 
         Args:
             state: of the same sharding.
-            continues: as if the run had not been interrupted; else the count of steps goes on as
-                it is, and nothing is on trial.
-
-        Returns:
-            The number of the last step of the run that was saved.
+            continues: as if the run had not been interrupted; else nothing is on trial.
         """
-        same, rows, columns = state["replicated"], state["rows"], state["columns"]
-        own = state["own"].get(str(self._rank)) if continues else None
-        history, acceptance = self._method.history, self._acceptance
-        pair = {"pair": rows.get("pair")}
-        history.take(columns | pair, same["stored"], same["columns"], same["last"])
-        history.generation = 0  # the same on all ranks
-        self._method.gram.take(same["gram"], columns["products"])
-        averages = same["averages"]
-        known = [f"average {kind}" for kind in averages["kinds"] if averages["count"]]
-        self._averages.load_state(averages, [rows[name] for name in known])
-        if self._moving_average is not None:
-            self._moving_average.clear()
-            if "iterates" in rows:
-                self._moving_average.load_state(same["pushed"], rows["iterates"])
-        acceptance.noise.load_state(same["noise"], own and own["noise"], self._shard.device)
-        acceptance.backoff.load_state(same["backoff"])
+        own = state.own.get(str(self._rank)) if continues else None
+        own_noise, own_losses = (None, None) if own is None else (own.noise, own.losses)
+        acceptance, window = self._acceptance, self._moving_average
+        self._method.history.load_state(state.columns)
+        self._method.history.generation = 0  # the same on all ranks
+        self._method.gram.load_state(state.gram)
+        self._averages.load_state(state.averages)
+        if window is not None:
+            window.clear()
+            if state.window is not None:
+                window.load_state(state.window)
+        acceptance.noise.load_state(state.noise, own_noise, self._shard.device)
+        acceptance.backoff.load_state(state.backoff)
         acceptance.trial = None
         if not continues:
             acceptance.losses.drop_trial()
-            return int(same["calls"])
-        acceptance.losses.load_state(same["losses"], own and own["losses"])
-        if "base" in rows:
-            base_rows = acceptance.base_rows().copy_(rows["base"])
-            if (trial := state["undo"].get("residual")) is not None:
-                acceptance.trial = Trial(base_rows, trial["undo"], trial["norm"])
-            if "loss" in state["undo"]:
-                acceptance.losses.start_trial(base_rows)
-        return int(same["calls"])
+            return
+        acceptance.losses.load_state(state.losses, own_losses)
+        acceptance.load_trial(state.trial)
 
     @torch.no_grad()
     def backup(self, *others: object) -> Callable[[], None]:
@@ -145,7 +104,7 @@ class Persistence:
         owners: Sequence[Any] = [
             *(*others, method.history, method.gram, acceptance),
             *(acceptance.noise, acceptance.losses, acceptance.backoff),
-            *(self._averages, *self._averages.parts),
+            self._averages,
             *([] if self._moving_average is None else [self._moving_average]),
         ]
         kept = []
@@ -173,10 +132,3 @@ def put_back_counters(stats: Stats) -> Callable[[], None]:
         stats.rejected, stats.resets = rejected, resets
 
     return put_back
-
-
-def _on_host(value: Any) -> Any:
-    """A copy in host memory of nested dicts of tensors and plain types."""
-    if isinstance(value, dict):
-        return {key: _on_host(entry) for key, entry in value.items()}
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

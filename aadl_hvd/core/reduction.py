@@ -14,6 +14,9 @@ from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.stats import Stats
 
+COMPARED = 4  # numbers that say whether all ranks have the same one
+_HALF = 2**18
+
 
 class Payload(Protocol):
     """What one module sends in the reduction.
@@ -68,3 +71,15 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
         ends = np.cumsum([tensors[i].numel() for i in own])
         found |= zip(own, np.split(joined.cpu().numpy(), ends[:-1]), strict=True)
     return [found[i] for i in range(len(tensors))]
+
+
+def compared(number: int) -> Vector:
+    """[COMPARED] float64 to be summed over ranks, of a number below 2^36; see `equal`."""
+    halves = np.array(divmod(number, _HALF), dtype=np.float64)
+    return np.concatenate([halves, halves**2])
+
+
+def equal(sums: Vector, size: int) -> bool:
+    """Whether all of `size` ranks had the same numbers, from sums of numbers and their squares."""
+    first, squares = np.split(sums, 2)
+    return bool((squares * size == first**2).all())  # no variance; both sides round alike

@@ -15,16 +15,14 @@ from aadl_hvd import kernels
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint, work_dtype
-from aadl_hvd.core.reduction import numbers_of
+from aadl_hvd.core.reduction import COMPARED, compared, equal, numbers_of
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.errors import ReplicaMismatchError
 
 # Numbers that are read at a time: little memory, and few kernels (n is tens of millions).
 CHUNK = 2**17
 CHUNK_GPU = 2**22
-PAYLOAD = 4
 PRIME = 2**36 - 5  # two halves of 18 bits, whose squares sum up exactly over 2^16 ranks
-_HALF = 2**18
 
 # Rows [lo, hi) of the flat vector into memory [hi - lo], as `FixedPoint.read`.
 Read = Callable[[int, int, Tensor], Tensor]
@@ -65,9 +63,9 @@ class Replicas:
         return [self._checksum_of(self._problem)]
 
     def pack(self, numbers: list[Vector]) -> Vector:
-        """[PAYLOAD] numbers to be summed over ranks."""
+        """[COMPARED] numbers to be summed over ranks."""
         self._own = int(numbers[0][0])
-        return payload(self._own)
+        return compared(self._own)
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
@@ -94,10 +92,10 @@ class Replicas:
         work = work_dtype(problem)
         able = kernels.usable(problem.device, work, self._config.history_dtype or work)
         sums = self._collectives.agree(
-            np.concatenate([payload(fingerprint), payload(layout), [able]])
+            np.concatenate([compared(fingerprint), compared(layout), [able]])
         )
         size = self._collectives.size
-        fingerprints, layouts, (able_ranks,) = np.split(sums, [PAYLOAD, 2 * PAYLOAD])
+        fingerprints, layouts, (able_ranks,) = np.split(sums, [COMPARED, 2 * COMPARED])
         self.use_kernels = bool(able_ranks == size and equal(layouts, size))
         return equal(fingerprints, size)
 
@@ -202,18 +200,6 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
     # Factors are odd and differ, so that chunks that change places are noticed.
     factors = torch.arange(1, 2 * len(sums), 2, device=device)
     return (torch.stack(sums) * factors).sum().remainder(PRIME)
-
-
-def payload(number: int) -> Vector:
-    """[PAYLOAD] float64 to be summed over ranks, of a number below 2^36; see `equal`."""
-    halves = np.array(divmod(number, _HALF), dtype=np.float64)
-    return np.concatenate([halves, halves**2])
-
-
-def equal(sums: Vector, size: int) -> bool:
-    """Whether all of `size` ranks had the same numbers, from sums of numbers and their squares."""
-    first, squares = np.split(sums, 2)
-    return bool((squares * size == first**2).all())  # no variance; both sides round alike
 
 
 def outliers(checksums: Sequence[int]) -> tuple[int, list[int]]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 
-from aadl_hvd import kernels
+from aadl_hvd.checkpoint.shard_state import ShardState
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import PendingCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core import memory
 from aadl_hvd.core.acceptance import Acceptance
-from aadl_hvd.core.averages import MovingAverage, WeightAverages
+from aadl_hvd.core.averages import WeightAverages
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint, work_dtype
 from aadl_hvd.core.methods import make_method
+from aadl_hvd.core.moving_average import MovingAverage
 from aadl_hvd.core.numerics import plain_numerics
 from aadl_hvd.core.persistence import Persistence, put_back_counters
 from aadl_hvd.core.replicas import Replicas
@@ -64,8 +64,8 @@ class AcceleratorState:
         self._replicas = Replicas(self.config, self._collectives)
         self._acceptance = Acceptance(self.config, self._collectives, self.stats)
         self.agreed = False
-        self._pending: dict[str, Any] | None = None  # a loaded history that is not taken in yet
-        self.full_state: dict[str, Any] | None = None
+        self._pending: ShardState | None = None  # a loaded history that is not taken in yet
+        self.full_state: ShardState | None = None
         self._signature: Hashable = None
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
@@ -157,7 +157,7 @@ class AcceleratorState:
         """
         return not isinstance(self._comm, PendingCommunicator) or self._pending is not None
 
-    def shard_state(self, problem: FixedPoint) -> dict[str, Any]:
+    def shard_state(self, problem: FixedPoint) -> ShardState:
         """This rank's shard of all that acceleration goes on from, in host memory.
 
         Not collective. `checkpoint` says what it looks like, and fits it to other shardings.
@@ -167,7 +167,7 @@ class AcceleratorState:
             return copy.deepcopy(self._pending)
         return self._persistence.shard_state(self._calls)
 
-    def load_state(self, problem: FixedPoint, state: dict[str, Any], fingerprint: int) -> None:
+    def load_state(self, problem: FixedPoint, state: ShardState, fingerprint: int) -> None:
         """Makes a shard that fits this rank the pending history. Not collective.
 
         All ranks go on from it if all have loaded the same. `agree`, which the first step calls,
@@ -188,9 +188,9 @@ class AcceleratorState:
         """Takes in the pending history; `continues`: as if the run had not been interrupted."""
         state, self._pending = self._pending, None
         assert state is not None
-        calls = self._persistence.load_state(state, continues)
+        self._persistence.load_state(state, continues)
         if continues:
-            self._calls = calls
+            self._calls = state.calls
 
     def agree(self, problem: FixedPoint) -> None:
         """Takes in a loaded history if all ranks have loaded the same; else all reset theirs.
@@ -210,10 +210,7 @@ class AcceleratorState:
 
     def _use_kernels(self) -> None:
         """Has `kernels` do the work where they can, if all ranks are able to."""
-        history = self._method.history
-        usable = kernels.usable(history.device, history.work_dtype, history.dtype)
-        history.use_kernels = self._replicas.use_kernels and usable
-        self._averages.use_kernels = history.use_kernels
+        self._averages.use_kernels = self._method.use_kernels(self._replicas.use_kernels)
 
     def compare_replicas(self, problem: FixedPoint) -> bool:
         """Whether all ranks hold the same weights. Collective."""

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl_hvd import checkpoint
+from aadl_hvd.checkpoint import transfer
+from aadl_hvd.checkpoint.shard_state import ShardState
 from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.errors import CheckpointError, UnsupportedError
 from aadl_hvd.optim import job
@@ -110,9 +111,10 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         state, calls = _of_rank_0((_state(optimizer), _calls(own)))
         connect(optimizer, comm, group, calls)
         problem, accelerator = optimizer._anderson_problem, optimizer.anderson
-        parts = [part for part in (own, *self._handed) if part is not None]
-        history, lost = checkpoint.redistribute(comm, parts, accelerator.share(problem.n))
-        _load(optimizer, state, history)
+        held = [part for part in (own, *self._handed) if part is not None]
+        shards = [ShardState.from_dict(part, "history") for part in held]
+        shard, lost = transfer.redistribute(comm, shards, accelerator.share(problem.n))
+        _load(optimizer, state, None if shard is None else shard.to_dict())
         if lost:
             accelerator.stats.resets[Reset.RANKS.value] += 1
         if hvd.rank() == 0 and own is not None:
@@ -133,13 +135,13 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         sent = {}
         if to is not None:
             try:
-                sent[to] = checkpoint.bytes_of(_part(self.value))
+                sent[to] = transfer.bytes_of(_part(self.value))
             except CheckpointError as error:  # the others are in step with this rank: it must go on
                 _log.warning(
                     "elastic: the part of rank %d is not handed over: %s", comm.rank, error
                 )
         arrived = comm.all_to_all(sent)
-        self._handed = [checkpoint.from_bytes(data) for data in arrived.values()]
+        self._handed = [transfer.from_bytes(data) for data in arrived.values()]
 
 
 def _elsewhere(hosts: Sequence[str], rank: int) -> int | None:
@@ -177,7 +179,7 @@ def _part(optimizer: Any) -> dict[str, Any] | None:
 
 
 def _calls(part: dict[str, Any] | None) -> int:
-    return 0 if part is None else int(part["replicated"]["calls"])
+    return 0 if part is None else int(part["calls"])
 
 
 def _of_rank_0(value: Any) -> Any:
@@ -186,7 +188,7 @@ def _of_rank_0(value: Any) -> Any:
     Horovod's `broadcast_optimizer_state` takes a step on ranks that have no state yet, in which
     weight decay moves the weights.
     """
-    rest, large = checkpoint.take_apart(value)
+    rest, large = transfer.take_apart(value)
     sizes = [tensor.numel() * tensor.element_size() for tensor in large]
     rest, sizes = hvd.broadcast_object((rest, sizes), name="aadl_hvd.elastic")
     received: list[Tensor] = []
@@ -195,16 +197,16 @@ def _of_rank_0(value: Any) -> Any:
         if hvd.rank() == 0:
             data = large[i].detach().cpu().reshape(-1).view(torch.uint8)
         received.append(hvd.broadcast_(data, 0, name="aadl_hvd.elastic.tensor"))
-    return checkpoint.put_together(rest, received)
+    return transfer.put_together(rest, received)
 
 
 def _log_history(own: dict[str, Any], ranks: int, lost: str) -> None:
-    columns, calls = own["replicated"]["columns"], own["replicated"]["calls"]
+    columns, calls = own["columns"], own["calls"]
     where = f"elastic: {ranks} rank{'s' * (ranks > 1)}, {own['ranks']} before, after step {calls}:"
     if lost:
         _log.warning("%s the history is reset, %s", where, lost)
-    elif own["replicated"]["stored"]:
-        _log.info("%s the history goes on, %d columns resharded", where, columns)
+    elif columns["stored"]:
+        _log.info("%s the history goes on, %d columns resharded", where, columns["count"])
 
 
 def _handler(optimizer: torch.optim.Optimizer) -> Any:

@@ -30,8 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import checkpoint
 from aadl_hvd.checkpoint import base_state
+from aadl_hvd.checkpoint.format import FORMAT, readable
+from aadl_hvd.checkpoint.shard_state import TrialState
+from aadl_hvd.checkpoint.state_dict import Examined, examine, parameter_table
+from aadl_hvd.checkpoint.transfer import consolidate
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import LocalCommunicator, PendingCommunicator
 from aadl_hvd.config import AndersonConfig
@@ -516,7 +519,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             if "anderson" not in state:
                 state["anderson"] = anderson_state(self)
                 if self.anderson.full_state is not None:
-                    state["anderson"]["history"] = self.anderson.full_state
+                    state["anderson"]["history"] = self.anderson.full_state.to_dict()
 
         handle = self.register_state_dict_post_hook(add, prepend=True)
         try:
@@ -557,9 +560,9 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         problem = self._anderson_problem
         accelerator.agree(problem)
         needed = accelerator.group.index == 0
-        history = checkpoint.consolidate(comm, lambda: accelerator.shard_state(problem), to, needed)
-        accelerator.full_state = history
-        return None if history is None else self.state_dict()
+        full = consolidate(comm, lambda: accelerator.shard_state(problem), to, needed)
+        accelerator.full_state = full
+        return None if full is None else self.state_dict()
 
     def sharded_state_dict(self: Any) -> dict[str, Any]:
         """This rank's part of the history, copied to host memory; the base's state is not in it.
@@ -577,7 +580,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             `aadl_hvd.checkpoint.merge_shards` makes the whole of all ranks' parts.
         """
         state = anderson_state(self)
-        state["history"] = self.anderson.shard_state(self._anderson_problem)
+        state["history"] = self.anderson.shard_state(self._anderson_problem).to_dict()
         return {"anderson": state}
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
@@ -618,18 +621,18 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         problem = self._anderson_problem
         self._anderson_attended = False  # Horovod's method forgets all reductions
         hooked = isinstance(state_dict, dict) and state_dict.keys() != {"anderson"}
-        part, left_out = None, ""
+        found = Examined()
         with _all_or_nothing(self):
             if hooked:
                 state_dict = _adapted(self, state_dict)
             groups, state = self.param_groups, self.state
-            with checkpoint.readable("state_dict"):
+            with readable("state_dict"):
                 hash(problem.signature)  # up to date with the parameter groups
                 saved: Any = state_dict.get("anderson")
                 if "anderson" in state_dict:
-                    part, left_out = checkpoint.examined(
+                    found = examine(
                         saved,
-                        checkpoint.described(self),
+                        parameter_table(self),
                         accelerator.config.to_dict(),
                         accelerator.share(problem.n),
                         accelerator.comm.size,
@@ -641,23 +644,24 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
             if hooked:
                 for hook in [*self._optimizer_load_state_dict_post_hooks.values()]:
                     hook(self)
-            with checkpoint.readable("state_dict"):
+            with readable("state_dict"):
                 if whole:
                     base_state.check_loaded(self, groups, state)
                     self._accelerated.param_groups = self.param_groups
                     self._accelerated.state = self.state
-                if part is not None:
+                shard, left_out = found.shard, found.left_out
+                if shard is not None:
                     problem.last_rates = tuple(saved["last_rates"])
                     if problem.settings == saved["settings"]:
-                        _check_undo(self, part["undo"])
+                        _check_undo(self, shard.trial)
                     else:
-                        part, left_out = None, "learning rates or weight decays are others"
+                        shard, left_out = None, "learning rates or weight decays are others"
                 accelerator.reset(Reset.LOADED)
-                if part is not None:
-                    accelerator.load_state(problem, part, checkpoint.fingerprint_of(saved["history"]))
+                if shard is not None:
+                    accelerator.load_state(problem, shard, found.fingerprint)
                 if saved is not None:
                     accelerator.stats.load_counters(saved["counters"])
-                    accelerator.stats.load_measured(saved.get("measured", {}))
+                    accelerator.stats.load_measured(saved["measured"])
                 if left_out:
                     rebuilt = ", which rebuilds itself" if accelerator.config.enabled else ""
                     warnings.warn(
@@ -735,10 +739,10 @@ def _load_base(optimizer: Any, state_dict: dict[str, Any], load: Callable[..., N
         vars(optimizer).update(hooks)
 
 
-def _check_undo(optimizer: Any, undo: dict[str, Any]) -> None:
-    if "residual" in undo:
-        entries = undo["residual"]["undo"]["entries"]
-        what = "history['undo']['residual']"
+def _check_undo(optimizer: Any, trial: TrialState | None) -> None:
+    if trial is not None and trial.residual is not None:
+        entries = trial.residual.undo["entries"]
+        what = "history['trial']['residual']"
         base_state.check_entries(entries, optimizer, what, True, optimizer.state)
 
 
@@ -746,11 +750,11 @@ def anderson_state(optimizer: Any) -> dict[str, Any]:
     """What a state_dict holds beside the base optimizer's, without the history."""
     problem = optimizer._anderson_problem
     return {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "config": optimizer.anderson.config.to_dict(),
         "counters": optimizer.anderson.stats.counters(),
         "measured": optimizer.anderson.stats.measured(),
-        "parameters": checkpoint.described(optimizer),
+        "parameters": parameter_table(optimizer),
         "settings": problem.settings,
         "last_rates": list(problem.last_rates),
     }
@@ -989,7 +993,7 @@ def _reduces_in_place(optimizer: Any) -> bool:
 
 
 def _reduced(optimizer: Any, all_of_them: bool = False) -> Callable[[], bool]:
-    """Whether there is no more to wait for, to be asked again and again.
+    """Whether there is no more to attend to, to be asked again and again.
 
     Where the first reduction is done all ranks have come, and the rest is left to Horovod, which
     waits with fewer turns; on Gloo it is not. Where parameters have joined, other ranks may not

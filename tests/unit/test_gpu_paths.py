@@ -13,7 +13,7 @@ import torch
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import gram, history
+from aadl_hvd.core import chunking, gram, products
 from aadl_hvd.core.accelerator import Accelerator
 from tests.pretend_gpu import GPU, PretendGpu
 
@@ -42,8 +42,8 @@ HOST = {
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(history, "CHUNK_GPU", 128)
-    monkeypatch.setattr(history, "CHUNK_WIDE", 64)
+    monkeypatch.setattr(chunking, "CHUNK_GPU", 128)
+    monkeypatch.setattr(chunking, "CHUNK_WIDE", 64)
 
 
 def sgd(parameters):
@@ -258,14 +258,14 @@ def test_an_ordinary_step_is_the_base_optimizers(make, passes):
 
 def test_widened_columns_stay_short(monkeypatch):
     """A history in bfloat16 on a GPU takes 4 m bytes for each row that is widened."""
-    widened, lengths = history._widened, []
+    widened, lengths = products._widened, []
 
     def spy(columns, memory):
         if memory is not None:
             lengths.append(memory.shape[1])
         return widened(columns, memory)
 
-    monkeypatch.setattr(history, "_widened", spy)
+    monkeypatch.setattr(products, "_widened", spy)
     on_two_ranks(GPU, AndersonConfig(history_dtype="bfloat16"))
     assert set(lengths) == {64}
     lengths.clear()

@@ -67,5 +67,12 @@ class Method(Protocol):
     def drop_older_half(self) -> None:
         """Forgets the older half of the columns."""
 
+    def use_kernels(self, able: bool) -> bool:
+        """Has `kernels` do the work where they can; able: whether all ranks are.
+
+        Returns:
+            Whether they do, the same on every rank.
+        """
+
     def reset(self) -> None:
         """Forgets everything. The memory stays allocated."""

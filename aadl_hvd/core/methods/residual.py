@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import kernels
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.gram import Gram
 from aadl_hvd.core.history import History
+from aadl_hvd.core.products import Products
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.core.solve import Factorization, System, promised_reduction
 from aadl_hvd.stats import Stats
@@ -37,7 +39,8 @@ class ResidualNorm:
         self._config, self._collectives, self._stats = config, collectives, stats
         dtype = config.history_dtype or shard.dtype
         self.history = History(shard.sharding, dtype, shard.dtype, shard.device)
-        self.gram = Gram(self.history, collectives)
+        self._products = Products(self.history)
+        self.gram = Gram(self._products, collectives)
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +75,7 @@ class ResidualNorm:
         with stats.timed("update"):
             # With the column layout the terms of the ranks are added up first.
             start = w if history.sharding.layout == "rows" else None
-            update, slope = history.update(
+            update, slope = self._products.update(
                 *(r, gamma, config.mixing * scaling, history.scratch(w, r)),
                 start=start,
                 relaxation=config.relaxation,
@@ -83,6 +86,13 @@ class ResidualNorm:
     def drop_older_half(self) -> None:
         """Forgets the older half of the columns: the newest know the way down."""
         self.history.keep(self.history.columns // 2)
+
+    def use_kernels(self, able: bool) -> bool:
+        """Has `kernels` do the work if all ranks are able to and dtypes allow it."""
+        history = self.history
+        usable = able and kernels.usable(history.device, history.work_dtype, history.dtype)
+        self._products.use_kernels = usable
+        return usable
 
     def reset(self) -> None:
         """Forgets all pairs."""
