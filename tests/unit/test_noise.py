@@ -13,9 +13,9 @@ from problems import PLAIN, Problem
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import noise
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.noise import GradientSamples, NoiseMeter, stands_out
 
 
