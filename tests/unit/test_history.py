@@ -279,7 +279,7 @@ def test_columns_that_were_rounded_carry_nothing():
             if (new := held.push(torch.zeros(50), r)) is not None:
                 gram.stored(*new)
             assemble(gram, r, np.zeros(0), newest=True)
-        assert (gram.state()["carried"] is not None) == known
+        assert (gram.state().carried is not None) == known
 
 
 @pytest.mark.parametrize("carry", [0.0, np.inf])
