@@ -343,7 +343,8 @@ class ShardState(State):
 
         Args:
             sharding: whose rows and columns are wanted.
-            ranks: how many ranks train together, `rank` among them.
+            ranks: how many ranks train together.
+            rank: this one among them.
 
         Raises:
             CheckpointError: of another n, not all rows or columns are there, or it is damaged.

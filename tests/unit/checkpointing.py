@@ -60,7 +60,7 @@ class Run:
         anderson = self.opt.anderson
         loaded = anderson._pending  # what the first step after a load will go by
         if loaded is not None:
-            return loaded["replicated"]["losses"]["verdict_due"]
+            return loaded.losses.verdict_due
         return anderson._losses.verdict_due
 
     def weights(self):
@@ -81,7 +81,7 @@ class Run:
         state = self.opt.state_dict()
         state = {key: state[key] for key in ("state", "param_groups")}
         part = self.opt.sharded_state_dict()["anderson"]["history"]
-        part = {name: part[name] for name in ("replicated", "own", "rows")}
+        del part["sharding"]
         return self.weights(), averages, state, stats.counters(), stats.measured(), part
 
 

@@ -28,12 +28,9 @@ SETTINGS = {
     "warm-up": {"warmup_steps": 15},
     "residual": {"safeguard": "residual", "residual": "step", "mixing": 1.0},
     "residual, columns": {"safeguard": "residual", "layout": "columns"},
-    "state": {"residual": "state", "mixing": 1.0},
-    "reset": {"momentum": "reset"},
     "window": {"average_window": 4, "average_threshold": 1e-3},
-    "averages": {"averages": (0.5, 6, 0.9), "layout": "columns"},
-    "float16": {"history_dtype": "float16"},
-    "float16, columns": {"history_dtype": "float16", "layout": "columns"},
+    "averages": {"averages": (0.5, 0.8, 0.9), "layout": "columns"},
+    "bfloat16, columns": {"history_dtype": "bfloat16", "layout": "columns"},
     "bfloat16": {"history_dtype": "bfloat16"},
     "refine": {"refine": 1, "regularization": 1e-8},
     "gate": {"noise_gate": 0.01},
@@ -140,15 +137,15 @@ def whole_of(states):
 
 @pytest.mark.parametrize("layouts", list(itertools.product(("rows", "columns"), repeat=2)))
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 2), (2, 4)])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_resharding(layouts, sizes, dtype):
     """The whole is the same before and after; the next steps are the same to rounding."""
     settings = {
         **{"history_dtype": dtype, "store_every": 2, "history_depth": 6},
-        **{"averages": (0.9, 12), "safeguard": "none", "relaxation": 0.3},
+        **{"averages": (0.9, 0.8), "safeguard": "none", "relaxation": 0.3},
         "regularization": 1e-3,  # a well-conditioned problem: rounding stays rounding
     }
-    near = {"rtol": 1e-2, "atol": 1e-3} if dtype == "float16" else {"rtol": 1e-4, "atol": 1e-5}
+    near = {"rtol": 1e-4, "atol": 1e-5}
 
     def before(comm):
         run = Run(comm, settings | {"layout": layouts[0]}, noisy=True).train(22)
@@ -176,21 +173,22 @@ def test_resharding(layouts, sizes, dtype):
         for name in ("y", "r"):
             assert_same(found["columns"][name].float(), there["columns"][name].float())
         assert_same(found["columns"]["weights"], there["columns"]["weights"])
-        assert_same(found["rows"], there["rows"])
-        same = found["replicated"], there["replicated"]
-        assert_same(*({k: v for k, v in s.items() if k != "last"} for s in same))
-    assert_same(results[0][1]["anderson"]["history"]["rows"], merged["anderson"]["history"]["rows"])
+        assert_same(found["columns"]["pair"], there["columns"]["pair"])
+        for name in ("matrix", "fresh", "carried", "drift"):
+            assert_same(found["gram"][name], there["gram"][name])
+        for name in ("calls", "averages", "window", "noise", "losses", "backoff", "trial"):
+            assert_same(found[name], there[name])
     for *_, path in results:
         assert torch.equal(path, results[0][-1])
         torch.testing.assert_close(path, expected, **near)
 
 
 def test_another_depth_keeps_the_newest_columns():
-    run = Run(None, {"history_depth": 6, "average_window": 5, "averages": (0.9, 12)}).train(25)
+    run = Run(None, {"history_depth": 6, "average_window": 5, "averages": (0.9, 0.8)}).train(25)
     state = run.opt.consolidate_state_dict()
     history = state["anderson"]["history"]
     for depth, window in ((4, 3), (9, 8)):
-        new = Run(None, {"history_depth": depth, "average_window": window, "averages": (12,)})
+        new = Run(None, {"history_depth": depth, "average_window": window, "averages": (0.8,)})
         new.resumed(run.model.state_dict(), copy.deepcopy(state))
         found = new.opt.sharded_state_dict()["anderson"]["history"]
         h = min(depth, 6)
@@ -200,8 +198,8 @@ def test_another_depth_keeps_the_newest_columns():
         assert torch.equal(found["gram"]["matrix"], G)
         iterates = history["window"]["iterates"]
         assert torch.equal(found["window"]["iterates"], iterates[-min(window, 5) :])
-        assert torch.equal(found["rows"]["average 12"], history["rows"]["average 12"])
-        assert "average 0.9" not in found["rows"]
+        assert found["averages"]["kinds"] == [0.8]
+        assert torch.equal(found["averages"]["sums"][0], history["averages"]["sums"][1])
         new.k = 25
         accelerated = new.opt.anderson.stats.accelerated
         new.train(STEPS)

@@ -22,8 +22,8 @@ from checkpointing import (
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.stats import Stats
 from aadl_hvd.core.acceptance import LossWatch
+from aadl_hvd.stats import Stats
 
 # What does not fit
 
@@ -55,22 +55,22 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
         r"parameter 1 had shape \(7,\), has \(5,\)": other,
         "parameter 2 was bfloat16, is float32": dtype,
         "3 parameters. Must have 4": fewer,
-        r"rank 1 of 2, rows 16 to 31, and this rank needs 0 to 31": part,
+        r"shard of rank 1 of 2, rows 16 to 31, and this rank needs 0 to 31": part,
         "different number of parameter groups": torchs,  # torch's own error
-        "'format'.*=3. Must be at most 2": damaged(state, lambda a: a.update(format=3)),
-        "'format'.*='x'": damaged(state, lambda a: a.update(format="x")),
-        "damaged.*counters": damaged(state, lambda a: a.pop("counters")),
-        "damaged": damaged(state, lambda a: a["history"].pop("rows")),
-        "damaged.*contradict": damaged(
-            state, lambda a: a["history"]["replicated"].update(stored=2)
+        r"format of .*: 4. Must be 3: .* a newer version": damaged(
+            state, lambda a: a.update(format=4)
         ),
+        "format of .*: 'x'": damaged(state, lambda a: a.update(format="x")),
+        "damaged.*counters": damaged(state, lambda a: a.pop("counters")),
+        "damaged": damaged(state, lambda a: a["history"].pop("trial")),
+        "damaged.*contradict": damaged(state, lambda a: a["history"]["columns"].update(stored=2)),
         "n=33 numbers": damaged(state, lambda a: a["history"]["sharding"].update(n=33)),
         r"\[2, 5\].*Must be of shape \[2, 32\]": damaged(
-            state, lambda a: a["history"]["rows"].update(pair=torch.zeros(2, 5))
+            state, lambda a: a["history"]["columns"].update(pair=torch.zeros(2, 5))
         ),
         "lacks 1 col": damaged(state, lambda a: without_a_column(a["history"]["columns"])),
     }
-    for section in ("replicated", "columns"):
+    for section in ("columns", "gram", "averages", "losses", "backoff"):
         for name in state["anderson"]["history"][section]:
             cases[f"(damaged|Invalid).*{name}"] = damaged(
                 state, lambda a, s=section, name=name: a["history"][s].pop(name)
@@ -122,7 +122,9 @@ def test_part_alone_with_other_rates_is_left_out():
 
 
 HISTORY = "anderson", "history"
-SAME, ROWS, COLUMNS = ((*HISTORY, name) for name in ("replicated", "rows", "columns"))
+COLUMNS, GRAM, AVERAGES, BACKOFF = (
+    (*HISTORY, name) for name in ("columns", "gram", "averages", "backoff")
+)
 COUNTERS, OWN = ("anderson", "counters"), (*HISTORY, "own", "0")
 NONSENSE = {
     **{(name,): [GONE, None, 5, "x"] for name in ("state", "param_groups")},
@@ -143,26 +145,30 @@ NONSENSE = {
     ("anderson", "measured", "noise_variance"): [None, "x"],
     (*COUNTERS, "steps"): [math.inf, math.nan, -1, "3", True, 1.0, 10**30],
     (*COUNTERS, "rejected", "descent"): [None, "x", -1],
-    (*SAME, "calls"): [math.nan, -(10**9), "x", 1.0],
-    (*SAME, "stored"): [math.nan, math.inf, 12.0, 3, 0],
-    (*SAME, "last"): [2, "x", True, 1.0],
-    (*SAME, "noise"): ["x", math.nan, 2],
-    (*SAME, "pushed"): [2, "x"],
-    (*SAME, "averages"): [None, {}],
-    **{(*SAME, "averages", name): [GONE] for name in ("kinds", "every", "gains", "measured")},
-    (*SAME, "averages", "count"): [GONE, -1, None],
-    (*SAME, "averages", "gains"): [[0.0], [math.nan] * 4],
-    (*SAME, "backoff"): [[], [10**9, 10**9, 0.0], [0, 4, math.nan], [math.inf, 4, 0.0], [0, 0, 0]],
-    (*SAME, "losses"): [{}, None],
-    (*SAME, "losses", "verdict_due"): [1, None],
-    (*SAME, "gram", "fresh"): [[9], [-1], [0, 0], ["x"], None],
-    (*SAME, "gram", "matrix"): [
+    (*HISTORY, "calls"): [math.nan, -(10**9), "x", 1.0],
+    (*COLUMNS, "stored"): [math.nan, math.inf, 12.0, 3, 0],
+    (*COLUMNS, "last"): [2, "x", True, 1.0],
+    (*HISTORY, "noise"): ["x", math.nan, 2],
+    (*HISTORY, "noise", "share"): ["x", math.nan, 2],
+    (*HISTORY, "window"): [2, "x", {}, {"pushed": 2, "iterates": torch.zeros(3, 32)}],
+    AVERAGES: [None, {}],
+    **{(*AVERAGES, name): [GONE] for name in ("kinds", "every", "gains", "measured")},
+    (*AVERAGES, "count"): [GONE, -1, None],
+    (*AVERAGES, "gains"): [[0.0], [math.nan] * 4],
+    BACKOFF: [[], None, {}],
+    (*BACKOFF, "left_out"): [10**9, math.inf],
+    (*BACKOFF, "following"): [10**9, 0],
+    (*BACKOFF, "rejected"): [math.nan],
+    (*HISTORY, "losses"): [{}, None],
+    (*HISTORY, "losses", "verdict_due"): [1, None],
+    (*GRAM, "fresh"): [[9], [-1], [0, 0], ["x"], None],
+    (*GRAM, "matrix"): [
         *(torch.full((4, 4), math.nan).double(), torch.ones(4, 4), -torch.ones(4, 4).double()),
         torch.ones(4, 4).double().triu(),
     ],
-    (*ROWS, "average 0.9"): [GONE, torch.zeros(1, 1, 2, 32), torch.full((1, 2, 32), math.nan)],
-    (*ROWS, "pair"): [GONE, torch.zeros(2, 31), torch.zeros(2, 32).long(), None],
-    (*ROWS, "unheard of"): [torch.zeros(32)],
+    (*AVERAGES, "sums"): [GONE, None, torch.zeros(2, 32), torch.full((1, 2, 32), math.nan)],
+    (*COLUMNS, "pair"): [GONE, torch.zeros(2, 31), torch.zeros(2, 32).long(), None],
+    (*HISTORY, "unheard of"): [torch.zeros(32)],
     (*COLUMNS, "index"): [[3, 2, 1, 0], [0, 1, 2, 3.0], [0, True, 2, 3], [0, 0, 2, 3]],
     (*COLUMNS, "y"): [
         *(torch.zeros(4, 32, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.complex64)),
@@ -172,8 +178,9 @@ NONSENSE = {
     (*COLUMNS, "r"): [torch.zeros(4, 31), torch.zeros(4, 33), torch.zeros(3, 32)],
     (*COLUMNS, "weights"): [torch.zeros(3).double(), torch.zeros(4), None],
     (*COLUMNS, "scales"): ["x", torch.zeros(2, 4)],
-    (*COLUMNS, "products"): ["x", torch.zeros(4, 9).double()],
-    **{(*HISTORY, name): [None, "x", -1] for name in ("undo", "ranks", "own")},
+    (*GRAM, "products"): ["x", torch.zeros(4, 9).double()],
+    **{(*HISTORY, name): [None, "x", -1] for name in ("ranks", "own")},
+    (*HISTORY, "trial"): ["x", -1, {}, {"base": None, "residual": None, "loss": True}],
     OWN: ["x", {}, 5],
     (*OWN, "noise"): [None, {}, "x"],
     (*OWN, "noise", "call"): [None, "x", math.nan],
@@ -215,7 +222,7 @@ def test_nonsense_on_one_of_two_ranks_is_no_pending():
 
 def test_what_fails_while_it_is_taken_in_is_undone(monkeypatch):
     """Whatever the reason, also where most has been taken in."""
-    settings = SMALL | {"safeguard": "residual", "average_window": 3, "history_dtype": "float16"}
+    settings = SMALL | {"safeguard": "residual", "average_window": 3, "history_dtype": "bfloat16"}
     state = Run(None, settings).train(13, True).opt.consolidate_state_dict()
     run = Run(None, settings).train(10, True)
     before = everything(run)
@@ -228,7 +235,7 @@ def test_what_fails_while_it_is_taken_in_is_undone(monkeypatch):
     for place in (LossWatch, Stats):
         for cause, seen in raised.items():
             with monkeypatch.context() as patch:
-                name = "take" if place is LossWatch else "load_measured"
+                name = "load_state" if place is LossWatch else "load_measured"
                 calls = itertools.count(place is LossWatch)  # Stats rehearses before
 
                 def fail(*arguments, cause=cause, calls=calls):
@@ -266,8 +273,8 @@ def mutations_of(value):
 
 WALKS = {
     "SGD": (SMALL, {}),
-    "Adam, observed": (SMALL | {"momentum": "reset"}, {"optimizer": "Adam"}),
-    "columns": (SMALL | {"layout": "columns", "history_dtype": "float16"}, {}),
+    "Adam, observed": (SMALL, {"optimizer": "Adam"}),
+    "columns": (SMALL | {"layout": "columns", "history_dtype": "bfloat16"}, {}),
     "residual": (SMALL | {"safeguard": "residual", "average_window": 3}, {}),
     "gate": (SMALL | {"noise_gate": 0.01}, {"noisy": True, "passes": 2}),
 }

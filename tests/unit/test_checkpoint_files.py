@@ -1,6 +1,8 @@
 """Files and parts: whole or absent, damage is noticed, what is missing is named."""
 
+import copy
 import math
+import re
 import warnings
 
 import numpy as np
@@ -16,24 +18,37 @@ def test_missing_parts_are_named():
     parts = run_ranks(3, lambda comm: Run(comm).train(20).opt.sharded_state_dict())
     with pytest.raises(CheckpointError, match="rows 11 to 21 of 32 are missing"):
         checkpoint.merge_shards([parts[0], parts[2]])
-    with pytest.raises(CheckpointError, match=r"parts=\[\]"):
+    with pytest.raises(CheckpointError, match=r"shards=\[\]"):
         checkpoint.merge_shards([])
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.merge_shards([{"anderson": {"history": {"own": {}, "rows": 3}}}])
+        checkpoint.merge_shards([{"anderson": {"format": 3, "history": {"own": {}, "rows": 3}}}])
     columns = {"layout": "columns", "history_depth": 4}
     parts = run_ranks(2, lambda comm: Run(comm, columns).train(20).opt.sharded_state_dict())
     with pytest.raises(CheckpointError, match=r"of column [01], counted from the oldest"):
         checkpoint.merge_shards(parts[:1])
 
 
-def test_a_state_of_the_format_before():
+def test_an_older_format_is_refused_in_one_line(tmp_path):
+    """As a file, as a state, and as shards to be merged; nothing is loaded."""
+    path = tmp_path / "state.pt"
+    torch.save({"aadl_hvd_file": 1, "model": {}}, path)
     run = Run(None).train(20)
-    state = run.opt.state_dict()
-    new = {name: state["anderson"][name] for name in ("config", "counters")}
-    state["anderson"] = new | {"format": 1}
-    run.opt.load_state_dict(state)
-    assert run.opt.anderson.stats.steps == 20
-    assert run.opt.anderson.columns == 0
+    before = copy.deepcopy(run.opt.consolidate_state_dict())
+    state = copy.deepcopy(before)
+    state["anderson"] |= {"format": 2, "history": {"replicated": {}, "rows": {}, "columns": {}}}
+    for load in (
+        lambda: checkpoint.load(path),
+        lambda: run.opt.load_state_dict(state),
+        lambda: checkpoint.merge_shards([state]),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load()
+        assert re.fullmatch(
+            r"Invalid format of .*: [12]\. Must be 3: it was written by an older version of "
+            r"aadl_hvd, or is damaged\. Load it with the version that wrote it, or train anew\.",
+            str(error.value),
+        )
+    assert_same(run.opt.consolidate_state_dict(), before)
 
 
 # Files
@@ -78,7 +93,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match="not written by"):
         checkpoint.load(path)
     torch.save({"aadl_hvd_file": 99}, path)
-    with pytest.raises(CheckpointError, match=r"format of .*=99"):
+    with pytest.raises(CheckpointError, match=r"format of .*: 99"):
         checkpoint.load(path)
     torch.save(Run, path)  # a class: to load it would run code
     with pytest.raises(CheckpointError, match="cannot read"):
