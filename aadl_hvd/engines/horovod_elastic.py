@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import checkpoint
-from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.engines.horovod import DistributedAndersonOptimizer
 from aadl_hvd.errors import CheckpointError, UnsupportedError
 from aadl_hvd.optim import job
-from aadl_hvd.optim.accelerated import anderson_state, connect, meet
+from aadl_hvd.optim.accelerated import AcceleratedOptimizer
+from aadl_hvd.optim.loading import anderson_state
 from aadl_hvd.stats import Reset
 
 try:
@@ -82,14 +83,16 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         optimizer: what `DistributedAndersonOptimizer` returned.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    value: DistributedAndersonOptimizer
+
+    def __init__(self, optimizer: DistributedAndersonOptimizer) -> None:
         super().__init__(optimizer)
         self._handed: list[dict[str, Any]] = []  # parts of other ranks
         self.save()
 
     def save(self) -> None:
         """Copies what this rank has."""
-        accelerator: Accelerator = self.value.anderson
+        accelerator = self.value.anderson
         self._ranks = accelerator.comm, accelerator.group
         # The base's state where it is, as Horovod keeps it; the part comes in host memory.
         self._saved = copy.deepcopy(_state(self.value))
@@ -98,7 +101,7 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
     def restore(self) -> None:
         """Puts back what this rank had, under the sharding of then."""
         self._handed = []
-        connect(self.value, *self._ranks, _calls(self._part))
+        self.value.anderson_engine.connect(*self._ranks, _calls(self._part))
         # Not the copy itself: torch would go on in its tensors.
         _load(self.value, copy.deepcopy(self._saved), self._part)
 
@@ -106,10 +109,11 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         """Goes on with the ranks of now, on all of them, in the state of rank 0. Collective."""
         optimizer = self.value
         own = _part(optimizer)
-        comm, group = meet(optimizer)
+        engine = optimizer.anderson_engine
+        comm, group = engine.meet()
         state, calls = _of_rank_0((_state(optimizer), _calls(own)))
-        connect(optimizer, comm, group, calls)
-        problem, accelerator = optimizer._anderson_problem, optimizer.anderson
+        engine.connect(comm, group, calls)
+        problem, accelerator = engine.problem, engine.accelerator
         parts = [part for part in (own, *self._handed) if part is not None]
         history, lost = checkpoint.redistribute(comm, parts, accelerator.share(problem.n))
         _load(optimizer, state, history)
@@ -124,7 +128,7 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
 
     def hand_over(self) -> None:
         """Hands this rank's part to a rank of another host, if there is one. Collective."""
-        accelerator: Accelerator = self.value.anderson
+        accelerator = self.value.anderson
         comm = accelerator.comm
         if comm.size == 1 or accelerator.group.count > 1:  # other groups have the same
             return
@@ -149,18 +153,20 @@ def _elsewhere(hosts: Sequence[str], rank: int) -> int | None:
     return others[hosts[:rank].count(hosts[rank]) % len(others)] if others else None
 
 
-def _state(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _state(optimizer: DistributedAndersonOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Its `state_dict`, of which hooks may have made anything, and what goes with a history."""
-    accelerator: Accelerator = optimizer.anderson
+    accelerator = optimizer.anderson
     whole, accelerator.consolidated = accelerator.consolidated, None  # rank 0 has asked for it
     try:
-        return optimizer.state_dict(), anderson_state(optimizer)
+        return optimizer.state_dict(), anderson_state(optimizer.anderson_engine)
     finally:
         accelerator.consolidated = whole
 
 
 def _load(
-    optimizer: Any, state: tuple[dict[str, Any], dict[str, Any]], part: dict[str, Any] | None
+    optimizer: DistributedAndersonOptimizer,
+    state: tuple[dict[str, Any], dict[str, Any]],
+    part: dict[str, Any] | None,
 ) -> None:
     """Loads what `_state` has said, and a part of the history."""
     base, anderson = state
@@ -168,7 +174,7 @@ def _load(
     optimizer.load_state_dict({"anderson": anderson | {"history": part}})
 
 
-def _part(optimizer: Any) -> dict[str, Any] | None:
+def _part(optimizer: DistributedAndersonOptimizer) -> dict[str, Any] | None:
     """This rank's part, a copy in host memory; None if it has none yet."""
     if not optimizer.anderson.has_part:
         return None
@@ -208,13 +214,14 @@ def _log_history(own: dict[str, Any], ranks: int, lost: str) -> None:
 
 
 def _handler(optimizer: torch.optim.Optimizer) -> Any:
-    accelerated = isinstance(getattr(optimizer, "anderson", None), Accelerator)
-    if accelerated and not hasattr(optimizer, "process_set"):
+    if isinstance(optimizer, DistributedAndersonOptimizer):
+        return AndersonStateHandler(optimizer)
+    if isinstance(optimizer, AcceleratedOptimizer):
         raise UnsupportedError(
             "Invalid AndersonOptimizer in an elastic state: it is for one process. Must be made by "
             "DistributedAndersonOptimizer."
         )
-    return (AndersonStateHandler if accelerated else horovods.OptimizerStateHandler)(optimizer)
+    return horovods.OptimizerStateHandler(optimizer)
 
 
 # The first that matches is taken: Horovod's would put rank 0's part over everybody's.
