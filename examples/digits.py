@@ -101,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
 
     model = Net().to(device)
     scale = 1 if args.use_adasum else hvd.size()
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * scale, momentum=args.momentum)
+    sgd = torch.optim.SGD(model.parameters(), lr=args.lr * scale, momentum=args.momentum)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    hvd.broadcast_optimizer_state(sgd, root_rank=0)
     optimizer = DistributedAndersonOptimizer(
-        optimizer,
+        sgd,
         named_parameters=model.named_parameters(),
         compression=hvd.Compression.fp16 if args.fp16_allreduce else hvd.Compression.none,
         op=hvd.Adasum if args.use_adasum else hvd.Average,

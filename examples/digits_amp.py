@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=0.9)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    optimizer = DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())
+    hvd.broadcast_optimizer_state(sgd, root_rank=0)
+    optimizer = DistributedAndersonOptimizer(sgd, named_parameters=model.named_parameters())
 
     scaler = torch.amp.GradScaler(device)
     found = []

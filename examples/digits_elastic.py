@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
     loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum)
-    optimizer = DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())
+    sgd = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum)
+    optimizer = DistributedAndersonOptimizer(sgd, named_parameters=model.named_parameters())
 
     def accuracy() -> float:
         with torch.no_grad():

@@ -147,14 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     train = loader(train_images, args.batch_size * args.batches_per_allreduce)
     val = loader(val_images, args.batch_size)
     model = models.get_model(args.model, weights=None, num_classes=classes).to(device)
-    optimizer = torch.optim.SGD(
+    sgd = torch.optim.SGD(
         model.parameters(),
         lr=args.base_lr * hvd.size() * args.batches_per_allreduce,
         momentum=args.momentum,
         weight_decay=args.wd,
     )
     optimizer = DistributedAndersonOptimizer(
-        optimizer,
+        sgd,
         named_parameters=model.named_parameters(),
         compression=hvd.Compression.fp16 if args.fp16_allreduce else hvd.Compression.none,
         backward_passes_per_step=args.batches_per_allreduce,

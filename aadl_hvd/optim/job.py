@@ -11,6 +11,8 @@ from aadl_hvd.errors import ConfigError, HorovodMissingError, UnsupportedError
 
 # Each has a state of its own: a process in which one of them was initialised is in its job.
 _HOROVODS = tuple(f"horovod.{of}" for of in ("torch", "tensorflow", "mxnet"))
+# The module that classes of its distributed optimizers name as their own.
+_HOROVODS_OPTIMIZERS = "horovod.torch.optimizer"
 
 
 def processes() -> tuple[str, int]:
@@ -68,6 +70,15 @@ def check_whole(parameter: torch.Tensor) -> None:
         f"Invalid parameter: it is {kind}, and a process holds a part of it. Every process must "
         "hold whole parameters. DistributedAndersonOptimizer shares out its history by itself."
     )
+
+
+def check_not_distributed(optimizer: torch.optim.Optimizer) -> None:
+    """Raises an UnsupportedError for what `hvd.DistributedOptimizer` returned."""
+    if type(optimizer).__module__ == _HOROVODS_OPTIMIZERS:
+        raise UnsupportedError(
+            "Invalid optimizer: it is a hvd.DistributedOptimizer. Pass the plain torch optimizer "
+            "to DistributedAndersonOptimizer, with the arguments you gave to Horovod."
+        )
 
 
 def check_started(hvd: Any) -> None:

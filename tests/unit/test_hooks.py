@@ -236,7 +236,7 @@ def test_load_hooks_adapt_a_foreign_state():
     opt.register_load_state_dict_post_hook(complete)
     opt.load_state_dict(foreign)
     assert_same_state(opt.state_dict(), state)
-    assert opt._accelerated.state is opt.state
+    assert opt.anderson_engine.given.state is opt.state
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
