@@ -9,8 +9,9 @@ from typing import Any
 
 from models.data import ImageList
 from models.engine import Averaged, Interval, Trainer, Validation
+from models.options import dashed, shown
 from models.output import SETTINGS, SUMMARY, SUMMARY_TEXT
-from models.settings import Settings, dashed, shown
+from models.settings import Settings
 
 IN_THE_OPENING = {"data", "model", "loader", "batch_size", "epochs", "optimizer", "anderson"}
 """Settings that have a line of their own there, whether they are defaults or not."""

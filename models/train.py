@@ -25,6 +25,7 @@ from torch import nn
 
 from aadl_hvd import AndersonError, average_batch_norm
 from models import networks
+from models.anderson_options import by_option
 from models.command_line import parse, to_yaml
 from models.data import (
     ImageList,
@@ -54,7 +55,7 @@ from models.report import (
 )
 from models.resume import identity_of, keep, resume, save, state_of
 from models.schedule import Schedule
-from models.settings import Settings, by_option
+from models.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
