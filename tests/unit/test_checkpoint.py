@@ -135,14 +135,11 @@ SETTINGS = {
     "warm-up": {"warmup_steps": 15},
     "residual": {"safeguard": "residual", "residual": "step", "mixing": 1.0},
     "residual, columns": {"safeguard": "residual", "layout": "columns"},
-    "state": {"residual": "state", "mixing": 1.0},
-    "reset": {"momentum": "reset"},
     "window": {"average_window": 4, "average_threshold": 1e-3},
-    "averages": {"averages": (0.5, 6, 0.9), "layout": "columns"},
-    "float16": {"history_dtype": "float16"},
-    "float16, columns": {"history_dtype": "float16", "layout": "columns"},
+    "averages": {"averages": (0.5, 0.7, 0.9), "layout": "columns"},
     "bfloat16": {"history_dtype": "bfloat16"},
-    "refine": {"refine": 1, "regularization": 1e-8},
+    "bfloat16, columns": {"history_dtype": "bfloat16", "layout": "columns"},
+    "ridge": {"regularization": 1e-8},
     "gate": {"noise_gate": 0.01},
 }
 
@@ -247,15 +244,14 @@ def whole_of(states):
 
 @pytest.mark.parametrize("layouts", list(itertools.product(("rows", "columns"), repeat=2)))
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 2), (2, 4)])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_resharding(layouts, sizes, dtype):
     """The whole is the same before and after; the next steps are the same to rounding."""
     settings = {
         **{"history_dtype": dtype, "store_every": 2, "history_depth": 6},
-        **{"averages": (0.9, 12), "safeguard": "none", "relaxation": 0.3},
+        **{"averages": (0.9, 0.8), "safeguard": "none", "relaxation": 0.3},
         "regularization": 1e-3,  # a well-conditioned problem: rounding stays rounding
     }
-    near = {"rtol": 1e-2, "atol": 1e-3} if dtype == "float16" else {"rtol": 1e-4, "atol": 1e-5}
 
     def before(comm):
         run = Run(comm, settings | {"layout": layouts[0]}, noisy=True).train(22)
@@ -289,15 +285,15 @@ def test_resharding(layouts, sizes, dtype):
     assert_same(results[0][1]["anderson"]["history"]["rows"], merged["anderson"]["history"]["rows"])
     for *_, path in results:
         assert torch.equal(path, results[0][-1])
-        torch.testing.assert_close(path, expected, **near)
+        torch.testing.assert_close(path, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_depth_keeps_the_newest_columns():
-    run = Run(None, {"history_depth": 6, "average_window": 5, "averages": (0.9, 12)}).train(25)
+    run = Run(None, {"history_depth": 6, "average_window": 5, "averages": (0.9, 0.8)}).train(25)
     state = run.opt.consolidate_state_dict()
     history = state["anderson"]["history"]
     for depth, window in ((4, 3), (9, 8)):
-        new = Run(None, {"history_depth": depth, "average_window": window, "averages": (12,)})
+        new = Run(None, {"history_depth": depth, "average_window": window, "averages": (0.8,)})
         new.resumed(run.model.state_dict(), copy.deepcopy(state))
         found = new.opt.sharded_state_dict()["anderson"]["history"]
         h = min(depth, 6)
@@ -307,7 +303,7 @@ def test_another_depth_keeps_the_newest_columns():
         assert torch.equal(found["replicated"]["gram"]["matrix"], G)
         iterates = history["rows"]["iterates"]
         assert torch.equal(found["rows"]["iterates"], iterates[-min(window, 5) :])
-        assert torch.equal(found["rows"]["average 12"], history["rows"]["average 12"])
+        assert torch.equal(found["rows"]["average 0.8"], history["rows"]["average 0.8"])
         assert "average 0.9" not in found["rows"]
         new.k = 25
         accelerated = new.opt.anderson.stats.accelerated
@@ -318,7 +314,7 @@ def test_another_depth_keeps_the_newest_columns():
 # Who loads what
 
 
-def test_history_of_one_rank_alone_restarts_everywhere():
+def test_history_of_one_rank_alone_resets_everywhere():
     """Horovod's usual resume: nobody waits, and the replicas stay equal."""
     whole = Run(None).train(20).opt.consolidate_state_dict()
     for when, settings in itertools.product(
@@ -384,7 +380,7 @@ def test_loaded_in_the_middle_of_a_run_on_all_ranks(agree):
     assert all(torch.equal(w, weights[0]) for w in weights)
 
 
-def test_parts_of_different_moments_restart_everywhere():
+def test_parts_of_different_moments_reset_everywhere():
     def program(comm):
         run = Run(comm).train(20 + comm.rank // 2)
         return copy.deepcopy(run.opt.sharded_state_dict()), copy.deepcopy(run.model.state_dict())
@@ -702,7 +698,7 @@ def test_nonsense_on_one_of_two_ranks_is_no_wish():
 
 def test_what_fails_while_it_is_taken_in_is_undone(monkeypatch):
     """Whatever the reason, also where most has been taken in."""
-    settings = SMALL | {"safeguard": "residual", "average_window": 3, "history_dtype": "float16"}
+    settings = SMALL | {"safeguard": "residual", "average_window": 3, "history_dtype": "bfloat16"}
     state = Run(None, settings).train(13, True).opt.consolidate_state_dict()
     run = Run(None, settings).train(10, True)
     before = everything(run)
@@ -753,8 +749,8 @@ def mutations_of(value):
 
 WALKS = {
     "SGD": (SMALL, {}),
-    "Adam, observed": (SMALL | {"momentum": "reset"}, {"optimizer": "Adam"}),
-    "columns": (SMALL | {"layout": "columns", "history_dtype": "float16"}, {}),
+    "Adam, observed": (SMALL, {"optimizer": "Adam"}),
+    "columns": (SMALL | {"layout": "columns", "history_dtype": "bfloat16"}, {}),
     "residual": (SMALL | {"safeguard": "residual", "average_window": 3}, {}),
     "gate": (SMALL | {"noise_gate": 0.01}, {"noisy": True, "passes": 2}),
 }
