@@ -71,6 +71,14 @@ def test_a_job_that_is_queued_again_does_not_overwrite_itself(folder, monkeypatc
         claim(folder(), None, True)
 
 
+@pytest.mark.parametrize(("overwrite", "resume"), [(True, None), (False, "auto")])
+def test_a_folder_that_cannot_be_replaced_is_found_at_the_start(folder, overwrite, resume):
+    out = folder("best.pt/mine.txt", "steps.csv")
+    with pytest.raises(UserError, match=r"cannot replace .*best\.pt, which is a folder"):
+        claim(out, resume, overwrite)
+    assert files(out) == ["best.pt/mine.txt", "steps.csv"]
+
+
 def test_the_checkpoint_goes_first(folder, monkeypatch):
     """Of what an interrupted removal leaves, nothing goes on."""
     out, gone = folder(*TRAINED), []
@@ -134,6 +142,17 @@ def test_numbers_are_the_same_after_a_resume(tmp_path):
     with open(tmp_path / "steps.csv", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 33, 34]
     assert [type(row["step"]) for row in read_csv(tmp_path / "steps.csv")] == [int] * 4
+
+
+def test_rows_that_a_resume_removes_are_said(tmp_path):
+    """As from best.pt, which is older than the newest rows."""
+    log_of(tmp_path, *({"step": n, "loss": 1 / n} for n in (1, 2, 3, 4)))
+    said = []
+    log_of(tmp_path, {"step": 3, "loss": 0.5}, resume_step=2, say=said.append)
+    assert said == ["steps.csv: 2 rows after step 2, from which this training goes on, are removed"]
+    said.clear()
+    log_of(tmp_path, {"step": 4, "loss": 0.5}, resume_step=3, say=said.append)
+    assert said == []
 
 
 @pytest.mark.parametrize(

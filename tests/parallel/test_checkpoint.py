@@ -35,8 +35,8 @@ SETTINGS = {
     "default": {},
     "columns": {"layout": "columns", "noise_gate": None, "frequency": 3},
     "everything else": {
-        **{"safeguard": "residual", "average_window": 4, "history_dtype": "float16"},
-        **{"noise_gate": 0.01, "averages": (0.9, 8), "momentum": "reset"},
+        **{"safeguard": "residual", "average_window": 4, "history_dtype": "bfloat16"},
+        **{"noise_gate": 0.01, "averages": (0.9, 0.8)},
     },
 }
 

@@ -21,14 +21,13 @@ from training import (
 
 import aadl_hvd
 from aadl_hvd import AndersonConfig, ConfigError, DistributedAndersonOptimizer, UnsupportedError
-from aadl_hvd.engines import horovod_elastic
 
 pytestmark = pytest.mark.timeout(60)
 
 SETTINGS = {
     "default": {},
     "columns": {"layout": "columns", "noise_gate": None, "safeguard": "none"},
-    "undo": {"safeguard": "residual", "average_window": 3, "noise_gate": None},
+    "undo": {"safeguard": "residual", "residual": "step", "average_window": 3, "noise_gate": None},
 }
 ANY_STEP = {"safeguard": "none", "noise_gate": None}  # is accelerated
 DATA = full_batch(40)
@@ -173,7 +172,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
             (
                 "WARNING",
                 f"elastic: {hvd.size()} ranks, {hvd.size()} before, after step 20: the history "
-                f"resets, the shard of rank {last} of {hvd.size()} that shared it is lost",
+                f"resets, the part of rank {last} of {hvd.size()} that shared it is lost",
             )
         ]
     )
@@ -182,7 +181,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
         assert_same_bits(after[name], before[name], name)
     stats = state.optimizer.anderson.stats
     assert stats.resets["ranks"] == 1
-    assert stats.steps == after["part"]["calls"] == 20  # says what steps are next
+    assert stats.steps == after["part"]["replicated"]["calls"] == 20  # says what steps are next
     assert state.optimizer.anderson.columns == 0
     train(state.model, state.optimizer, DATA[20:])
     assert stats.accelerated > before["anderson"]["counters"]["accelerated"]
@@ -225,7 +224,7 @@ def test_parts_are_handed_to_other_hosts():
     """To different ranks, where there are as many."""
 
     def chosen(hosts):
-        return [horovod_elastic._elsewhere(hosts, rank) for rank in range(len(hosts))]
+        return [aadl_hvd.elastic._elsewhere(hosts, rank) for rank in range(len(hosts))]
 
     assert chosen("aabb") == [2, 3, 0, 1]
     assert chosen("abc") == [1, 2, 0]
@@ -242,19 +241,19 @@ def test_a_part_that_cannot_be_handed_over_holds_nobody_up(monkeypatch, caplog):
     state.sync()
     train(state.model, state.optimizer, DATA[:8])
     monkeypatch.setenv("HOROVOD_HOSTNAME", f"host{hvd.rank()}")
-    handler, whole = state._handlers["optimizer"], horovod_elastic._part
+    handler, whole = state._handlers["optimizer"], aadl_hvd.elastic._part
 
     def part(optimizer):
         entry = datetime.date(2026, 1, 1) if hvd.rank() == 1 else np.float64(0.5)
         return whole(optimizer) | {"entry": entry}
 
-    monkeypatch.setattr(horovod_elastic, "_part", part)
+    monkeypatch.setattr(aadl_hvd.elastic, "_part", part)
     with caplog.at_level(logging.WARNING, "aadl_hvd"):
         handler.hand_over()
     found = [(part["entry"], part["sharding"]["rank"]) for part in handler._handed]
     before = (hvd.rank() - 1) % hvd.size()
     assert found == ([] if before == 1 else [(0.5, before)])
-    assert ("shard['entry'], of type datetime.date" in caplog.text) == (hvd.rank() == 1)
+    assert ("part['entry'], of type datetime.date" in caplog.text) == (hvd.rank() == 1)
 
 
 def test_horovods_own_state_does_the_same(monkeypatch):

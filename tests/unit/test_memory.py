@@ -17,8 +17,8 @@ from aadl_hvd.core.sharding import Sharding
 CASES = {
     "default": {},
     "columns": {"layout": "columns"},
-    "narrow": {"history_dtype": "float16"},
-    "averages": {"averages": (0.9, 6)},
+    "narrow": {"history_dtype": "bfloat16"},
+    "averages": {"averages": (0.9, 0.7)},
     "moving average": {"averages": (), "average_window": 3},
 }
 
