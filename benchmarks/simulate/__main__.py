@@ -1,4 +1,4 @@
-"""Predicts the cost of acceleration on large machines from one rank's work, measured here.
+"""Predicts the cost of acceleration on large machines from a rank's work, measured here.
 
 python -m benchmarks.simulate                       # everything, some minutes
 python -m benchmarks.simulate --machine summit --ranks 96 1536 --no-validate
@@ -16,36 +16,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command, report
 from models.errors import UserError
 
+MODULE = "benchmarks.simulate"
 RANKS = (6, 12, 96, 384, 1536, 6144, 27648)
 MACHINES = ("summit", "frontier", "h100_pod")
-COLUMNS_CYCLES = 3  # each rank works on whole columns: slow, and less disturbed
-SAMPLE_OF_N = 20  # AADL's least squares are measured on every 20th row
+GPU = report.RESULTS / "gpu-nvidia-h100-80gb-hbm3.json"
 # Summit: 170 GB/s a socket, three GPUs on each; NVLink between processor and GPU.
 HOST_BANDWIDTH = 57e9
 HOST_LINK = 50e9
 LEGEND = """\
-Store to averages: streaming measured here, times the ratio of memory bandwidths, and kernels
-counted here, times {launch:g} us (assumed). Solve: measured here. Messages: formulas, with figures
-of the machine file. Nothing is taken to overlap.
+Streaming: bytes moved for a row, measured here, over the GPU's memory bandwidth; passes over all
+weights by formula. Kernels: counted, {microseconds:.0f} us each with the Python around them, as
+measured on a GPU ({source}). Solve: measured here. Messages: formulas, with the figures of the
+machine file. Nothing is taken to overlap.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.simulate",
+        prog=f"python -m {MODULE}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--machine", nargs="+", default=list(MACHINES), help="of launch/machines, or TOML files"
-    )
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="P")
-    parser.add_argument("--parameters", type=int, help="n; default: ResNet50's 25,557,032")
-    parser.add_argument("--history-depth", type=int, default=20, help="m; default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, help="per GPU; default: %(default)s")
-    parser.add_argument(
+    command.add_options(parser, report.RESULTS / "simulate.json")
+    add = parser.add_argument
+    add("--machine", nargs="+", default=list(MACHINES), help="of launch/machines, or TOML files")
+    add("--ranks", type=int, nargs="+", default=list(RANKS), help="P")
+    add("--parameters", default="resnet50", metavar="NETWORK|N", help="default: %(default)s")
+    add("--history-depth", type=int, default=20, help="m; default: %(default)s")
+    add("--batch", type=int, default=64, help="per GPU; default: %(default)s")
+    add(
         "--images-per-second",
         type=float,
         nargs=2,
@@ -53,32 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar=("FLOAT32", "MIXED"),
         help="of a V100; default: %(default)s",
     )
-    parser.add_argument(
-        "--launch-microseconds", type=float, default=5.0, help="assumed; default: %(default)s"
-    )
-    parser.add_argument("--cycles", type=int, default=9, help="events timed; default: %(default)s")
-    parser.add_argument(
+    add("--gpu", type=Path, default=GPU, help="of benchmarks.gpu; default: %(default)s")
+    add("--kernel-microseconds", type=float, help="default: as measured in the file of --gpu")
+    add("--turns", type=int, default=9, help="that are timed; default: %(default)s")
+    add(
         "--validate",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="compare with real ranks of this machine; default: where horovodrun is",
     )
-    parser.add_argument("--validate-ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument(
-        "--validate-parameters",
-        type=float,
-        nargs="+",
-        help="n for each of these; default: that of the prediction, and 4e6 beyond two ranks",
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder")
-    options = parser.parse_args(arguments)
-    try:
-        _check(options)
-        _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    add("--validate-ranks", type=int, default=2, help="default: %(default)s")
+    return command.run(parser.parse_args(arguments), _launch, _measure_on_ranks)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -86,30 +73,12 @@ def _check(options: argparse.Namespace) -> None:
         if not holds:
             raise UserError(f"--{name} is {value}, must be {allowed}")
 
-    for name, low in (("history-depth", 2), ("batch", 1), ("cycles", 1)):
-        value = getattr(options, name.replace("-", "_"))
-        require(value >= low, name, value, f"at least {low}")
-    for name, low in (("ranks", 2), ("validate-ranks", 2)):
-        for value in getattr(options, name.replace("-", "_")):
-            require(value >= low, name, value, f"at least {low}")
-    require(options.parameters is None or options.parameters >= 1000, "parameters",
-            options.parameters, "at least 1000")  # fmt: skip
+    command.at_least(1, options, "batch", "turns")
+    command.at_least(2, options, "ranks", "history-depth", "validate-ranks")
     require(all(0 < value < math.inf for value in options.images_per_second), "images-per-second",
             options.images_per_second, "positive")  # fmt: skip
-    require(0 <= options.launch_microseconds < math.inf, "launch-microseconds",
-            options.launch_microseconds, "at least 0")  # fmt: skip
-    if options.validate_parameters is None:
-        options.validate_parameters = [
-            options.parameters if ranks == 2 else min(options.parameters or 4e6, 4e6)
-            for ranks in options.validate_ranks
-        ]
-    require(len(options.validate_parameters) == len(options.validate_ranks),
-            "validate-parameters", options.validate_parameters,
-            f"as many as --validate-ranks, {len(options.validate_ranks)}")  # fmt: skip
-    for value in options.validate_parameters:
-        require(
-            value is None or 1000 <= value < math.inf, "validate-parameters", value, "at least 1000"
-        )
+    kernel = options.kernel_microseconds
+    require(kernel is None or 0 <= kernel < math.inf, "kernel-microseconds", kernel, "at least 0")
     found = shutil.which("horovodrun") is not None
     found = found or Path(sys.executable).with_name("horovodrun").exists()
     if options.validate is None:
@@ -117,161 +86,184 @@ def _check(options: argparse.Namespace) -> None:
     require(found or not options.validate, "validate", True, "off: there is no horovodrun")
 
 
-def _run(options: argparse.Namespace) -> None:
-    from aadl_hvd import AndersonConfig
-    from benchmarks import report
-    from benchmarks.simulate import model, predictions, words, work
+def _launch(options: argparse.Namespace) -> None:
+    from benchmarks.simulate import words, work
     from benchmarks.simulate.machines import read_machine
     from benchmarks.workload import copy_bandwidth, shapes_of
 
+    _check(options)
     machines = [read_machine(name) for name in options.machine]
-    report.prepare(options.out)
-    shapes = shapes_of(str(options.parameters or work.NETWORK))
-    n, m = sum(shape.numel() for shape in shapes), options.history_depth
-    five = AndersonConfig(history_depth=m, frequency=5, store_every=5)
-    two = dataclasses.replace(five, frequency=2, store_every=1)
-    averages = len(five.averages)
+    seconds = options.kernel_microseconds
+    kernels = work.read_kernels(options.gpu, None if seconds is None else 1e-6 * seconds)
+    n = sum(shape.numel() for shape in shapes_of(options.parameters))
+    if n < 1000:
+        raise UserError(f"--parameters is {options.parameters}, must be at least 1000")
+    settings = _settings(options.history_depth)
+    m, averages = options.history_depth, len(settings[words.ROWS].averages)
 
     load = os.getloadavg()[0]
     bandwidth = copy_bandwidth()
-    print(
-        f"n = {n:,}, m = {m}. Here: {bandwidth['median'] / 1e9:.1f} GB/s of copying (measured, one "
-        f"process; {load:.1f} processes were running on {len(os.sched_getaffinity(0))} cores)."
-    )
-    sizes = sorted({*options.ranks, *(machine.gpus_per_node for machine in machines)} - {1})
-    shares: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for config in (five, two):
-        for ranks in (*sizes, work.floor_ranks(n)):
-            found = work.share(shapes, config, ranks, options.cycles)
-            shares["rows", config.frequency, ranks] = found
-        shares["rows", config.frequency, 0] = found  # the floor
-    columns = dataclasses.replace(five, layout="columns")
-    for ranks in sorted({min(ranks, m) for ranks in options.ranks}):
-        shares["columns", 5, ranks] = work.share(shapes, columns, ranks, COLUMNS_CYCLES)
-    print(
-        "\nMeasured here: ms of one rank's work for an event, alone; kernels and waits counted.\n"
-    )
-    listed = [found for key, found in shares.items() if key[2]]
-    print(words.measured_table(listed))
-    squares = work.least_squares(n // SAMPLE_OF_N, m)["median"] * SAMPLE_OF_N
-    print(
-        f"\nMeasured here: stacking and QR of all m columns, as AADL does, takes as long as "
-        f"copying {squares / 1e9:.0f} GB: {squares / bandwidth['median']:.2f} s."
-    )
-
-    setting: dict[str, Any] = {
-        "m": m,
-        "averages": averages,
-        "launch": options.launch_microseconds * 1e-6,
+    found = {
+        f"p = {config.frequency}, q = {config.store_every}": work.moved(n, config, options.turns)
+        for config in settings.values()
     }
+    squares = work.least_squares(n // work.SAMPLE_OF_N, m)["median"] * work.SAMPLE_OF_N
     rates = dict(zip(("float32", "mixed"), options.images_per_second, strict=True))
-    results: dict[str, Any] = {}
-    plotted = {}
-    for machine in machines:
-        rows: dict[int, predictions.Prediction] = {}
-        default: dict[int, predictions.Prediction] = {}
-        by_columns: dict[int, predictions.Prediction] = {}
-        in_node: dict[int, predictions.Prediction] = {}
-        for ranks in sorted(options.ranks):
-            for p, into in ((5, rows), (2, default)):
-                into[ranks] = predictions.predict(
-                    machine, shares["rows", p, ranks], shares["rows", p, 0], **setting
-                )
-            # Beyond m ranks nobody holds less than one column.
-            held = shares["columns", 5, min(ranks, m)] | {"ranks": ranks}
-            by_columns[ranks] = predictions.predict(machine, held, shares["rows", 5, 0], **setting)
-            group = shares["rows", 5, machine.gpus_per_node]
-            if ranks >= machine.gpus_per_node > 1:
-                in_node[ranks] = predictions.predict_in_node(
-                    machine, shares["rows", 5, ranks], group, shares["rows", 5, 0], **setting
-                )
-            else:
-                in_node[ranks] = rows[ranks]
-        variants = {"rows": rows, "rows in a node": in_node, "columns": by_columns}
-        steps = predictions.steps_of(machine, options.batch, rates)
-        offload = model.offloaded(
-            n, m, stack_and_solve=squares, bandwidth=HOST_BANDWIDTH,
-            link=HOST_LINK,
-        )  # fmt: skip
-        total = offload["transfer"] + offload["least squares"]
-        said = words.answers(
-            machine, variants, default, steps, n=n, m=m, averages=averages, offload=offload
-        )
-        print(f"\n## {machine.name}: {machine.gpu}, {machine.gpus_per_node} a node; predicted\n")
-        print(LEGEND.format(launch=options.launch_microseconds))
-        print("Milliseconds of an event, p = q = 5:\n")
-        print(words.parts_table(list(rows.values())))
-        print(f"\nShare of a step in % (step times {steps.source}), bare: no gate, no averages:\n")
-        print(words.shares_table([*rows.values(), *default.values()], steps))
-        print("\nWho holds what; share of a float32 step in %, p = q = 5:\n")
-        print(words.variants_table(variants, total, 5, steps.seconds["float32"]))
-        print()
-        print("\n".join(f"- {line}" for line in said))
-        plotted[machine.name] = variants, steps
-        results[machine.name] = {
-            "figures": dataclasses.asdict(machine),
-            "steps": dataclasses.asdict(steps),
-            "predicted": {
-                name: [x.as_dict() for x in found.values()]
-                for name, found in (*variants.items(), ("p = 2, q = 1", default))
-            },
-            "offload": offload,
-            "answers": said,
-        }
-    validation = _validation(options, m) if options.validate else None
-    everything = {
+    results: dict[str, Any] = {
         "parameters": n,
         "history_depth": m,
+        "averages": averages,
         "load_average": load,
         "assumed": {
-            "launch": setting["launch"],
-            "synchronisation": model.SYNCHRONISATION,
-            "negotiation cycle": model.CYCLE,
-            "host bandwidth of a rank": HOST_BANDWIDTH,
-            "host link": HOST_LINK,
-            "images per second of a V100": rates,
+            "host_bytes_per_s_of_a_rank": HOST_BANDWIDTH,
+            "host_link_bytes_per_s": HOST_LINK,
+            "images_per_second_of_a_v100": rates,
             "batch": options.batch,
         },
         "measured": {
-            "copy bandwidth": bandwidth,
-            "stack and QR, in bytes copied": squares,
-            "shares": listed,
+            "copy_bytes_per_s": bandwidth,
+            "work": found,
+            "stack_and_qr_in_bytes_copied": squares,
+            "kernels": dataclasses.asdict(kernels),
         },
-        "machines": results,
-        "validation": validation,
     }
-    report.write(options.out / "simulate.json", everything)
-    words.plot(options.out / "simulate.png", plotted)
+    measured = dict(zip(settings, found.values(), strict=True))
+    results["machines"] = {
+        machine.name: _predict(machine, options, n, settings, measured, kernels, squares, rates)
+        for machine in machines
+    }
+    results["validation"] = None
+    if options.validate:
+        results["validation"] = _validate(options, n, measured[words.ROWS])
+    results = report.write(options.out, results)
+    _print(results)
+    words.plot(options.out, results["machines"])
 
 
-def _validation(options: argparse.Namespace, m: int) -> dict[str, Any]:
-    from benchmarks.simulate import validate, words
+def _settings(m: int) -> dict[str, Any]:
+    """By the variants they are for. Every point is taken; one process has no noise to measure."""
+    from aadl_hvd import AndersonConfig
+    from benchmarks.simulate import words
 
-    cores = len(os.sched_getaffinity(0))
-    counts = zip(options.validate_ranks, options.validate_parameters, strict=True)
-    runs = [(ranks, None if n is None else int(n)) for ranks, n in counts]
-    real = {(ranks, n): validate.on_real_ranks(ranks, n, m, options.cycles) for ranks, n in runs}
-    two = next((found for (ranks, _), found in real.items() if ranks == 2), None)
-    if two is None:
-        two = validate.on_real_ranks(2, 1000, m, 1)
-    here = validate.here(two["calibration"])
-    figures = here.machine
-    print("\n## here: real ranks of this machine\n")
-    print(
-        f"Measured with 2 ranks: copying {figures.memory_bandwidth / 1e9:.1f} GB/s a rank, "
-        f"gathering {figures.intranode_bandwidth / 1e9:.2f} GB/s after "
-        f"{1e6 * here.negotiation:.0f} us, latency {1e6 * figures.intranode_latency:.1f} us."
-    )
-    rows = {}
-    for (ranks, n), found in real.items():
-        predicted = validate.predict(here, ranks, n, m, options.cycles)
-        note = "" if ranks <= cores else f"; {ranks} ranks share {cores} cores, not in the model"
-        print(
-            f"\n{ranks} ranks, n = {n or 'as above'}, median of {found['events']} events{note}:\n"
+    return {
+        name: AndersonConfig(
+            history_depth=m, frequency=p, store_every=q, safeguard="none", noise_gate=None
         )
-        print(words.validation_table(predicted, found["seconds"]))
-        rows[str(ranks)] = {"parameters": n, "predicted": predicted, "measured": found["seconds"]}
-    return {"here": dataclasses.asdict(here), "ranks": rows}
+        for name, p, q in ((words.ROWS, 5, 5), (words.DEFAULT, 2, 1))
+    }
+
+
+def _predict(
+    machine: Any,
+    options: argparse.Namespace,
+    n: int,
+    settings: dict[str, Any],
+    moved: dict[str, Any],
+    kernels: Any,
+    squares: float,
+    rates: dict[str, float],
+) -> dict[str, Any]:
+    """Everything about one machine."""
+    from benchmarks.simulate import model, predictions, words
+
+    m = options.history_depth
+    variants: dict[str, dict[int, predictions.Prediction]] = {}
+    for name, like in ((words.ROWS, words.ROWS), (words.NODE, words.ROWS), (words.DEFAULT,) * 2):
+        config = settings[like]
+        measured = predictions.Measured(
+            n=n,
+            m=m,
+            averages=len(config.averages),
+            p=config.frequency,
+            stores=config.frequency // config.store_every,
+            bytes_per_row=moved[like]["bytes_per_row"],
+            solve_s=moved[like]["solve_s"],
+            kernels=kernels,
+        )
+        variants[name] = {
+            ranks: predictions.predict(machine, ranks, measured, node=name == words.NODE)
+            for ranks in sorted(options.ranks)
+        }
+    steps = predictions.steps_of(machine, options.batch, rates)
+    offload = model.offloaded(
+        n, m, stack_and_solve=squares, bandwidth=HOST_BANDWIDTH, link=HOST_LINK
+    )
+    averages = len(settings[words.ROWS].averages)
+    return {
+        "figures": dataclasses.asdict(machine),
+        "steps": dataclasses.asdict(steps),
+        "predicted": {
+            name: [x.as_dict() for x in found.values()] for name, found in variants.items()
+        },
+        "offload": offload,
+        "answers": words.answers(
+            machine, variants, steps, n=n, m=m, averages=averages, offload=offload
+        ),
+    }
+
+
+def _validate(options: argparse.Namespace, n: int, moved: dict[str, Any]) -> dict[str, Any]:
+    """A rank's own work, predicted from its rows and a copy's bandwidth, beside what it took."""
+    from benchmarks.simulate import model
+
+    ranks = options.validate_ranks
+    words = [f"--parameters={options.parameters}", f"--history-depth={options.history_depth}"]
+    run = command.collect(MODULE, *words, f"--turns={options.turns}", ranks=ranks)
+    predicted = model.streaming(
+        moved["bytes_per_row"], -(-n // ranks), n, run.pop("copy_bytes_per_s")
+    )
+    del predicted["replicas"]  # arithmetic, on a processor
+    measured = {part: run["parts_s"][part]["median"] for part in predicted}
+    return {"ranks": ranks, "predicted": predicted, "measured": measured}
+
+
+def _measure_on_ranks(options: argparse.Namespace) -> dict[str, Any]:
+    """The setting of the predictions, on real ranks."""
+    from benchmarks.cost.measure import Quadratic, Setting, measure, through_horovod
+    from benchmarks.simulate import words
+    from benchmarks.workload import copy_bandwidth, shapes_of
+
+    engine, shapes = through_horovod(), shapes_of(options.parameters)
+    setting = Setting(words.ROWS, _settings(options.history_depth)[words.ROWS])
+
+    def copied() -> float:
+        engine.barrier()  # all ranks copy at once
+        return copy_bandwidth()["median"]
+
+    before = copied()
+    found = measure(setting, lambda: Quadratic(shapes), options.turns, engine)
+    return found | {"copy_bytes_per_s": (before + copied()) / 2}
+
+
+def _print(results: dict[str, Any]) -> None:
+    from benchmarks.simulate import words
+
+    measured = results["measured"]
+    kernels = measured["kernels"]
+    print(
+        f"n = {results['parameters']:,}, m = {results['history_depth']}. Copying here: "
+        f"{measured['copy_bytes_per_s']['median'] / 1e9:.1f} GB/s; load average "
+        f"{results['load_average']:.1f}.\n\n"
+        "Measured here: bytes moved for a row in an acceleration step.\n"
+    )
+    print(words.measured_table(results))
+    squares = measured["stack_and_qr_in_bytes_copied"]
+    print(f"\nStacking and QR as AADL does: as long as copying {squares / 1e9:.0f} GB.")
+    for name, found in results["machines"].items():
+        figures = found["figures"]
+        print(f"\n## {name}: {figures['gpu']}, {figures['gpus_per_node']} a node; predicted\n")
+        print(LEGEND.format(microseconds=1e6 * kernels["seconds"], source=kernels["source"]))
+        print("Milliseconds of an acceleration step, p = q = 5:\n")
+        print(words.parts_table(results, name))
+        print(f"\nShare of a step in % (step times {found['steps']['source']}):\n")
+        print(words.shares_table(results, name))
+        print()
+        print("\n".join(f"- {line}" for line in found["answers"]))
+    print(f"\n{words.summary_table(results)}")
+    if results["validation"]:
+        ranks = results["validation"]["ranks"]
+        print(f"\n## here: {ranks} real ranks of this machine, a rank's own work\n")
+        print(words.validation_table(results))
 
 
 if __name__ == "__main__":

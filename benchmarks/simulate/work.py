@@ -1,372 +1,148 @@
-"""What one rank of P does by itself: run here for real, timed, and its kernels counted.
+"""What a rank does by itself, measured here: bytes that each part moves for a row of the history.
 
-The rank is alone, behind a communicator that answers as P ranks would and talks to nobody. The
-weights have the shapes of the network; gradients are those of a quadratic, at a new random point
-in every step, so that no event is rejected and every one does all of its work.
+One process accelerates as many numbers as a rank of P holds rows. The library's public timers say
+what each part took. Two sizes give the slope, and a copy measured beside them turns it into bytes,
+so that it holds on a machine with another bandwidth. Kernels are those that `benchmarks.gpu`
+counted on a GPU, with the time that one took there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
-from unittest import mock
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import aadl_hvd.core.gram as gram
-import aadl_hvd.core.history as history
-import aadl_hvd.core.replicas as replicas
-import aadl_hvd.kernels as fused
 from aadl_hvd import AndersonConfig
-from aadl_hvd.comm.base import Communicator, Values
-from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.noise import GradientSamples
-from aadl_hvd.optim.problem import OptimizerFixedPoint
-from aadl_hvd.stats import Stats
+from benchmarks.cost.measure import Quadratic, Setting, in_one_process, measure, seconds_of
 from benchmarks.report import spread
-from benchmarks.simulate.model import foreach_launches
-from benchmarks.workload import CPU, Clock, copy_bandwidth, gpu_waits
+from benchmarks.simulate.model import ROW_PARTS
+from benchmarks.workload import copy_bandwidth
+from models.errors import UserError
 
-# Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
-# their mean after it; this rank's rows of the gradient; what the library does between its parts.
-BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
-FLOOR_ROWS = 900
-NETWORK = "resnet50"
-_NO_KERNEL = (
-    *("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local"),
-    "promote_types",
-)
-_WAITS = ("cpu", "tolist", "item", "__float__")
+LARGE, SMALL = 6, 24  # P of the two sizes
+SAMPLE_OF_N = 20  # AADL's least squares are measured on every 20th row
+HOST_BOUND = 96  # P from which a GPU's streaming takes next to no time
 
 
-class OneOfMany(Communicator):
-    """Answers as if every one of `size` ranks held what this one holds.
+def moved(n: int, config: AndersonConfig, turns: int) -> dict[str, Any]:
+    """Bytes moved for a row, by part, in an acceleration step and the stores before it.
 
     Args:
-        size: P.
-        rank: which of them this is.
-        weights: what an allgather brings, [n].
-    """
-
-    def __init__(self, size: int, rank: int, weights: Tensor) -> None:
-        self.size, self.rank = size, rank
-        self._weights = weights
-
-    def allgather_object(self, item: Any) -> list[Any]:  # noqa: D102
-        return [item] * self.size
-
-    def _allreduce_sum(self, values: Values) -> Values:
-        return values * self.size
-
-    def _allreduce_max(self, values: Values) -> Values:
-        return values
-
-    def _broadcast(self, values: Values) -> Values:
-        return values.copy()
-
-    def _allgather(self, block: Tensor) -> Tensor:
-        return self._weights
-
-    def _sum_tensor(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-class _Timers(Stats):
-    """Stats whose parts exclude one another, and which know what part is under way.
-
-    On a GPU a part takes from when the GPU comes to its start to when it comes to its end, waits
-    for the host included; `seconds` is brought up to date by `settle`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.seconds.update(dict.fromkeys((BACKWARD, SAMPLE, RESIDUAL, OTHER), 0.0))
-        self._clock = Clock(device)
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._under_way: list[str] = []
-        self._since = self._clock.mark()
-
-    @property
-    def part(self) -> str | None:
-        """The part under way; None outside all."""
-        return self._under_way[-1] if self._under_way else None
-
-    @contextlib.contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        self._turn()
-        self._under_way.append(part)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._under_way.pop()
-
-    def settle(self) -> dict[str, float]:
-        """Waits for the device; a copy of `seconds`."""
-        self._clock.synchronise()
-        for part, start, end in self._spans:
-            self.seconds[part] += self._clock.seconds(start, end)
-        self._spans.clear()
-        return dict(self.seconds)
-
-    def _turn(self) -> None:
-        now = self._clock.mark()
-        if self.part is not None:
-            self._spans.append((self.part, self._since, now))
-        self._since = now
-
-
-class _TimedSamples:
-    """Gradient samples, under a timer of their own."""
-
-    def __init__(self, samples: GradientSamples, timers: _Timers) -> None:
-        self._samples, self._timers = samples, timers
-        self.samples = samples.samples
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._samples, name)
-        if name == "take":  # too short for a timer of its own
-            return method
-
-        def timed(*arguments: Any) -> Any:
-            with self._timers.timed(SAMPLE):
-                return method(*arguments)
-
-        return timed
-
-
-class _Kernels(TorchDispatchMode):
-    """Counts operations that start a kernel on a GPU, by part; one for each but for lists."""
-
-    def __init__(self, timers: _Timers) -> None:
-        super().__init__()
-        self._timers = timers
-        self.found: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        if self._timers.part is not None and not func.is_view and not name.startswith(_NO_KERNEL):
-            kernels = 1
-            if name.startswith("_foreach"):
-                kernels = foreach_launches(len(args[0]), sum(t.numel() for t in args[0]))
-            self.found[self._timers.part] = self.found.get(self._timers.part, 0) + kernels
-        return func(*args, **(kwargs or {}))
-
-    def started(self, on: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """Counts one that torch does not see, Triton's, whenever `on` is called for it."""
-
-        def counted(tensor: Tensor) -> Any:
-            if self._timers.part is not None:
-                self.found[self._timers.part] = self.found.get(self._timers.part, 0) + 1
-            return on(tensor)
-
-        return counted
-
-
-class _Waits(TorchFunctionMode):
-    """Counts places where the host would wait for a GPU's numbers, by part."""
-
-    def __init__(self, timers: _Timers) -> None:
-        super().__init__()
-        self._timers = timers
-        self.found: dict[str, int] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        part = self._timers.part
-        if part is not None and getattr(func, "__name__", "") in _WAITS:
-            self.found[part] = self.found.get(part, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-def share(
-    shapes: Sequence[torch.Size],
-    config: AndersonConfig,
-    ranks: int,
-    cycles: int,
-    device: torch.device = CPU,
-) -> dict[str, Any]:
-    """One rank's own work for an accelerated step and what led up to it.
-
-    Args:
-        shapes: of the parameters.
-        config: settings; p = q, or q = 1.
-        ranks: P.
-        cycles: of p steps that are timed, after the history is full.
-        device: where.
+        n: number of parameters, of which LARGE and SMALL ranks hold an equal share.
+        config: settings; every point must be taken.
+        turns: that are timed.
 
     Returns:
-        Rows of this rank, its bytes, the bandwidth of a copy just before and after, in bytes/s
-        (what else this machine does meets both), and by part: seconds (median and quartiles over
-        cycles), kernels and waits of one cycle, and its waits by step, the accelerated one last.
-        On a GPU waits are those that torch warns of, and `peak_bytes` is what was allocated there
-        at most beyond weights and gradients; the vector that an allgather would bring is not in it.
+        "bytes_per_row": read and written, by part. "solve_s": seconds of the small solve.
+
+    Raises:
+        RuntimeError: an acceleration step was rejected and did not do all of its work.
     """
-    n = sum(shape.numel() for shape in shapes)
-    p, m, q = config.frequency, config.history_depth, config.store_every
-    gpu = device.type == "cuda"
-    gc.collect()  # the rank before this one is full of cycles, and must not go while bytes count
-    rank = _Rank(shapes, config, ranks, device)
-    before_all = copy_bandwidth(repeats=5, device=device)["median"]
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    own_bytes = torch.cuda.memory_allocated() if gpu else 0
-    rank.run((m + 1) * q + -m * q % p + p)  # whole cycles, until the history is full
-    rank.run(-rank.calls % p)
-    seconds, accepted = [], rank.timers.accelerated
-    for _ in range(cycles):
-        before = rank.timers.settle()
-        rank.run(p)
-        seconds.append({k: v - before[k] for k, v in rank.timers.settle().items()})
-    peak_bytes = torch.cuda.max_memory_allocated() - own_bytes if gpu else None
-    bandwidth = (before_all + copy_bandwidth(repeats=5, device=device)["median"]) / 2
-    by_step = []
-    with rank.counting() as (kernels, seen), gpu_waits(lambda: rank.timers.part) as warned:
-        waits = warned if gpu else seen.found
-        for _ in range(p):
-            so_far = sum(waits.values())
-            rank.run(1)
-            by_step.append(sum(waits.values()) - so_far)
-    if rank.timers.accelerated - accepted != cycles + 1:
-        raise RuntimeError(f"an event was rejected, its cost is not the whole: {rank.timers}")
+    found = []
+    for rows in (n // LARGE, n // SMALL):
+        before = copy_bandwidth(repeats=5)["median"]
+        run = measure(
+            Setting("rows", config),
+            functools.partial(Quadratic, [torch.Size([rows])]),
+            turns,
+            in_one_process(),
+        )
+        if run["accelerated"] != run["cycles"]:
+            raise RuntimeError(f"{run['accelerated']} of {run['cycles']} steps were accelerated")
+        bandwidth = (before + copy_bandwidth(repeats=5)["median"]) / 2
+        found.append((rows, bandwidth, {k: v["median"] for k, v in run["parts_s"].items()}))
+    (rows, bandwidth, seconds), (few, theirs, fewer) = found
     return {
-        "parameters": n,
-        "ranks": ranks,
-        "layout": config.layout,
-        "p": p,
-        "q": q,
-        "rows": rank.rows.stop - rank.rows.start,
-        "bytes": rank.accelerator.history_bytes,
-        "bandwidth": bandwidth,
-        "seconds": {part: spread([cycle[part] for cycle in seconds]) for part in seconds[0]},
-        "launches": kernels.found,
-        "synchronisations": waits,
-        "synchronisations_by_step": by_step,
-        "peak_bytes": peak_bytes,
+        "rows": [rows, few],
+        "bytes_per_row": {
+            part: max(bandwidth * seconds[part] - theirs * fewer[part], 0.0) / (rows - few)
+            for part in ROW_PARTS
+        },
+        "solve_s": seconds["solve"],
     }
 
 
-class _Rank:
-    """One rank of P on its own, with a problem to accelerate."""
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What a GPU starts for an acceleration step with p = q.
 
-    def __init__(
-        self,
-        shapes: Sequence[torch.Size],
-        config: AndersonConfig,
-        ranks: int,
-        device: torch.device = CPU,
-    ) -> None:
-        n = sum(shape.numel() for shape in shapes)
-        generator = torch.Generator().manual_seed(0)
-        self._curvature = torch.rand(n, generator=generator).mul_(0.9).add_(0.1).to(device)
-        self._w, self._g = torch.empty(n, device=device), torch.empty(n, device=device)
-        parameters = [
-            torch.nn.Parameter(part.view(shape))
-            for part, shape in zip(self._w.split([s.numel() for s in shapes]), shapes, strict=True)
+    Attributes:
+        source: the file that it was read from.
+        seconds: of one, with the Python around it.
+        by_ranks: kernels by part, by P.
+        synchronizations: of the host with the GPU.
+    """
+
+    source: str
+    seconds: float
+    by_ranks: dict[int, dict[str, int]]
+    synchronizations: int
+
+    def of(self, ranks: int) -> dict[str, int]:
+        """By part, as counted for the largest P up to `ranks`."""
+        known = sorted(self.by_ranks)
+        return self.by_ranks[max((P for P in known if ranks >= P), default=known[0])]
+
+
+def read_kernels(path: Path, seconds: float | None = None) -> Kernels:
+    """Reads what `python -m benchmarks.gpu` wrote.
+
+    Args:
+        path: its JSON file.
+        seconds: of a kernel, in place of what was measured there.
+
+    Raises:
+        UserError: it cannot be read, or has no runs with float32 and more than one rank.
+    """
+    try:
+        runs = json.loads(path.read_text())["parts"]
+        counted = {
+            run["ranks"]: run
+            for run in runs
+            if run["ranks"] > 1 and run["history_dtype"] == "float32"
+        }
+        bound = [run for run in runs if run["ranks"] >= min(HOST_BOUND, max(counted))]
+        took = [
+            sum(part["median"] for part in run["seconds"].values()) / sum(run["launches"].values())
+            for run in bound
         ]
-        for p, part in zip(parameters, self._g.split([s.numel() for s in shapes]), strict=True):
-            p.grad = part.view(p.shape)
-        self._parameters = parameters
-        optimizer = torch.optim.SGD(parameters, lr=0.1, weight_decay=1e-4)
-        self._problem = OptimizerFixedPoint(optimizer, config.residual)
-        block = -(-n // ranks)
-        rank = min(ranks // 2, (n - 1) // block)  # in the middle, and not an empty one
-        lo, hi = (rank * block, min((rank + 1) * block, n)) if config.layout == "rows" else (0, n)
-        self.rows = slice(lo, hi)
-        weights = torch.rand(max(n, ranks * block), generator=generator).to(device)
-        self._points = torch.randn(hi - lo + 4096, generator=generator).to(device)
-        self._w.copy_(weights[:n])
-        if config.layout == "columns":
-            rank = 0  # holds as many columns as anybody
-        self.accelerator = Accelerator(config, OneOfMany(ranks, rank, weights))
-        self.timers = _Timers(device)
-        self.accelerator.stats = self.timers
-        if config.noise_gate is not None:
-            self._problem.sample_gradients(1, 1.0)
-            samples = cast(GradientSamples, self._problem.samples)
-            self._problem.samples = cast(Any, _TimedSamples(samples, self.timers))
-        self._config, self._loss = config, torch.ones((), device=device)
-        self._generator = np.random.default_rng(0)
-        self.calls = 0
-
-    def run(self, steps: int) -> None:
-        """Steps of which only acceleration's own part is timed.
-
-        As where residuals change slowly, so that R^T r is carried forward on a processor: the ones
-        here mean nothing.
-        """
-        with mock.patch.object(gram, "DRIFT", math.inf):
-            for _ in range(steps):
-                self._step()
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[tuple[_Kernels, _Waits]]:
-        """Within, kernels and waits are counted, in chunks of a GPU's length."""
-        kernels, waits = _Kernels(self.timers), _Waits(self.timers)
-        with contextlib.ExitStack() as stack:
-            for module in (history, replicas):
-                stack.enter_context(mock.patch.object(module, "CHUNK", module.CHUNK_GPU))
-            stack.enter_context(mock.patch.object(fused, "_on", kernels.started(fused._on)))
-            stack.enter_context(waits)
-            stack.enter_context(kernels)
-            yield kernels, waits
-
-    def _step(self) -> None:
-        accelerator, problem, config = self.accelerator, self._problem, self._config
-        self.calls += 1
-        acts = self.calls % config.store_every == 0 or self.calls % config.frequency == 0
-        sampled = accelerator.measures_noise
-        if acts:
-            offset = int(self._generator.integers(4096))
-            self._w[self.rows].copy_(self._points[offset : offset + len(self._points) - 4096])
-        if acts or sampled:
-            torch.mul(self._curvature, self._w, out=self._g)
-        if sampled and problem.samples is not None:
-            with torch.no_grad():
-                with self.timers.timed(BACKWARD):
-                    for parameter in self._parameters:
-                        problem.samples.take(parameter)
-                problem.samples.take_mean()
-
-        def advance() -> None:
-            with self.timers.timed(RESIDUAL):
-                problem.keep_gradient()
-
-        problem.base_step = problem.skip_step = advance
-        accelerator.observe(self._loss)
-        with self.timers.timed(OTHER):
-            accelerator.step(problem)
-        problem.forget_gradient()
-
-
-def floor_ranks(n: int) -> int:
-    """P at which a rank has next to no rows: all that is left is the host's time."""
-    return -(-n // min(FLOOR_ROWS, n // 2))
+        return Kernels(
+            source=path.name,
+            seconds=statistics.median(took) if seconds is None else seconds,
+            by_ranks={P: run["launches"] for P, run in counted.items()},
+            synchronizations=max(sum(x["synchronizations"].values()) for x in counted.values()),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--gpu is {path}, must be a file that `python -m benchmarks.gpu` wrote, with float32 "
+            f"and more than one rank: {error}"
+        ) from None
 
 
 def least_squares(n: int, m: int, repeats: int = 5) -> dict[str, float]:
-    """An event as AADL has it on every rank, stacking m columns and solving by QR; measured.
+    """What AADL does on every rank, stacking m columns and solving by QR; measured.
 
-    In bytes that could be copied in that time: both are measured one after the other, so that
+    In bytes that could be copied in that time. Both are measured one after the other, so that
     whatever else this machine does meets both.
     """
     generator = torch.Generator().manual_seed(0)
     iterates = [torch.randn(n, generator=generator) for _ in range(m + 1)]
     r = torch.randn(n, generator=generator)
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        stacked = torch.stack(iterates, dim=1)
-        differences = stacked[:, 1:] - stacked[:, :-1]
-        q, upper = torch.linalg.qr(differences)
+
+    def solve(iterates: Sequence[torch.Tensor]) -> None:
+        stacked = torch.stack(list(iterates), dim=1)
+        q, upper = torch.linalg.qr(stacked[:, 1:] - stacked[:, :-1])
         torch.linalg.solve_triangular(upper, (q.T @ r)[:, None], upper=True)
-        seconds = time.perf_counter() - started
-        found.append(seconds * copy_bandwidth(repeats=3)["median"])
-    return spread(found)
+
+    return spread(
+        [
+            seconds_of(lambda: solve(iterates)) * copy_bandwidth(repeats=3)["median"]
+            for _ in range(repeats)
+        ]
+    )
