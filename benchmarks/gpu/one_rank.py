@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import aadl_hvd.core.gram as gram
 import aadl_hvd.core.history as history
 import aadl_hvd.core.replicas as replicas
+import aadl_hvd.kernels as library_kernels
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.base import Communicator, Values
 from aadl_hvd.core.accelerator import Accelerator
