@@ -118,7 +118,7 @@ def read_kernels(path: Path, seconds: float | None = None) -> Kernels:
             by_ranks={P: run["launches"] for P, run in counted.items()},
             synchronizations=max(sum(x["synchronizations"].values()) for x in counted.values()),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--gpu is {path}, must be a file that `python -m benchmarks.gpu` wrote, with float32 "
             f"and more than one rank: {error}"
