@@ -209,6 +209,7 @@ def measure(
         "p": p,
         "q": config.store_every,
         "m": config.history_depth,
+        "averages": len(config.averages),
         "cycles": cycles,
         "accelerated": stats.accelerated - accelerated,
         "own_step_s": report.spread(plain_s),

@@ -18,6 +18,7 @@ from benchmarks.cost.measure import Quadratic, Setting, measure, seconds_of, thr
 from benchmarks.workload import CYCLE_PARTS, copy_bandwidth, shapes_of
 
 DENSE = "dense reference"
+AVERAGED = "p = q = 5, gate and averages"  # what benchmarks.simulate reads
 RANKS = (1, 2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.simulate import model
 from benchmarks.simulate.machines import Machine
 from benchmarks.simulate.model import Network
-from benchmarks.simulate.work import Kernels
+from benchmarks.simulate.sources import Kernels, Timers
 
 # Columns of the tables, and the parts of an acceleration step that each adds up: the library's
 # timers, and those that benchmarks.gpu has beside them.
@@ -96,32 +96,17 @@ class Prediction:
         return {**dataclasses.asdict(self), "total": self.total, "bare": self.bare}
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What was measured and counted for one setting.
-
-    Attributes:
-        n: number of parameters.
-        m: history depth.
-        averages: number of running averages.
-        p: acceleration's frequency.
-        stores: pairs stored in a cycle.
-        bytes_per_row: by part, see `work.moved`.
-        solve_s: seconds of the small solve, which stays on the host.
-        kernels: see there.
-    """
-
-    n: int
-    m: int
-    averages: int
-    p: int
-    stores: int
-    bytes_per_row: Mapping[str, float]
-    solve_s: float
-    kernels: Kernels
-
-
-def predict(machine: Machine, ranks: int, measured: Measured, *, node: bool = False) -> Prediction:
+def predict(
+    machine: Machine,
+    ranks: int,
+    timers: Timers,
+    kernels: Kernels,
+    *,
+    n: int,
+    p: int,
+    q: int,
+    node: bool = False,
+) -> Prediction:
     """One rank of P on a machine.
 
     Streaming scales with memory bandwidth; every kernel costs the host its time beside it; nothing
@@ -130,34 +115,39 @@ def predict(machine: Machine, ranks: int, measured: Measured, *, node: bool = Fa
     Args:
         machine: its figures.
         ranks: P.
-        measured: the work.
+        timers: the work on a row.
+        kernels: that are started.
+        n: number of parameters.
+        p: acceleration's frequency.
+        q: a pair is stored every q steps, q <= p.
         node: the ranks of a node share the history (`shard_group="node"`), not all P. The weights
             are gathered within the node. The Gram matrix is summed up by all P, each over n/P rows.
     """
-    n, m, averages = measured.n, measured.m, measured.averages
+    m, averages = timers.m, timers.averages
     group = min(machine.gpus_per_node, ranks) if node else ranks
     bandwidth = machine.memory_bandwidth
     own, all_ranks = (
-        model.streaming(measured.bytes_per_row, -(-n // P), n, bandwidth) for P in (group, ranks)
+        model.streaming(timers.bytes_per_row, -(-n // P), n, bandwidth) for P in (group, ranks)
     )
-    parts = own | {"gram": all_ranks["gram"], "solve": measured.solve_s}
-    kernels = dict(measured.kernels.of(ranks))
-    for part in GROUPS["store"]:
-        kernels[part] = kernels.get(part, 0) * measured.stores
-    for part, count in kernels.items():
-        parts[part] = parts.get(part, 0.0) + count * measured.kernels.seconds
+    parts = own | {"gram": all_ranks["gram"], "solve": timers.solve_s}
+    counts = kernels.of(ranks)
+    for part, count in counts.items():
+        parts[part] = parts.get(part, 0.0) + count * kernels.seconds
+    for part in GROUPS["store"]:  # the sources have p = q
+        parts[part] = parts.get(part, 0.0) * (p // q)
+        counts[part] = counts.get(part, 0) * (p // q)
     messages = model.talk(Network(machine, group), n, m, averages)
     messages["tiny messages"] = model.talk(Network(machine, ranks), n, m, averages)["tiny messages"]
     return Prediction(
         ranks=ranks,
-        p=measured.p,
+        p=p,
         seconds={
             name: sum(parts.get(part, 0.0) for part in members) for name, members in GROUPS.items()
         }
         | messages,
         bytes=model.history_bytes(n, m, group, averages=averages),
-        kernels=sum(kernels.values()),
-        in_backward=kernels.get("backward", 0),
+        kernels=sum(counts.values()),
+        in_backward=counts.get("backward", 0),
     )
 
 

@@ -25,19 +25,13 @@ AT = 1536  # ranks that the summary is for
 
 
 def measured_table(results: Mapping[str, Any]) -> str:
-    """Bytes moved for a row, by part, a line for each setting."""
-    work = results["measured"]["work"]
-    parts = list(next(iter(work.values()))["bytes_per_row"])
-    rows = [
-        [
-            name,
-            *(f"{found['bytes_per_row'][part]:.0f}" for part in parts),
-            f"{sum(found['bytes_per_row'].values()):.0f}",
-            _ms(found["solve_s"]),
-        ]
-        for name, found in work.items()
-    ]
-    return table(["", *parts, "sum", "solve / ms"], rows)
+    """Bytes moved for a row, by part."""
+    timers = results["timers"]
+    rows = timers["bytes_per_row"]
+    cells = [f"{x:.0f}" for x in (*rows.values(), sum(rows.values()))]
+    return table(
+        ["", *rows, "sum", "solve / ms"], [["bytes a row", *cells, _ms(timers["solve_s"])]]
+    )
 
 
 def parts_table(results: Mapping[str, Any], machine: str) -> str:
@@ -147,7 +141,7 @@ def answers(
 
 def validation_table(results: Mapping[str, Any]) -> str:
     """Predicted beside measured milliseconds of a rank's own work, on real ranks."""
-    found = results["validation"]
+    found = results["timers"]
     predicted, measured = found["predicted"], found["measured"]
     rows = [
         [part, _ms(predicted[part]), _ms(measured[part]), _ratio(predicted[part], measured[part])]

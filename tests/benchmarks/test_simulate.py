@@ -1,4 +1,4 @@
-"""The cost model: formulas, what is measured here, and the benchmark from end to end."""
+"""The cost model: formulas, what they are fed with, and the program from end to end."""
 
 import dataclasses
 import json
@@ -12,10 +12,12 @@ from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.optim.problem import OptimizerFixedPoint
+from benchmarks.cost import overhead
 from benchmarks.simulate import __main__ as simulate
-from benchmarks.simulate import model, predictions, work
+from benchmarks.simulate import model, predictions, sources
 from benchmarks.simulate.machines import Machine, read_machine
-from benchmarks.workload import copy_bandwidth, shapes_of
+from benchmarks.tables import RESULTS
+from benchmarks.workload import shapes_of
 from models.errors import UserError
 
 TOML = """
@@ -166,40 +168,53 @@ def test_bytes_are_those_of_the_library(layout, dtype, itemsize, averages):
         assert found == _bytes_on_ranks(n, m, ranks, config)
 
 
-def test_bytes_of_a_row_are_measured():
-    config = AndersonConfig(history_depth=3, frequency=2, safeguard="none", noise_gate=None)
-    found = work.moved(600_000, config, 2)
-    assert found["rows"] == [100_000, 25_000] and found["solve_s"] > 0
-    assert set(found["bytes_per_row"]) == set(model.ROW_PARTS)
-    assert min(found["bytes_per_row"].values()) >= 0
+def _overhead_file(path, ranks=(1, 2), dense=True):
+    """One rank: 1 ms a part at 2 GB/s; two: 2 ms at 1 GB/s. 100,000 numbers."""
+    parts = (*model.ROW_PARTS, "write", "replicas", "solve")
+    runs = [
+        {
+            "name": overhead.AVERAGED,
+            "ranks": P,
+            "n": 100_000,
+            "m": 20,
+            "averages": 4,
+            "copy_bytes_per_s": 2e9 / P,
+            "parts_s": {part: {"median": P * 1e-3} for part in parts},
+        }
+        for P in ranks
+    ]
+    if dense:
+        bandwidth = {"ranks": 1, "copy_bytes_per_s": 2e9}
+        runs.append({"name": overhead.DENSE, "stack_s": 1.0, "qr_s": 2.0, **bandwidth})
+    path.write_text(json.dumps({"runs": runs}))
+    return path
 
 
-def test_the_slope_over_rows_is_what_counts(monkeypatch):
-    """A part of 1 ms and 3 ns a row, at a bandwidth of 2 GB/s: 6 bytes a row."""
-
-    def measured(setting, make, turns, engine):
-        rows = make().n
-        median = 1e-3 + 3e-9 * rows
-        seconds = {part: {"median": median} for part in (*model.ROW_PARTS, "solve")}
-        return {"accelerated": turns, "cycles": turns, "parts_s": seconds}
-
-    monkeypatch.setattr(work, "measure", measured)
-    monkeypatch.setattr(work, "copy_bandwidth", lambda **_: {"median": 2e9})
-    found = work.moved(240_000, AndersonConfig(), 3)
-    assert found["bytes_per_row"] == pytest.approx(dict.fromkeys(model.ROW_PARTS, 6.0))
-    assert found["solve_s"] == pytest.approx(1e-3 + 3e-9 * 40_000)
+def test_timers_are_read(tmp_path):
+    found = sources.read_timers(_overhead_file(tmp_path / "x.json"))
+    assert (found.source, found.n, found.m, found.averages) == ("x.json", 100_000, 20, 4)
+    assert found.bytes_per_row == pytest.approx(dict.fromkeys(model.ROW_PARTS, 20.0))
+    assert (found.solve_s, found.dense_bytes) == (1e-3, 6e9)
+    # Half of the rows at half of the bandwidth; what is written stays n numbers.
+    rows = dict.fromkeys(model.ROW_PARTS, 1e-3)
+    assert found.predicted == pytest.approx(rows | {"write": 8 * 100_000 / 1e9})
+    assert found.measured == dict.fromkeys((*model.ROW_PARTS, "write"), 2e-3)
 
 
-def test_a_rejected_acceleration_step_is_an_error(monkeypatch):
-    found = {"accelerated": 1, "cycles": 2}
-    monkeypatch.setattr(work, "measure", lambda *_: found)
-    with pytest.raises(RuntimeError, match="1 of 2"):
-        work.moved(24_000, AndersonConfig(), 2)
+@pytest.mark.parametrize("changes", [{"ranks": (1,)}, {"ranks": (2, 4)}, {"dense": False}])
+def test_another_file_has_no_timers(tmp_path, changes):
+    with pytest.raises(UserError, match="--overhead"):
+        sources.read_timers(_overhead_file(tmp_path / "x.json", **changes))
+    with pytest.raises(UserError, match="--overhead"):
+        sources.read_timers(tmp_path / "nothing.json")
 
 
-def test_bandwidth_and_least_squares_are_measured():
-    assert copy_bandwidth(1000, 2)["median"] > 0
-    assert work.least_squares(200, 3, 1)["median"] > 0
+def test_the_sweep_writes_what_is_read():
+    """The run by its name, with averages and without a moving average."""
+    for ranks in (1, 2):
+        (chosen,) = (x for x in overhead.settings(20, ranks) if x.name == overhead.AVERAGED)
+        assert chosen.config.averages and chosen.config.average_window is None
+        assert chosen.config.frequency == chosen.config.store_every == 5
 
 
 def _gpu_file(path, **changes):
@@ -226,19 +241,19 @@ def _gpu_file(path, **changes):
 def test_kernels_are_read(tmp_path):
     """One rank has no gate; time is taken where kernels are all there is."""
     path = _gpu_file(tmp_path / "gpu.json")
-    found = work.read_kernels(path)
+    found = sources.read_kernels(path)
     assert (found.source, found.synchronizations) == ("gpu.json", 2)
     assert found.seconds == pytest.approx(2e-5)
     assert [found.of(P)["gram"] for P in (2, 6, 95, 96, 1536)] == [10, 10, 10, 5, 5]
-    assert work.read_kernels(path, 1e-6).seconds == 1e-6
+    assert sources.read_kernels(path, 1e-6).seconds == 1e-6
 
 
 @pytest.mark.parametrize("changes", [{"ranks": 1}, {"history_dtype": "bfloat16"}, {"seconds": 3}])
 def test_another_file_is_no_gpu_file(tmp_path, changes):
     with pytest.raises(UserError, match="--gpu"):
-        work.read_kernels(_gpu_file(tmp_path / "gpu.json", **changes))
+        sources.read_kernels(_gpu_file(tmp_path / "gpu.json", **changes))
     with pytest.raises(UserError, match="--gpu"):
-        work.read_kernels(tmp_path / "nothing.json")
+        sources.read_kernels(tmp_path / "nothing.json")
 
 
 def test_shapes():
@@ -246,22 +261,27 @@ def test_shapes():
     assert sum(shape.numel() for shape in shapes_of("12345")) == 12345
 
 
-def _measured(stores=1):
-    counted = {"read": 10, "gram": 20, "noise": 60, "backward": 40, "write": 4}
-    return predictions.Measured(
-        n=RESNET50,
-        m=20,
-        averages=4,
-        p=5,
-        stores=stores,
-        bytes_per_row=dict.fromkeys(model.ROW_PARTS, 90.0),
-        solve_s=10e-3,
-        kernels=work.Kernels("x.json", 1e-5, {6: counted}, 3),
-    )
+COUNTED = {"read": 10, "gram": 20, "noise": 60, "backward": 40, "write": 4}
+KERNELS = sources.Kernels("x.json", 1e-5, {6: COUNTED}, 3)
+TIMERS = sources.Timers(
+    source="y.json",
+    n=RESNET50,
+    m=20,
+    averages=4,
+    bytes_per_row=dict.fromkeys(model.ROW_PARTS, 90.0),
+    solve_s=10e-3,
+    dense_bytes=1e9,
+    predicted={},
+    measured={},
+)
+
+
+def _predict(ranks, p=5, q=5, **how):
+    return predictions.predict(SUMMIT, ranks, TIMERS, KERNELS, n=RESNET50, p=p, q=q, **how)
 
 
 def test_what_is_scaled_and_what_is_not():
-    found = predictions.predict(SUMMIT, 96, _measured())
+    found = _predict(96)
     row = 90 / 900e9 * 266_220
     assert found.seconds["store"] == pytest.approx(2 * row + 10e-5)  # read, and stored
     assert found.seconds["gram"] == pytest.approx(row + 20e-5)
@@ -273,21 +293,25 @@ def test_what_is_scaled_and_what_is_not():
     switchable = found.seconds["noise gate"] + found.seconds["averages"]
     assert found.total - found.bare == pytest.approx(switchable)
     assert found.share(0.1) == pytest.approx(found.total / 0.5)
-    twice = predictions.predict(SUMMIT, 96, _measured(stores=2))
-    assert twice.kernels == 144
+
+
+def test_every_store_is_counted():
+    once, twice = _predict(96), _predict(96, p=2, q=1)
+    assert twice.seconds["store"] == pytest.approx(2 * once.seconds["store"])
+    assert twice.kernels == once.kernels + 10
+    others = set(once.seconds) - {"store"}
+    assert all(twice.seconds[name] == once.seconds[name] for name in others)
+    assert KERNELS.of(96) == COUNTED, "changed by a prediction"
 
 
 def test_a_history_shared_by_the_ranks_of_a_node():
-    found = predictions.predict(SUMMIT, 96, _measured())
-    node = predictions.predict(SUMMIT, 96, _measured(), node=True)
+    found, node = _predict(96), _predict(96, node=True)
     assert node.seconds["large message"] < found.seconds["large message"]
     for part in ("gram", "tiny messages"):  # of all ranks
         assert node.seconds[part] == found.seconds[part]
-    row = 90 / 900e9 * 4_259_506  # of the node's
-    assert node.seconds["update"] == pytest.approx(row)
+    assert node.seconds["update"] == pytest.approx(90 / 900e9 * 4_259_506)  # of the node's
     assert node.bytes == model.history_bytes(RESNET50, 20, 6, averages=4) > 10 * found.bytes
-    same = predictions.predict(SUMMIT, 6, _measured(), node=True)
-    assert same == predictions.predict(SUMMIT, 6, _measured())
+    assert _predict(6, node=True) == _predict(6)
 
 
 def test_steps():
@@ -334,7 +358,7 @@ def test_wrong_machine_file(toml, old, new, named, capsys):
     toml.write_text(TOML.replace(old, new))
     with pytest.raises(UserError, match=named):
         read_machine(str(toml))
-    assert simulate.main(["--machine", str(toml), "--no-validate"]) == 2
+    assert simulate.main(["--machine", str(toml), f"--out={toml.parent / 'x.json'}"]) == 2
     assert named in capsys.readouterr().err
 
 
@@ -349,14 +373,12 @@ def test_wrong_machine_file(toml, old, new, named, capsys):
         ["--ranks", "8", "1"],
         ["--parameters", "3"],
         ["--gpu", "nowhere.json"],
-        ["--history-depth", "1"],
+        ["--overhead", "nowhere.json"],
         ["--batch", "0"],
-        ["--turns", "0"],
         ["--images-per-second", "0", "1"],
         ["--images-per-second", "inf", "1"],
         ["--kernel-microseconds", "-1"],
         ["--kernel-microseconds", "inf"],
-        ["--validate-ranks", "1"],
     ],
 )
 def test_bad_arguments(arguments, tmp_path, capsys):
@@ -365,23 +387,29 @@ def test_bad_arguments(arguments, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_small_run(toml, tmp_path, capfd):
+def test_a_run(toml, tmp_path, capsys):
     out = tmp_path / "found" / "simulate.json"
-    sizes = ["--ranks", "3", "6", "1536", "--parameters=60000", "--history-depth=3", "--turns=2"]
-    assert simulate.main(["--machine", str(toml), *sizes, f"--out={out}"]) == 0
-    printed = capfd.readouterr().out
+    words = ["--machine", str(toml), "--ranks", "3", "6", "1536", "--parameters=60000"]
+    assert simulate.main([*words, f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert out.with_suffix(".png").stat().st_size > 1000
-    assert found["parameters"] == 60000 and found["machine"]["cores"] > 0
+    assert found["parameters"] == 60000 and found["timers"]["source"] == "overhead.json"
     predicted = found["machines"]["machine"]["predicted"]
     assert set(predicted) == {"rows", "rows in a node", "p = 2, q = 1"}
     for kind in predicted.values():
         assert [x["ranks"] for x in kind] == [3, 6, 1536]
         assert all(x["total"] > x["bare"] > 0 for x in kind)
-    assert predicted["rows"][2]["bytes"] == model.history_bytes(60000, 3, 1536, averages=4)
-    run = found["validation"]
-    assert run["ranks"] == 2
-    assert set(run["measured"]) == set(run["predicted"]) == {*model.ROW_PARTS, "write"}
-    assert min(run["measured"].values()) > 0
-    for text in ("At 1536 GPUs", "assumed", "measured", "Memory: history", "Beyond"):
+    assert predicted["rows"][2]["bytes"] == model.history_bytes(60000, 20, 1536, averages=4)
+    for text in ("At 1536 GPUs", "Measured", "predicted", "Memory: history", "Beyond"):
         assert text in printed
+
+
+def test_the_predictions_are_those_of_the_results(tmp_path):
+    """benchmarks/results/simulate.json is what the other results give today."""
+    out = tmp_path / "simulate.json"
+    assert simulate.main([f"--out={out}"]) == 0
+    found, kept = (json.loads(path.read_text()) for path in (out, RESULTS / "simulate.json"))
+    for key in ("date", "machine"):
+        found.pop(key), kept.pop(key)
+    assert found == kept, "python -m benchmarks.simulate"
