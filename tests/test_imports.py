@@ -115,19 +115,18 @@ WITH_HOROVOD = {"comm.horovod", "engines.horovod_elastic", "engines.horovod_engi
 # They measure parts of the library that no user meets alone.
 FROM_INSIDE = {
     "benchmarks/gpu/__main__.py": {"aadl_hvd.kernels"},
-    "benchmarks/latency.py": {"aadl_hvd.comm.horovod"},
-    "benchmarks/simulate/validate.py": {"aadl_hvd.comm.horovod"},
-    "benchmarks/simulate/work.py": {
-        "aadl_hvd.core.accelerator",
+    "benchmarks/gpu/one_rank.py": {
         "aadl_hvd.comm.base",
-        "aadl_hvd.stats",
-        "aadl_hvd.optim.problem",
+        "aadl_hvd.core.accelerator",
         "aadl_hvd.core.gram",
         "aadl_hvd.core.history",
-        "aadl_hvd.kernels",
         "aadl_hvd.core.noise",
         "aadl_hvd.core.replicas",
+        "aadl_hvd.kernels",
+        "aadl_hvd.optim.problem",
+        "aadl_hvd.stats",
     },
+    "benchmarks/latency.py": {"aadl_hvd.comm.horovod"},
 }
 
 
