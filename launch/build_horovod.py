@@ -21,12 +21,11 @@ from sysconfig import get_config_var
 HOROVOD = "0.28.1"
 # Part of the cache's key. Raise it when the way Horovod is built changes.
 BUILD_RECIPE = 1
-TOOLCHAIN = Path(__file__).with_name("horovod.cmake")
 
 CXX20_PROGRAM = "#include <bit>\n#include <span>\nint main() { return std::bit_width(0u); }\n"
 MPI_PROGRAM = "#include <mpi.h>\nint main() { return MPI_Init(nullptr, nullptr); }\n"
 
-Found = Mapping[str, str]  # what was found on this machine
+Found = Mapping[str, str]
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -40,7 +39,7 @@ def clean_environment(**more: str) -> dict[str, str]:
     # A cluster's module may set OPAL_PREFIX for an MPI that was moved: that one stays.
     if os.path.exists(os.path.join(env.get("OPAL_PREFIX", "/"), "pyvenv.cfg")):
         del env["OPAL_PREFIX"]
-    return {**env, "PIP_USER": "0", "PIP_NO_INPUT": "1", **more}
+    return {**env, "PIP_USER": "0", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off", **more}
 
 
 def output_of(*command: str | Path) -> tuple[bool, str]:
@@ -61,13 +60,12 @@ def compiles(compiler: list[str], program: str) -> bool:
         return output_of(*compiler, source, "-o", source.with_suffix(""))[0]
 
 
-def find_compiler(environ: Found) -> dict[str, str] | None:
+def find_compiler(names: list[str]) -> dict[str, str] | None:
     """The first C++ compiler that knows C++20, with the first line of its version."""
-    for name in [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]:
+    for name in names:
         command = shlex.split(name)
         if compiles([*command, "-std=c++20"], CXX20_PROGRAM):
-            version = output_of(command[0], "--version")[1].splitlines()
-            return {"cxx": name, "version": version[0]}
+            return {"cxx": name, "version": output_of(command[0], "--version")[1].split("\n")[0]}
     return None
 
 
@@ -100,14 +98,16 @@ def find_gpu(environ: Found) -> dict[str, str] | None:
     """CUDA's toolkit and the compute capabilities to build for; None where there is no nvcc."""
     nvcc = Path(environ.get("CUDA_HOME", "unset"), "bin", "nvcc")
     if not nvcc.exists():
-        nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").resolve()
+        nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    # nvcc on PATH may be a wrapper, which would mislead CMake. nvcc itself knows where it is.
+    here = re.search(r"_HERE_=(.+)", output_of(nvcc, "--dryrun", "-c", "x.cu")[1])
     version = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version")[1])
-    if not version:
+    if not (here and version):
         return None
     said = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")[1]
-    archs = ",".join(sorted({a + b for a, b in re.findall(r"^(\d+)\.(\d+)$", said, re.M)}))
-    archs = environ.get("HOROVOD_BUILD_CUDA_CC_LIST") or archs
-    return {"home": str(nvcc.parents[1].resolve()), "version": version[1], "archs": archs}
+    seen = ",".join(sorted({a + b for a, b in re.findall(r"^(\d+)\.(\d+)$", said, re.M)}))
+    archs = environ.get("HOROVOD_BUILD_CUDA_CC_LIST") or seen
+    return {"home": str(Path(here[1]).resolve().parent), "version": version[1], "archs": archs}
 
 
 def digest(*parts: object) -> str:
@@ -119,13 +119,12 @@ def ingredients(
     torch: str, torch_cuda: str, nccl: str, mpi: Found, gpu: Found | None, compiler: Found
 ) -> dict[str, object]:
     """Everything that the built Horovod depends on; the cache's key is its digest."""
-    cpu = {"f16c", "avx", "fma"}.intersection(Path("/proc/cpuinfo").read_text().split())
     return {
         "horovod": HOROVOD,
         "recipe": BUILD_RECIPE,
         "python": get_config_var("SOABI"),
         "platform": [platform.system(), platform.machine(), os.confstr("CS_GNU_LIBC_VERSION")],
-        "cpu": sorted(cpu),
+        "cpu": sorted({"f16c", "avx", "fma"} & {*Path("/proc/cpuinfo").read_text().split()}),
         "torch": torch,
         "torch_cuda": None if torch_cuda == "None" else torch_cuda,
         "mpi": mpi,
@@ -147,8 +146,9 @@ def build_environment(
     on = ["HOROVOD_WITH_PYTORCH", "HOROVOD_WITH_MPI", "HOROVOD_WITH_GLOO"]
     on += ["HOROVOD_WITHOUT_TENSORFLOW", "HOROVOD_WITHOUT_MXNET"]
     more = dict.fromkeys(on, "1")
-    more.update(CMAKE_TOOLCHAIN_FILE=str(TOOLCHAIN), HOROVOD_CMAKE=f"{venv}/bin/cmake")
-    more.update(CMAKE_GENERATOR="Unix Makefiles", MAKEFLAGS=f"-j{jobs}", CXX=compiler["cxx"])
+    more.update(HOROVOD_CMAKE=f"{venv}/bin/cmake", CXX=compiler["cxx"])
+    more.update(CMAKE_TOOLCHAIN_FILE=str(Path(__file__).with_name("horovod.cmake")))
+    more.update(CMAKE_GENERATOR="Unix Makefiles", MAKEFLAGS=f"-j{jobs}")
     if gpu:
         cuda, nccl = gpu["home"], work / "nccl"
         # FindNCCL.cmake looks for libnccl.so, a name that pip's NCCL does not have.

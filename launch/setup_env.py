@@ -134,7 +134,8 @@ class Setup:
         self.gpu = self.state.get("gpu") if self.want_gpu != "off" else None
         if self.want_gpu == "on" or (self.want_gpu == "auto" and self.gpu_seen):
             self.gpu = self.gpu or build_horovod.find_gpu(os.environ)
-        self.compiler = build_horovod.find_compiler(os.environ) or {}
+        names = os.environ.get("CXX") or "c++, g++, clang++"
+        self.compiler = build_horovod.find_compiler(names.split(", ")) or {}
         headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
         own = not self.venv.exists() or (self.venv / "pyvenv.cfg").exists()
         free = self.state or shutil.disk_usage(self.root).free > 11e9
@@ -143,20 +144,15 @@ class Setup:
             (self.want_mpi in mpis.split(), f"AADL_HVD_MPI={self.want_mpi}", f"one of {mpis}"),
             (self.want_gpu in gpus.split(), f"AADL_HVD_GPU={self.want_gpu}", f"one of {gpus}"),
             (jobs, f"JOBS={self.jobs}", "a number from 1 on"),
-            (
-                " " not in str(self.root),
-                f"a blank in {self.root}",
-                "move the checkout: MPI needs it",
-            ),
+            (" " not in str(self.root), f"blank in {self.root}", "move the checkout: MPI needs it"),
             (own, ".venv is no Python environment", "mv .venv venv.old"),
             (free, "less than 11 GB of disk are free", "free some, or move the checkout"),
             (headers, "this Python has no headers (Python.h)", PYTHON),
-            (self.compiler, "no C++ compiler, or none that knows C++20", COMPILER),
+            (self.compiler, f"no C++ compiler that knows C++20 ({names})", COMPILER),
             (mpi or self.want_mpi != "system", "no Open MPI 4 or MPICH on PATH", MPI),
             (self.gpu or self.want_gpu != "on", "AADL_HVD_GPU=on, but there is no nvcc", CUDA),
         )
-        missing = [(problem, fix) for fine, problem, fix in wishes if not fine]
-        if missing:
+        if missing := [(problem, fix) for fine, problem, fix in wishes if not fine]:
             raise SetupError(*missing)
         nccl = f"CUDA {self.gpu['version']}" if self.gpu else "no NCCL (it needs a GPU and nvcc)"
         print(sys.executable, self.compiler["version"], self.mpi["name"], nccl, sep="; ")
