@@ -3,6 +3,8 @@
 import pytest
 from launching import start
 
+pytestmark = pytest.mark.ranks
+
 # Seconds; a hang must not outlive it. Twice what three ranks on Gloo take on two slow cores; tests
 # on the ranks have limits of their own.
 TIME_LIMIT = 900

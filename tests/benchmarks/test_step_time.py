@@ -7,6 +7,7 @@ import pytest
 from benchmarks import step_time
 
 
+@pytest.mark.ranks
 def test_a_short_run(tmp_path, capfd):
     out = tmp_path / "found" / "step_time.json"
     words = ["--problem=quadratic", "--blocks=2", "--steps=4", f"--out={out}"]

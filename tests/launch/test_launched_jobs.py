@@ -21,6 +21,8 @@ from launch.machines import FOLDER  # noqa: E402
 from models.data import write_digits  # noqa: E402
 from models.metrics import read_csv  # noqa: E402
 
+pytestmark = pytest.mark.ranks
+
 TRAIN = [
     "--model=resnet8", "--width=4", "--channels=1", "--image-size=16", "--resize=16", "--workers=1",
     "--batch-size=100", "--epochs=2", "--log-every=1", "--no-tensorboard", "--device=cpu",
