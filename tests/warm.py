@@ -141,6 +141,21 @@ def become(request, streams):
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     os.sched_setaffinity(0, request["cores"])
+    # The old ones know the kind of file that the server's were.
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = open(  # noqa: SIM115
+            number,
+            "w" if number else "r",
+            buffering=1 if name == "stderr" else -1,
+            encoding=encoding or "utf-8",
+            errors="backslashreplace" if name == "stderr" else errors or "strict",
+            closefd=False,
+        )
+        if number and os.environ.get("PYTHONUNBUFFERED"):
+            stream.reconfigure(write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def execute(words):
