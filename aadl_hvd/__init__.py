@@ -8,7 +8,6 @@ Neither Horovod nor MPI is needed to import this package or to use `AndersonOpti
 from typing import Any
 
 from aadl_hvd import checkpoint
-from aadl_hvd.batch_norm import average_batch_norm, recalibrate_batch_norm
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.errors import (
     AndersonError,
@@ -20,8 +19,9 @@ from aadl_hvd.errors import (
     ReplicaMismatchError,
     UnsupportedError,
 )
-from aadl_hvd.neumann import NeumannOptimizer
-from aadl_hvd.optimizer import AndersonOptimizer, DistributedAndersonOptimizer
+from aadl_hvd.optim.accelerated import AndersonOptimizer, DistributedAndersonOptimizer
+from aadl_hvd.optim.batch_norm import average_batch_norm, recalibrate_batch_norm
+from aadl_hvd.optim.neumann import NeumannOptimizer
 
 __all__ = [
     "AndersonConfig",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -13,18 +15,15 @@ import torch
 from aadl_hvd.errors import ConfigError
 
 SAFEGUARDS: Final = ("none", "residual", "loss", "descent")
-RESIDUALS: Final = ("step", "gradient", "state")
-MOMENTA: Final = ("keep", "reset")
+RESIDUALS: Final = ("step", "gradient")
 LAYOUTS: Final = ("rows", "columns")
 SHARD_GROUPS: Final = ("world", "node")
 DESYNC_REACTIONS: Final = ("error", "resync")
-HISTORY_DEVICES: Final = (None, "cpu")
 MAX_DEPTH: Final = 1000
 HISTORY_DTYPES: Final = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
 }
 
 # The settings printed in section "Numerical results" of arXiv 2110.14813. It never gives t.
@@ -37,7 +36,35 @@ _PAPER: Final[dict[str, dict[str, Any]]] = {
 _PAPER_WINDOW: Final = {"admissions": 5, "burgers2d": 5, "burgers100d": 5, "resnet50": 4}
 _PAPER_THRESHOLD: Final = 0.1
 
+# Options of version 0.2 and before, and what to use in their place.
+_DROPPED: Final = {
+    "damping": "It is called mixing now: the mixing parameter of Anderson's method.",
+    "refine": "Leave it out: no measured case has needed refinement. If the least-squares problem "
+    "is ill-conditioned, use regularization=1e-10.",
+    "momentum": "Leave it out: the base optimizer's momentum is always kept.",
+    "history_device": "Leave it out: the history is where the parameters are. If it does not fit, "
+    "use a smaller history_depth, history_dtype='bfloat16' or averages=().",
+}
 
+
+def _refuses_dropped_options(cls: type[AndersonConfig]) -> type[AndersonConfig]:
+    """Has the constructor say what to use in place of an option that was dropped."""
+    construct: Callable[..., None] = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: AndersonConfig, *args: Any, **settings: Any) -> None:
+        for name, advice in _DROPPED.items():
+            if name in settings:
+                raise ConfigError(
+                    f"Invalid {name}={settings[name]!r}. AndersonConfig has no such option. {advice}"
+                )
+        construct(self, *args, **settings)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_refuses_dropped_options
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AndersonConfig:
     """Settings of Anderson acceleration (AA), all keyword-only, validated at construction.
@@ -59,7 +86,7 @@ class AndersonConfig:
             warm-up being counted from k = 1; at least 1.
         store_every: q, store the pair (w, r) where k mod q = 0, before accelerating; at least 1.
         relaxation: beta in (0, 1], the step taken towards the accelerated point (Eq. 6).
-        damping: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 10].
+        mixing: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 10].
             What the history leaves of r lies in directions of low curvature, in which the base
             optimizer's step is short: measured, 3 is better than 1.
         warmup_steps: plain steps of the base optimizer before the first pair is stored.
@@ -75,8 +102,8 @@ class AndersonConfig:
             where the square of its norm is above 2 c s. None opens the gate: for full batches on
             one rank, where noise has to be estimated from the residuals alone.
         averages: running averages of the iterates kept for evaluation (`averaged_weights`), beside
-            training: decay factors per step in (0, 1), and window lengths in steps, integers of at
-            least 2. Each costs 2 n/P numbers, a window 4. () for none.
+            training, by their decay factors per step, in (0, 1). Each costs 2 n/P numbers.
+            () for none.
         safeguard: when an accelerated point is taken. "none": always. "descent": only if
             <w+ - w, r> > 0; no extra pass; after a rejection the older half of the columns is
             dropped. "residual": the paper's, judged in the next step: if
@@ -86,10 +113,7 @@ class AndersonConfig:
             point (two extra passes per accelerated step).
         residual: what r is. "step": G(w) - w, the paper's; wrong for optimizers with momentum.
             "gradient": -(gradient + weight_decay * w), turned into a step by the base optimizer's
-            own scaling: lr / (1 - momentum), lr / (sqrt(v) + eps) for Adam and its kin. "state":
-            weights and momentum buffers of `torch.optim.SGD` together, with the norm over both.
-        momentum: what becomes of the base optimizer's momentum after an accepted step: "keep" or
-            "reset" (to zero).
+            own scaling: lr / (1 - momentum), lr / (sqrt(v) + eps) for Adam and its kin.
         layout: "rows": every rank holds n/P rows of all columns. "columns": every rank holds whole
             columns; uses at most m ranks.
         shard_group: P, the ranks that share one history. "world": all that train together; least
@@ -98,17 +122,11 @@ class AndersonConfig:
             Horovod process set that includes this rank; the ranks' sets must split the world into
             groups of one size. Every group holds a whole history; with layout="rows" only.
         history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
-            float32, bfloat16, float16. None: float64 if a parameter is float64, else float32.
-        history_device: where history and averages are: None, where the parameters are, or "cpu", in
-            memory of the host, which then does the arithmetic, too: slow, for GPUs without room.
-            Weights come over through pinned memory, while the base optimizer works; residuals
-            after it.
+            float32, bfloat16. None: float64 if a parameter is float64, else float32.
         on_desync: what follows when ranks no longer hold the same weights, which every attempt
             checks: "error" on all ranks, that names those that differ from most, or "resync": these
             get weights and optimizer state of the others, with a warning. Ranks that were never
             equal are warned of, and not accelerated.
-        refine: steps of iterative refinement of the least-squares solution (corrected semi-normal
-            equations); each costs one pass over R and one tiny reduction.
 
     Raises:
         ConfigError: a value is not allowed; the message names parameter, value and range.
@@ -119,7 +137,7 @@ class AndersonConfig:
     frequency: int = 2
     store_every: int = 1
     relaxation: float = 1.0
-    damping: float = 3.0
+    mixing: float = 3.0
     warmup_steps: int = 0
     regularization: float = 0.0
     average_window: int | None = None
@@ -128,45 +146,35 @@ class AndersonConfig:
     noise_gate: float | None = 10.0
     safeguard: str = "descent"
     residual: str = "gradient"
-    momentum: str = "keep"
     layout: str = "rows"
     shard_group: Any = "world"
     history_dtype: torch.dtype | None = None
-    history_device: str | None = None
-    refine: int = 0
     on_desync: str = "error"
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
             raise ConfigError(f"Invalid enabled={self.enabled!r}. Must be True or False.")
         self._check_integer("history_depth", 1, MAX_DEPTH)
-        for name, low in (
-            ("frequency", 1),
-            ("store_every", 1),
-            ("warmup_steps", 0),
-            ("refine", 0),
-        ):
+        for name, low in (("frequency", 1), ("store_every", 1), ("warmup_steps", 0)):
             self._check_integer(name, low)
         if self.average_window is not None:
             self._check_integer("average_window", 2, other="or None, for no moving average")
         self._check_real("relaxation", 0.0, 1.0, low_open=True)
-        self._check_real("damping", 0.0, 10.0)
+        self._check_real("mixing", 0.0, 10.0)
         if self.noise_gate is not None:
             self._check_real("noise_gate", 0.0, math.inf, other="or None, for no gate")
         self._check_real("regularization", 0.0, math.inf)
         self._check_real("average_threshold", 0.0, math.inf, low_open=True)
         self._check_averages()
         self._check_choice("safeguard", SAFEGUARDS)
-        self._check_choice("residual", RESIDUALS)
-        self._check_choice("momentum", MOMENTA)
-        if self.momentum == "reset" and self.residual == "state":
+        if self.residual == "state":
             raise ConfigError(
-                "Invalid momentum='reset' with residual='state', which accelerates the momentum "
-                "itself. Must be 'keep'."
+                "Invalid residual='state', which AndersonConfig no longer has. Must be 'gradient', "
+                "which is right for optimizers with momentum, or 'step'."
             )
+        self._check_choice("residual", RESIDUALS)
         self._check_choice("layout", LAYOUTS)
         self._check_shard_group()
-        self._check_choice("history_device", HISTORY_DEVICES)
         self._check_choice("on_desync", DESYNC_REACTIONS)
         self._check_history_dtype()
 
@@ -193,7 +201,7 @@ class AndersonConfig:
             **_PAPER[name],
             average_window=_PAPER_WINDOW[name] if average else None,
             average_threshold=_PAPER_THRESHOLD,
-            damping=1.0,
+            mixing=1.0,
             averages=(),
             noise_gate=None,
             safeguard="residual",
@@ -249,16 +257,20 @@ class AndersonConfig:
     def _check_averages(self) -> None:
         value: Any = self.averages
         ok = isinstance(value, tuple | list) and len(set(value)) == len(value)
-        for kind in value if ok else ():
-            whole = isinstance(kind, numbers.Integral) and not isinstance(kind, bool)
-            ok = ok and (kind >= 2 if whole else isinstance(kind, float) and 0.0 < kind < 1.0)
+        for decay in value if ok else ():
+            real = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
+            if real and decay >= 2 and decay == int(decay):
+                raise ConfigError(
+                    f"Invalid averages={value!r}: {decay} is a window length, and only decay "
+                    f"factors are left. {1.0 - 2.0 / decay:.4g} averages over about {decay} steps."
+                )
+            ok = ok and real and 0.0 < decay < 1.0
         if not ok:
             raise ConfigError(
-                f"Invalid averages={value!r}. Must be a tuple of different decay factors, floats "
-                "> 0 and < 1, and window lengths, integers >= 2."
+                f"Invalid averages={value!r}. Must be a tuple of different decay factors, > 0 and "
+                "< 1."
             )
-        plain = (int(x) if isinstance(x, numbers.Integral) else float(x) for x in value)
-        object.__setattr__(self, "averages", tuple(plain))
+        object.__setattr__(self, "averages", tuple(map(float, value)))
 
     def _check_shard_group(self) -> None:
         value = self.shard_group
@@ -277,6 +289,11 @@ class AndersonConfig:
 
     def _check_history_dtype(self) -> None:
         value: Any = self.history_dtype
+        if value in ("float16", torch.float16):
+            raise ConfigError(
+                f"Invalid history_dtype={value!r}, whose range is too small for a history. Must be "
+                "'bfloat16', which takes as much memory, or 'float32'."
+            )
         if isinstance(value, str) and value in HISTORY_DTYPES:
             object.__setattr__(self, "history_dtype", HISTORY_DTYPES[value])
         elif value is not None and not any(value is known for known in HISTORY_DTYPES.values()):

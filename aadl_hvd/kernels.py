@@ -72,9 +72,9 @@ def _tried(device: torch.device, work: torch.dtype, stored: torch.dtype) -> bool
     table, square = inner(columns, [1], v, every)
     slope = update(v, half, columns, half, every, out, start=w)
     found = [*table.flatten(), square, slope, *out]
-    sums = x.clone()[None]
-    take_in(w, v, [sums[0]], [0.5])
-    found += [*sums.flatten(), *gains(v, w, [sums], [1.0], every)]
+    sums = x.clone()
+    take_in(w, v, [sums], [0.5])
+    found += [*sums.flatten(), *gains(v, w, [sums], every)]
     places = torch.tensor([[0, 0], [5, 2]], device="cpu")
     Places(places[0], places[1], device).read([x], chosen)
     prime = 2**36 - 5
@@ -136,7 +136,7 @@ def update(
     *,
     in_r: Tensor | None = None,
     columns: Tensor | None = None,
-    mixing: Tensor | None = None,
+    weight: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
     """u = M (f r - R c_R) - Y c_Y into `out`, or w + beta u, and u . r.
@@ -150,7 +150,7 @@ def update(
         out: [rows], none of the others.
         in_r: c_R [m]; None: zeros.
         columns: R [m, rows], where there is an `in_r`.
-        mixing: the diagonal of M, [rows]; None: ones.
+        weight: the diagonal of M, [rows]; None: ones.
         start: w [rows]; None: what is wanted is u.
 
     Returns:
@@ -162,27 +162,24 @@ def update(
     with _on(r):
         _update[(programs,)](
             *(r, y, r if columns is None else columns, y.stride(0)),
-            *(r if mixing is None else mixing, r if start is None else start),
+            *(r if weight is None else weight, r if start is None else start),
             *(in_y, in_y if in_r is None else in_r, factors, out, slopes),
             *(rows, m, counted.start, counted.stop),
             HAS_R=in_r is not None,
-            MIXED=mixing is not None,
+            MIXED=weight is not None,
             HAS_START=start is not None,
             BLOCK=ROWS,
         )
     return slopes.sum(dtype=torch.float64)
 
 
-def gains(
-    w: Tensor, r: Tensor, averages: Sequence[Tensor], divisors: Sequence[float], counted: slice
-) -> Tensor:
+def gains(w: Tensor, r: Tensor, averages: Sequence[Tensor], counted: slice) -> Tensor:
     """(avg r + r) . (avg w - w) of running averages, in one pass over all.
 
     Args:
         w: [rows].
         r: [rows], of the dtype of w, as all averages.
-        averages: sums of w and r, [1 or 2 (added up), 2, rows] each, contiguous.
-        divisors: what each is to be divided by to be a mean.
+        averages: means of w and r, [2, rows] each, contiguous.
         counted: the rows that count.
 
     Returns:
@@ -192,10 +189,9 @@ def gains(
     rows, block = counted.stop - counted.start, 256
     programs = max(1, min(PROGRAMS, -(-rows // block)))
     parts = w.new_empty((programs, kinds))
-    numbers = [1.0 / divisor for divisor in divisors] + [float(len(s) - 1) for s in averages]
     with _on(w):
         _gains[(programs,)](
-            *(w, r, _addresses(averages, w.device), _moved(numbers, w), parts),
+            *(w, r, _addresses(averages, w.device), parts),
             *(w.numel(), counted.start, counted.stop, -(-rows // programs), kinds),
             KINDS=_power_of_two(kinds),
             BLOCK=block,
@@ -204,13 +200,13 @@ def gains(
 
 
 def take_in(w: Tensor, r: Tensor, averages: Sequence[Tensor], weights: Sequence[float]) -> None:
-    """Takes w and r into running sums, in place, in one pass over all.
+    """Takes w and r into running means, in place, in one pass over all.
 
     Args:
         w: [rows].
         r: [rows].
         averages: [2, rows] each, of w and r, contiguous.
-        weights: of w and r in a mean that goes on; 0: they are added to a sum.
+        weights: of w and r in each mean.
     """
     block = 256
     with _on(w):
@@ -367,7 +363,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "m", "first", "end"])
     def _update(  # type: ignore[no-untyped-def]
-        r, y, columns, stride, mixing, start, in_y, in_r, factors, out, slopes,
+        r, y, columns, stride, weight, start, in_y, in_r, factors, out, slopes,
         rows, m, first, end,
         HAS_R: tl.constexpr, MIXED: tl.constexpr, HAS_START: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -383,7 +379,7 @@ if triton is not None:
                 u -= c * tl.load(in_r + j)
                 at += stride
         if MIXED:
-            u *= tl.load(mixing + row, mask=inside, other=0.0)
+            u *= tl.load(weight + row, mask=inside, other=0.0)
         at = y + row
         for j in range(m):
             c = tl.load(at, mask=inside, other=0.0).to(v.dtype)
@@ -397,7 +393,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "first", "end", "span", "kinds"])
     def _gains(  # type: ignore[no-untyped-def]
-        w, r, addresses, numbers, parts, rows, first, end, span, kinds,
+        w, r, addresses, parts, rows, first, end, span, kinds,
         KINDS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0).to(tl.int64)
@@ -407,8 +403,6 @@ if triton is not None:
         known = kind < kinds
         address = tl.load(addresses + kind, mask=known, other=0)
         sums = address.to(tl.pointer_type(w.dtype.element_ty))[:, None]
-        factor = tl.load(numbers + kind, mask=known, other=0.0)[:, None]
-        twice = tl.load(numbers + kinds + kind, mask=known, other=0.0)[:, None] > 0.0
         far = tl.cast(rows, tl.int64)
         total = tl.zeros([KINDS, BLOCK], w.dtype.element_ty)
         for at in range(lo, hi, BLOCK):
@@ -420,9 +414,7 @@ if triton is not None:
             both = known[:, None] & inside[None, :]
             mean_w = tl.load(sums + here, mask=both, other=0.0)
             mean_r = tl.load(sums + far + here, mask=both, other=0.0)
-            mean_w += tl.load(sums + 2 * far + here, mask=both & twice, other=0.0)
-            mean_r += tl.load(sums + 3 * far + here, mask=both & twice, other=0.0)
-            total += tl.where(both, (mean_r * factor + left) * (mean_w * factor - v), 0.0)
+            total += tl.where(both, (mean_r + left) * (mean_w - v), 0.0)
         tl.store(parts + program * kinds + kind, tl.sum(total, axis=1), mask=known)
 
     @triton.jit(do_not_specialize=["rows", "kinds"])
@@ -444,8 +436,7 @@ if triton is not None:
                 v = tl.load(r + row, mask=inside, other=0.0)[None, :]
                 sums += rows
             before = tl.load(sums, mask=both, other=0.0)
-            after = tl.where(weight > 0.0, before + weight * (v - before), before + v)
-            tl.store(sums, after, mask=both)
+            tl.store(sums, before + weight * (v - before), mask=both)
 
     @triton.jit(do_not_specialize=["k"])
     def _gather(  # type: ignore[no-untyped-def]

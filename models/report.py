@@ -197,7 +197,7 @@ def summarize(
             "accelerated": stats.accelerated,
             "averaged": stats.averaged,
             "rejected": dict(stats.rejected),
-            "restarts": dict(stats.restarts),
+            "resets": dict(stats.resets),
             "history_bytes_on_rank_0": trainer.optimizer.anderson.history_bytes,
             "seconds": seconds,
             "seconds_of": dict(stats.seconds),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from aadl_hvd import AndersonOptimizer
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.core.accelerator import Accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Group:
 
 
 # Textbook Anderson acceleration, whatever the noise, and nothing kept beside it.
-TEXTBOOK = {"noise_gate": None, "damping": 1.0, "averages": ()}
+TEXTBOOK = {"noise_gate": None, "mixing": 1.0, "averages": ()}
 PLAIN = (Group(shapes=((3, 4), (4,), (2, 1, 3), ()), lr=0.3),)  # n = 23, a prime
 SEVERAL = (
     Group(shapes=((5,), (2, 3)), lr=0.1, weight_decay=0.02),
@@ -68,7 +68,7 @@ class Problem:
         """r = -(g + weight_decay w)."""
         return -(self.gradient(k, w) + self.decays * w)
 
-    def mixing(self, k, factor=lambda k: 1.0):
+    def scaling(self, k, factor=lambda k: 1.0):
         """Diagonal of M: lr / (1 - momentum)."""
         return factor(k) * self.rates / (1.0 - self._per_number("momentum"))
 

@@ -29,11 +29,11 @@ def anderson(
     p=1,
     q=1,
     beta=1.0,
-    damping=1.0,
+    mixing=1.0,
     warmup=0,
     residual=None,
     state=None,
-    mixing=None,
+    scaling=None,
     rate=lambda k: 1.0,
     safeguard="none",
     window=None,
@@ -45,10 +45,10 @@ def anderson(
     Args:
         step: (k, w, state) -> (G(w), next state), k = 0, 1, ...; state is the base optimizer's.
         residual: (k, w) -> r; None: (G(w) - w) / rate(k) (Eq. 1).
-        mixing: (k) -> diagonal of M, that makes a step of r; None: rate(k).
+        scaling: (k) -> diagonal of M, that makes a step of r; None: rate(k).
         m, p, q: depth; AA where k mod p = 0; (w, r) of the same step stored where k mod q = 0,
             before AA; k = 1 is the first step after `warmup` plain ones.
-        beta, damping: w+ = w + beta [-W g + damping M (r - R g)], Eq. 4 and 6 where damping = 1.
+        beta, mixing: w+ = w + beta [-W g + mixing M (r - R g)], Eq. 4 and 6 where mixing = 1.
         rate: see above.
         safeguard: "none"; "descent": only if <w+ - w, r> > 0, else the older half of the columns
             goes; "residual": Algorithm 1, lines 19
@@ -64,7 +64,7 @@ def anderson(
         k = index + 1 - warmup
         image, next_state = step(index, w, state)
         r = (image - w) / rate(index) if residual is None else residual(index, w)
-        mix = rate(index) if mixing is None else mixing(index)
+        mix = rate(index) if scaling is None else scaling(index)
         new = image
         if trial is not None:
             norm, back, back_state = trial
@@ -87,7 +87,7 @@ def anderson(
             g = np.linalg.lstsq(R, r)[0]  # Eq. 5
             left = r - R @ g
             reductions.append(np.linalg.norm(left) / np.linalg.norm(r))
-            point = w + beta * (-W @ g + damping * mix * left)
+            point = w + beta * (-W @ g + mixing * mix * left)
             if safeguard == "descent" and not (point - w) @ r > 0:
                 counts["descent"] += 1
                 kept = len(columns_w) // 2

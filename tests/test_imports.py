@@ -14,55 +14,67 @@ PACKAGE = ROOT / "aadl_hvd"
 
 # A module may import from layers below its own, and only from those.
 LAYERS = [
+    {"config", "errors", "schema", "kernels", "comm.base"},
+    {"stats", "comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
     {
-        "config",
-        "errors",
-        "job",
-        "sharding",
-        "comm.base",
-        "flatten",
-        "kernels",
-        "solve",
-        "memory",
-        "plain",
-        "schema",
-        "base_state",
+        "core",
+        "core.acceptance",
+        "core.accelerator",
+        "core.averages",
+        "core.gram",
+        "core.history",
+        "core.memory",
+        "core.noise",
+        "core.reduction",
+        "core.replicas",
+        "core.sharding",
+        "core.solve",
     },
-    {"comm.local", "comm.simulated", "comm.mpi", "comm.horovod"},
+    {"checkpoint", "checkpoint.base_state", "checkpoint.plain"},
     {
-        "history",
-        "gram",
-        "averaging",
-        "safeguard",
-        "diagnostics",
-        "noise",
-        "replicas",
-        "fixed_point",
-        "batch_norm",
+        "optim",
+        "optim.accelerated",
+        "optim.batch_norm",
+        "optim.flatten",
+        "optim.job",
+        "optim.neumann",
+        "optim.problem",
     },
-    {"accelerator", "checkpoint"},
-    {"optimizer", "neumann"},
+    {"engines", "engines.horovod_elastic"},
     {"elastic"},
     {"__init__"},
 ]
 # Within a layer, by the module that imports.
 BESIDE = {
     "config": {"errors"},
-    "job": {"errors"},
-    "sharding": {"errors"},
-    "plain": {"errors"},
     "schema": {"errors"},
-    "base_state": {"errors", "schema"},
     "comm.base": {"errors"},
     "comm.horovod": {"comm.local", "comm.mpi"},
-    "gram": {"history", "replicas"},
-    "diagnostics": {"safeguard"},
-    "fixed_point": {"noise"},
-    "averaging": {"history"},
-    "checkpoint": {"accelerator"},
+    "core.gram": {"core.history", "core.replicas", "core.solve"},
+    "core.history": {"core.sharding"},
+    "core.averages": {"core.history", "core.solve"},
+    "core.acceptance": {"core.solve"},
+    "core.noise": {"core.solve"},
+    "core.replicas": {"core.solve"},
+    "core.accelerator": {
+        "core.acceptance",
+        "core.averages",
+        "core.gram",
+        "core.history",
+        "core.memory",
+        "core.noise",
+        "core.reduction",
+        "core.replicas",
+        "core.sharding",
+        "core.solve",
+    },
+    "checkpoint": {"checkpoint.base_state", "checkpoint.plain"},
+    "optim.neumann": {"optim.job"},
+    "optim.problem": {"optim.flatten", "optim.job"},
+    "optim.accelerated": {"optim.batch_norm", "optim.job", "optim.problem"},
 }
 MAY_IMPORT = {
-    "horovod": {"comm.horovod", "optimizer", "elastic"},
+    "horovod": {"comm.horovod", "optim.accelerated", "engines.horovod_elastic"},
     "mpi4py": {"comm.mpi"},
 }
 
@@ -73,15 +85,15 @@ FROM_INSIDE = {
     "benchmarks/latency.py": {"aadl_hvd.comm.horovod"},
     "benchmarks/simulate/validate.py": {"aadl_hvd.comm.horovod"},
     "benchmarks/simulate/work.py": {
-        "aadl_hvd.accelerator",
+        "aadl_hvd.core.accelerator",
         "aadl_hvd.comm.base",
-        "aadl_hvd.diagnostics",
-        "aadl_hvd.fixed_point",
-        "aadl_hvd.gram",
-        "aadl_hvd.history",
+        "aadl_hvd.stats",
+        "aadl_hvd.optim.problem",
+        "aadl_hvd.core.gram",
+        "aadl_hvd.core.history",
         "aadl_hvd.kernels",
-        "aadl_hvd.noise",
-        "aadl_hvd.replicas",
+        "aadl_hvd.core.noise",
+        "aadl_hvd.core.replicas",
     },
 }
 
@@ -126,9 +138,9 @@ PROGRAMS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("
 
 
 def test_something_is_looked_at():
-    assert {"accelerator", "comm.horovod"} <= {module_name(path) for path in LIBRARY}
+    assert {"core.accelerator", "comm.horovod"} <= {module_name(path) for path in LIBRARY}
     assert PROGRAMS
-    assert set(own_imports(PACKAGE / "accelerator.py")) >= {"safeguard", "comm.base", "gram"}
+    assert set(own_imports(PACKAGE / "core" / "accelerator.py")) >= {"core.acceptance", "comm.base", "core.gram"}
     assert ("horovod.torch", [], True) in imports(PACKAGE / "comm" / "horovod.py")
 
 
@@ -153,9 +165,9 @@ def test_horovod_and_mpi_stay_behind_their_adapters(path):
         if top in MAY_IMPORT:
             assert name in MAY_IMPORT[top], f"{name} imports {module}"
             # comm.horovod is itself imported lazily: only by those who need it.
-            assert not at_import or name in ("comm.horovod", "elastic"), f"{name}: at import"
-        if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.elastic":
-            assert not at_import, f"{name} imports {module}, and with it horovod, at import"
+            assert not at_import or name in ("comm.horovod", "engines.horovod_elastic"), f"{name}: at import"
+        if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.engines.horovod_elastic":
+            assert not at_import or name == "elastic", f"{name} imports {module}, and with it horovod, at import"
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

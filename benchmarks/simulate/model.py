@@ -18,7 +18,7 @@ CYCLE = 1e-3  # seconds between two negotiations of Horovod, as the machine file
 FLOAT64 = 8
 # What rides along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the weights 4,
 # r^T r and four tokens 5.
-RIDERS = 20
+PAYLOAD = 20
 OBSERVED = 4  # numbers in the verdict on an observed loss
 
 
@@ -138,7 +138,7 @@ class Network:
 
 def gram_message(m: int, averages: int) -> int:
     """Bytes of the allreduce of an accelerated step."""
-    return FLOAT64 * ((m + 1) * m + RIDERS + averages)
+    return FLOAT64 * ((m + 1) * m + PAYLOAD + averages)
 
 
 def talk(

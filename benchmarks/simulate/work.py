@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import aadl_hvd.gram as gram
-import aadl_hvd.history as history
+import aadl_hvd.core.gram as gram
+import aadl_hvd.core.history as history
+import aadl_hvd.core.replicas as replicas
 import aadl_hvd.kernels as fused
-import aadl_hvd.replicas as replicas
 from aadl_hvd import AndersonConfig
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.base import Communicator, Values
-from aadl_hvd.diagnostics import Stats
-from aadl_hvd.fixed_point import OptimizerFixedPoint
-from aadl_hvd.noise import GradientSamples
+from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.core.noise import GradientSamples
+from aadl_hvd.optim.problem import OptimizerFixedPoint
+from aadl_hvd.stats import Stats
 from benchmarks.report import spread
 from benchmarks.simulate.model import foreach_launches
 from benchmarks.workload import CPU, Clock, copy_bandwidth, gpu_waits

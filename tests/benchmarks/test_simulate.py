@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.fixed_point import OptimizerFixedPoint
+from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.optim.problem import OptimizerFixedPoint
 from benchmarks.simulate import __main__ as simulate
 from benchmarks.simulate import model, predictions, validate, words, work
 from benchmarks.simulate.machines import Machine, read_machine

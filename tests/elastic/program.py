@@ -98,7 +98,7 @@ def train(state):
                 columns=opt.anderson.columns,
                 accelerated=stats.accelerated,
                 descent=stats.rejected["descent"],
-                restarts=stats.restarts,
+                resets=stats.resets,
             )
         if state.since > AFTER:
             time.sleep(0.1)  # Horovod looks for hosts once a second

@@ -77,11 +77,11 @@ def test_the_history_is_resharded_where_its_parts_survive(phases):
     """Only the kill took a part of it with it."""
     killed, joined, left = (phase[0] for phase in phases[1:])
     assert killed["columns"] == 0
-    assert killed["restarts"]["ranks"] == 1
+    assert killed["resets"]["ranks"] == 1
     for before, after in ((phases[1][-1], joined), (phases[2][-1], left)):
         rejected = after["descent"] > before["descent"]  # in this very step: the older half goes
         assert after["columns"] == (3 if rejected else 6)
-        assert after["restarts"]["ranks"] == 1
+        assert after["resets"]["ranks"] == 1
 
 
 def test_it_is_used(phases):
@@ -99,9 +99,9 @@ def test_replicas_are_equal_at_the_end(lines, phases):
 def test_the_log_says_what_became_of_the_history(output, phases):
     said = [line.split("aadl_hvd ")[1] for line in output.splitlines() if " aadl_hvd " in line]
     steps = [phase[-1]["step"] for phase in phases]
-    restarts, *resharded = said
-    assert restarts.startswith(f"elastic: 2 ranks, 3 before, after step {steps[0]}: the history")
-    assert "restarts, the part of rank 2 of 3 that shared it is lost" in restarts
+    resets, *resharded = said
+    assert resets.startswith(f"elastic: 2 ranks, 3 before, after step {steps[0]}: the history")
+    assert "resets, the part of rank 2 of 3 that shared it is lost" in resets
     assert resharded == [
         f"elastic: {now} ranks, {before} before, after step {step}: the history goes on, "
         "6 columns resharded"

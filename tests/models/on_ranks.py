@@ -15,7 +15,7 @@ from torch import nn
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 from aadl_hvd import checkpoint as library_checkpoint
-from aadl_hvd.batch_norm import average_batch_norm, batch_norms
+from aadl_hvd.optim.batch_norm import average_batch_norm, batch_norms
 from models import checkpoint
 from models.data import ImageList, LoaderOptions, open_loader
 from models.dist import fail_together, on_rank0, start

@@ -70,7 +70,7 @@ def test_bad_gradient_on_one_rank(settings, bad):
             middle = opt.anderson.stats.accelerated
     stats = opt.anderson.stats
     if not math.isfinite(bad):  # a huge number is one, until something of it overflows
-        assert stats.restarts["nonfinite"] == stats.rejected["nonfinite"] == 3, stats
+        assert stats.resets["nonfinite"] == stats.rejected["nonfinite"] == 3, stats
     assert stats.accelerated > middle > 0, stats
     if settings == "moving average":
         assert stats.averaged > 0

@@ -24,8 +24,8 @@ from aadl_hvd import (
     DistributedAndersonOptimizer,
     checkpoint,
 )
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -157,7 +157,7 @@ def test_from_another_number_of_ranks(size, layout, folder):
     found = opt.consolidate_state_dict(0)
     if hvd.rank() == 0:
         there, here = (s["anderson"]["history"] for s in (state, found))
-        for name in ("y", "r", "mixings"):
+        for name in ("y", "r", "scalings"):
             assert_same_bits(here["columns"][name], there["columns"][name], name)
         assert_same_bits(here["rows"], there["rows"])
         same = copy.deepcopy(there["replicated"])
@@ -183,7 +183,7 @@ def test_from_another_number_of_ranks(size, layout, folder):
 @pytest.mark.parametrize("who", ["first", "last", "all but one"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_history_loaded_on_some_ranks_only(who, fresh):
-    """As Horovod's own examples resume. Nobody waits, the history restarts everywhere."""
+    """As Horovod's own examples resume. Nobody waits, the history is reset everywhere."""
     loads = {
         "first": hvd.rank() == 0,
         "last": hvd.rank() == hvd.size() - 1,
@@ -201,10 +201,10 @@ def test_history_loaded_on_some_ranks_only(who, fresh):
         opt.load_state_dict(copy.deepcopy(state))  # torch keeps its tensors as they are
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(opt, root_rank=0)
-    before = opt.anderson.stats.restarts["desynchronized"]
+    before = opt.anderson.stats.resets["desynchronized"]
     train(model, opt, 22, 50)
     stats = opt.anderson.stats
-    assert stats.restarts["desynchronized"] == before + (hvd.size() > 1)
+    assert stats.resets["desynchronized"] == before + (hvd.size() > 1)
     assert stats.accelerated + sum(stats.rejected.values()) >= 10
     assert_replicas_equal(model)
 

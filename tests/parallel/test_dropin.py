@@ -324,7 +324,7 @@ def test_loops(loop, name):
     stored = {"GradScaler": STEPS - 1, "set_backward_passes_per_step": 4}.get(loop, STEPS)
     assert opt.anderson.stats.stored == stored
     if loop == "partly used":
-        assert opt.anderson.stats.restarts["changed"] == 1
+        assert opt.anderson.stats.resets["changed"] == 1
 
 
 @pytest.mark.parametrize("name", ["momentum", "AdamW", "NAdam", "Adagrad", "SparseAdam"])

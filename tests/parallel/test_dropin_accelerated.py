@@ -175,9 +175,9 @@ def test_loops(loop, name):
         accelerated=2,
     )
     assert_replicas_equal(model)
-    restarts = {cause: count for cause, count in opt.anderson.stats.restarts.items() if count}
+    resets = {cause: count for cause, count in opt.anderson.stats.resets.items() if count}
     changed = {"schedules": {}, "added group": {"changed": 1}, "unfrozen": {"changed": 1}}
-    assert restarts == changed.get(loop, {})
+    assert resets == changed.get(loop, {})
     if loop == "GradScaler":
         assert opt.anderson.stats.steps == STEPS
 
@@ -237,7 +237,7 @@ def test_frozen_on_the_way():
     model = double_network()
     opt = wrapped(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     frozen(model, opt)
-    assert opt.anderson.stats.restarts["changed"] == 1
+    assert opt.anderson.stats.resets["changed"] == 1
     assert opt.anderson.stats.accelerated >= 2
     assert_replicas_equal(model)
 

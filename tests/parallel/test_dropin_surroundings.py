@@ -55,7 +55,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", unless_brief(*SCHEDULERS))
 @pytest.mark.parametrize("before", [True, False])
 def test_schedulers(scheduler, before):
-    """Made before or after the wrapping: the rates of plain torch, no warning, no restart."""
+    """Made before or after the wrapping: the rates of plain torch, no warning, no reset."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rates = []
@@ -79,7 +79,7 @@ def test_schedulers(scheduler, before):
     assert rates[0] == rates[1]
     assert len({group[0] for group in map(tuple, rates[0])}) > 2
     assert opt.anderson.stats.accelerated >= 2
-    assert not any(opt.anderson.stats.restarts.values())
+    assert not any(opt.anderson.stats.resets.values())
     assert_replicas_equal(model)
 
 
@@ -372,7 +372,7 @@ def test_two_optimizers_in_turns():
             generator_opt.step()
         for opt in optimizers:
             assert opt.anderson.stats.accelerated == STEPS // 3
-            assert not any(opt.anderson.stats.restarts.values())
+            assert not any(opt.anderson.stats.resets.values())
         weights.append(torch.cat([flat(model) for model in models]))
         assert_replicas_equal(*models)
     torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-8)

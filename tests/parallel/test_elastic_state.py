@@ -118,7 +118,7 @@ def test_hooks_that_lay_something_around_the_state():
     assert_same_bits(part_of(state), before, "restored")
     assert torch.equal(flat(state.model), weights)
     state.sync()
-    assert opt.anderson.stats.restarts["ranks"] == 0
+    assert opt.anderson.stats.resets["ranks"] == 0
     train(state.model, opt, DATA[20:30])
     assert opt.anderson.columns > 0
     assert_replicas_equal(state.model)
@@ -172,7 +172,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
             (
                 "WARNING",
                 f"elastic: {hvd.size()} ranks, {hvd.size()} before, after step 20: the history "
-                f"restarts, the part of rank {last} of {hvd.size()} that shared it is lost",
+                f"resets, the part of rank {last} of {hvd.size()} that shared it is lost",
             )
         ]
     )
@@ -180,7 +180,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
     for name in ("weights", "state", "param_groups", "batch"):
         assert_same_bits(after[name], before[name], name)
     stats = state.optimizer.anderson.stats
-    assert stats.restarts["ranks"] == 1
+    assert stats.resets["ranks"] == 1
     assert stats.steps == after["part"]["replicated"]["calls"] == 20  # says what steps are next
     assert state.optimizer.anderson.columns == 0
     train(state.model, state.optimizer, DATA[20:])

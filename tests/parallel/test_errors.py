@@ -197,7 +197,7 @@ def test_adasum_s_limits():
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_nan_on_one_rank(layout):
-    """Everybody sees it, nobody hangs, the history restarts and training can go on."""
+    """Everybody sees it, nobody hangs, the history is reset and training can go on."""
     model = network()
     opt = DistributedAndersonOptimizer(
         sgd(model),
@@ -218,7 +218,7 @@ def test_nan_on_one_rank(layout):
     train(model, opt, data * 7)
     stats = opt.anderson.stats
     assert stats.rejected["nonfinite"] == 1
-    assert stats.restarts["nonfinite"] == 1
+    assert stats.resets["nonfinite"] == 1
     assert stats.accelerated == before + 3  # rejected at 6; then 8, 10, 12
     assert flat(model).isfinite().all()
     assert_replicas_equal(model)

@@ -174,7 +174,7 @@ def test_resumed_with_acceleration_on(run, folder):
     assert len(found) == 2
     loaded = before.anderson.stats.accelerated if hvd.rank() == 0 else 0
     assert opt.anderson.stats.accelerated > loaded
-    assert opt.anderson.stats.restarts["desynchronized"] == 1
+    assert opt.anderson.stats.resets["desynchronized"] == 1
     assert_replicas_equal(model)
 
 

@@ -222,7 +222,7 @@ def test_accelerated(make, settings):
         MAKERS[make],
         lambda model, opt: train(model, opt, full_batch(16, torch.float64)),
         # The gate would see another noise with ranks than without.
-        AndersonConfig(frequency=3, history_depth=4, noise_gate=None, damping=1.0, **settings),
+        AndersonConfig(frequency=3, history_depth=4, noise_gate=None, mixing=1.0, **settings),
         tolerance=1e-6,
     )
     assert isinstance(opt, NeumannOptimizer)

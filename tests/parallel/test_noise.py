@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from training import assert_replicas_equal, unless_brief
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
-from aadl_hvd.noise import NoiseMeter
+from aadl_hvd.core.noise import NoiseMeter
 
 DOUBLE = torch.float64
 # Measures in every step and accelerates in none.

@@ -65,7 +65,7 @@ def test_resync(made):
     train(model, opt, DATA)
     assert_replicas_equal(model)
     assert opt.anderson.stats.accelerated > before
-    assert opt.anderson.stats.restarts["desynchronized"] == 1
+    assert opt.anderson.stats.resets["desynchronized"] == 1
 
 
 @pytest.mark.usefixtures("made")
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_rank_0_alone(made):
     train(model, opt, DATA[:3])
     assert_replicas_equal(model)
     train(model, opt, DATA[:6])
-    assert opt.anderson.stats.restarts["desynchronized"] == 1
+    assert opt.anderson.stats.resets["desynchronized"] == 1
     assert opt.anderson.stats.accelerated > 0
     if LAST:
         flip(model)

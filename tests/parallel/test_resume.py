@@ -44,7 +44,7 @@ def test_checkpoint_loaded_on_rank_0_alone_and_broadcast(settings):
     train(20)
 
     stats = optimizer.anderson.stats
-    assert stats.restarts["desynchronized"] == 1, stats
+    assert stats.resets["desynchronized"] == 1, stats
     assert stats.accelerated > accelerated, stats
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert all(torch.equal(weights, other) for other in hvd.allgather_object(weights))

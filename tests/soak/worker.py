@@ -147,7 +147,7 @@ def main():
             "accelerated": stats.accelerated,
             "steps": stats.steps,
             "rejected": stats.rejected,
-            "restarts": stats.restarts,
+            "resets": stats.resets,
         }
         with open(record, "a") as file:
             file.write(json.dumps(end) + "\n")

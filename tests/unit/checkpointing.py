@@ -5,7 +5,7 @@ import copy
 import torch
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, NeumannOptimizer, checkpoint
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.core.accelerator import Accelerator
 
 STEPS, P = 40, 3
 
@@ -58,7 +58,7 @@ class Run:
 
     def _verdict_due(self):
         anderson = self.opt.anderson
-        loaded = anderson._wish  # what the first step after a load will go by
+        loaded = anderson._pending  # what the first step after a load will go by
         if loaded is not None:
             return loaded["replicated"]["losses"]["verdict_due"]
         return anderson._losses.verdict_due

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from aadl_hvd.noise import GradientSamples, NoiseMeter
+from aadl_hvd.core.noise import GradientSamples, NoiseMeter
 
 DOUBLE = torch.float64
 
 
 def riders_of(meter):
-    return meter.riders(meter.measured().numpy())
+    return meter.payload(meter.measured().numpy())
 
 
 def network():
@@ -76,7 +76,7 @@ def measured(steps, samples, draws, scaled=lambda p, k: None, factor=1.0, model=
                 taker.take_mean()
         for p in parameters:
             scaled(p, k)
-        sums = np.zeros(NoiseMeter.RIDERS)
+        sums = np.zeros(NoiseMeter.PAYLOAD)
         for taker, meter in zip(takers, meters, strict=True):
             meter.note(taker.deviations(), k)
             sums = sums + riders_of(meter)

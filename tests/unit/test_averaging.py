@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aadl_hvd import history as history_module
-from aadl_hvd.averaging import MovingAverage
+from aadl_hvd.core import history as history_module
+from aadl_hvd.core.averages import MovingAverage
 
 
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 14), st.integers(0, 2**32))

@@ -23,8 +23,8 @@ def on_ranks(ranks, program):
     return results[0]
 
 
-def restarts(opt):
-    return {name: count for name, count in opt.anderson.stats.restarts.items() if count}
+def resets(opt):
+    return {name: count for name, count in opt.anderson.stats.resets.items() if count}
 
 
 def write(opt, values):
@@ -43,7 +43,7 @@ def textbook(problem, start, steps, first=0, **options):
         m=M,
         p=P,
         residual=lambda k, w: problem.residual(k + first, w),
-        mixing=lambda k: problem.mixing(k + first),
+        scaling=lambda k: problem.scaling(k + first),
         state=np.zeros(problem.n),
         **options,
     ).path
@@ -54,7 +54,7 @@ def textbook(problem, start, steps, first=0, **options):
 @pytest.mark.parametrize("where", ["one gradient", "all gradients", "one weight"])
 @pytest.mark.parametrize("at", [9, 10])  # the bad step is number at + 1 (9: not accelerated)
 def test_bad_number_and_recovery(ranks, layout, bad, where, at):
-    """Base step, history restarted, counted; then as if training had begun there."""
+    """Base step, history reset, counted; then as if training had begun there."""
     problem = Problem(SEVERAL)
     config = AndersonConfig(**SETTINGS, layout=layout)
     found = at + P - at % P if at % P else at + P  # number of the AA step that meets it
@@ -76,9 +76,9 @@ def test_bad_number_and_recovery(ranks, layout, bad, where, at):
         write(opt, path[-1])  # what a training loop does about it
         before = counts(opt)
         rest, _ = problem.run(config, found - at - 1, opt=opt, first=at + 1)
-        middle, reset = counts(opt), restarts(opt)
+        middle, reset = counts(opt), resets(opt)
         last, _ = problem.run(config, 12, opt=opt, first=found)
-        return path, rest, last, before, middle, reset, counts(opt), restarts(opt)
+        return path, rest, last, before, middle, reset, counts(opt), resets(opt)
 
     path, rest, last, _, middle, reset, end, reset_end = on_ranks(ranks, program)
     np.testing.assert_allclose(path, textbook(problem, problem.start, at), rtol=1e-9)
@@ -110,7 +110,7 @@ def test_bad_number_in_the_accelerated_step_itself(ranks, layout):
         problem.set_gradient(opt, gradient)
         opt.step()
         now = flat(opt)
-        return np.nan_to_num(now), int(np.isnan(now).sum()), counts(opt), restarts(opt), path
+        return np.nan_to_num(now), int(np.isnan(now).sum()), counts(opt), resets(opt), path
 
     now, bad, count, reset, path = on_ranks(ranks, program)
     base, _ = problem.sgd(8, path[-1], 0.0)
@@ -141,7 +141,7 @@ def test_nothing_to_solve(what, safeguard, ranks, layout):
                 write(opt, problem.start)
             problem.run(config, 1, opt=opt, first=k)
             path.append(flat(opt))
-        return np.array(path), counts(opt), restarts(opt)
+        return np.array(path), counts(opt), resets(opt)
 
     path, count, reset = on_ranks(ranks, program)
     assert count == {"stored": 10, "degenerate": 3}
@@ -175,7 +175,7 @@ def test_history_in_float16_does_not_overflow(ranks, layout):
     def program(comm, dtype):
         config = AndersonConfig(**SETTINGS, layout=layout, history_dtype=dtype)
         path, opt = problem.run(config, 10, comm, dtype=torch.float32)
-        return path, counts(opt), restarts(opt)
+        return path, counts(opt), resets(opt)
 
     path, count, reset = on_ranks(ranks, lambda comm: program(comm, "float16"))
     expected, same_count, _ = on_ranks(ranks, lambda comm: program(comm, "float32"))
@@ -203,14 +203,14 @@ def test_learning_rate_changes(residual, ranks, layout):
         m=M,
         p=P,
         residual=problem.residual if residual == "gradient" else None,
-        mixing=(lambda k: problem.mixing(k, factor)) if residual == "gradient" else None,
+        scaling=(lambda k: problem.scaling(k, factor)) if residual == "gradient" else None,
         state=np.zeros(problem.n),
         rate=lambda k: factor(k) * largest,
     )
 
     def program(comm):
         path, opt = problem.run(config, 20, comm, factor=factor)
-        return path, counts(opt), restarts(opt)
+        return path, counts(opt), resets(opt)
 
     path, count, reset = on_ranks(ranks, program)
     np.testing.assert_allclose(path, expected.path, rtol=1e-8, atol=1e-10)
@@ -234,13 +234,13 @@ def test_learning_rate_zero(residual, safeguard, steps):
     assert counts(opt).get("degenerate", 0) == attempts
     path, _ = problem.run(config, 9, opt=opt, first=8 + steps, factor=lambda k: 1.0)
     assert np.isfinite(path).all()
-    assert restarts(opt) == {}
+    assert resets(opt) == {}
     assert opt.anderson.stats.stored > stored
 
 
 @pytest.mark.parametrize("groups", [SEVERAL, SEVERAL[:1]], ids=["several", "one"])
 def test_warm_up_from_learning_rate_zero(groups):
-    """The usual LambdaLR: the first step has rate 0, and is no reason to restart."""
+    """The usual LambdaLR: the first step has rate 0, and is no reason to reset."""
     problem = Problem(groups, noise=0.0)
     opt = problem.optimizer(AndersonConfig(**TEXTBOOK, frequency=3))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: min(1.0, k / 6))
@@ -249,7 +249,7 @@ def test_warm_up_from_learning_rate_zero(groups):
         opt.step()
         schedule.step()
         assert np.array_equal(flat(opt), problem.start) == (k == 0)
-    assert restarts(opt) == {}
+    assert resets(opt) == {}
     assert counts(opt) == {"stored": 14, "accelerated": 5}
 
 
@@ -266,7 +266,7 @@ def test_ratio_of_learning_rates_changes():
     )
     problem.rates = problem._per_number("lr")
     last, _ = problem.run(config, 9, opt=opt, first=9)
-    assert restarts(opt) == {"changed": 1}
+    assert resets(opt) == {"changed": 1}
     largest = problem.rates.max()
     expected = anderson(
         lambda k, w, v: problem.sgd(k + 9, w, v),
@@ -282,7 +282,7 @@ def test_ratio_of_learning_rates_changes():
 
 @pytest.mark.parametrize(("ranks", "layout"), ON)
 def test_ratio_of_learning_rates_changes_in_every_step(ranks, layout):
-    """Gradients do not depend on it: no restart, and M is that of the step."""
+    """Gradients do not depend on it: no reset, and M is that of the step."""
     problem = Problem(SEVERAL)
     config = AndersonConfig(**SETTINGS, layout=layout)
     owner = np.repeat(np.arange(3), [g.n for g in SEVERAL])
@@ -297,7 +297,7 @@ def test_ratio_of_learning_rates_changes_in_every_step(ranks, layout):
         m=M,
         p=P,
         residual=problem.residual,
-        mixing=lambda k: problem.mixing(k, lambda k: factors(k)[owner]),
+        scaling=lambda k: problem.scaling(k, lambda k: factors(k)[owner]),
         state=np.zeros(problem.n),
     )
 
@@ -308,7 +308,7 @@ def test_ratio_of_learning_rates_changes_in_every_step(ranks, layout):
             for group, settings, factor in zip(opt.param_groups, SEVERAL, factors(k), strict=True):
                 group["lr"] = settings.lr * factor
             path.append(problem.run(config, 1, opt=opt, first=k)[0][-1])
-        return np.array(path), counts(opt), restarts(opt)
+        return np.array(path), counts(opt), resets(opt)
 
     path, count, reset = on_ranks(ranks, program)
     np.testing.assert_allclose(path, expected.path, rtol=1e-8, atol=1e-10)
@@ -324,7 +324,7 @@ def test_a_schedule_s_last_bit_is_no_change():
         for group in opt.param_groups:
             group["lr"] *= 0.1 / 0.3 * (1 + 1e-15 * k)
         problem.run(config, 1, opt=opt, first=k)
-    assert restarts(opt) == {}
+    assert resets(opt) == {}
 
 
 @pytest.mark.parametrize(("ranks", "layout"), ON)
@@ -348,7 +348,7 @@ def test_frozen_parameter_thaws(ranks, layout):
         p.requires_grad_(True)
         last, _ = problem.run(config, 9, opt=opt, first=9)
         grown = opt.anderson.history_bytes > small
-        return np.array(path), last, counts(opt), restarts(opt), grown
+        return np.array(path), last, counts(opt), resets(opt), grown
 
     path, last, count, reset, grown = on_ranks(ranks, program)
     assert (path[:, frozen] == problem.start[frozen]).all()
@@ -371,7 +371,7 @@ def test_frozen_parameter_thaws(ranks, layout):
         m=M,
         p=P,
         residual=residual,
-        mixing=lambda k: problem.mixing(k)[free],
+        scaling=lambda k: problem.scaling(k)[free],
     ).path
     np.testing.assert_allclose(path[:, free], expected, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(last, textbook(problem, path[-1], 9, first=9), rtol=1e-8, atol=1e-10)
@@ -381,29 +381,29 @@ def test_frozen_parameter_thaws(ranks, layout):
 
 
 @pytest.mark.parametrize("safeguard", ["none", "descent", "residual", "loss"])
-@pytest.mark.parametrize("events", ["clean", "nan", "zero", "restart"])
+@pytest.mark.parametrize("events", ["clean", "nan", "zero", "reset"])
 def test_every_attempt_is_counted_once(safeguard, events):
     """An attempt: a step with k mod p = 0 and a difference in the history."""
     problem = Problem(SEVERAL, noise=0.3)
     config = AndersonConfig(**{**SETTINGS, "safeguard": safeguard})
     opt = problem.optimizer(config)
     stats, true = opt.anderson.stats, problem.gradient
-    attempts = pairs = 0  # pairs stored since the last restart
+    attempts = pairs = 0  # pairs stored since the last reset
     for k in range(1, 41):
         bad = {"nan": np.nan, "zero": 0.0}.get(events)
         problem.gradient = true if bad is None or k % 7 else constant(bad)
-        if events == "restart" and k % 10 == 0:
-            opt.anderson.restart()
+        if events == "reset" and k % 10 == 0:
+            opt.anderson.reset()
             pairs = 0
         weights = flat(opt)
         stored, went_back = stats.stored, stats.rejected["residual"]
-        forgot = stats.restarts["nonfinite"]
+        forgot = stats.resets["nonfinite"]
         problem.run(config, 1, opt=opt, first=k - 1)
         went_back = stats.rejected["residual"] > went_back
         assert stats.stored - stored == (0 if went_back else 1)
         # The step's own pair comes first, so one from before is enough.
         attempts += k % P == 0 and not went_back and pairs >= 1
-        pairs = 0 if stats.restarts["nonfinite"] > forgot else pairs + (not went_back)
+        pairs = 0 if stats.resets["nonfinite"] > forgot else pairs + (not went_back)
         if not np.isfinite(flat(opt)).all():
             write(opt, weights)
     assert stats.steps == 40
@@ -411,25 +411,25 @@ def test_every_attempt_is_counted_once(safeguard, events):
     assert stats.accelerated + direct == attempts
     assert stats.rejected["residual"] <= stats.accelerated
     assert (stats.rejected["residual"] == 0) == (safeguard != "residual")
-    if events == "restart":
-        assert restarts(opt) == {"requested": 4}
+    if events == "reset":
+        assert resets(opt) == {"requested": 4}
     if events == "nan":
-        assert stats.rejected["nonfinite"] == stats.restarts["nonfinite"] > 0
+        assert stats.rejected["nonfinite"] == stats.resets["nonfinite"] > 0
     text = str(stats)
     assert f"{stats.accelerated} accelerated" in text
     assert all(f"{cause} {n}" in text for cause, n in stats.rejected.items() if n)
 
 
 def test_counters_go_through_a_checkpoint():
-    from aadl_hvd.diagnostics import Stats
+    from aadl_hvd.stats import Stats
 
     problem = Problem(SEVERAL)
     _, opt = problem.run(AndersonConfig(), 20)
-    opt.anderson.restart()
+    opt.anderson.reset()
     copy = Stats()
     copy.load_counters(opt.anderson.stats.counters())
     assert copy.counters() == opt.anderson.stats.counters()
-    assert copy.restarts["requested"] == 1
+    assert copy.resets["requested"] == 1
 
 
 def test_nothing_else_is_touched():

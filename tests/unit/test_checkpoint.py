@@ -27,9 +27,9 @@ SETTINGS = {
     "columns": {"layout": "columns"},
     "store every 2nd": {"store_every": 2, "layout": "columns", "history_depth": 4},
     "warm-up": {"warmup_steps": 15},
-    "residual": {"safeguard": "residual", "residual": "step", "damping": 1.0},
+    "residual": {"safeguard": "residual", "residual": "step", "mixing": 1.0},
     "residual, columns": {"safeguard": "residual", "layout": "columns"},
-    "state": {"residual": "state", "damping": 1.0},
+    "state": {"residual": "state", "mixing": 1.0},
     "reset": {"momentum": "reset"},
     "window": {"average_window": 4, "average_threshold": 1e-3},
     "averages": {"averages": (0.5, 6, 0.9), "layout": "columns"},
@@ -85,7 +85,7 @@ def test_resume_is_bitwise(name, ranks, observe, tmp_path):
     stats = run_ranks(ranks, program)[0]
     counters = stats[3]
     assert counters["accelerated"] >= 2, counters
-    assert not sum(counters["restarts"].values()), counters
+    assert not sum(counters["resets"].values()), counters
     if observe:
         assert counters["rejected"]["loss"] >= 1, counters
     if name == "window":
@@ -187,7 +187,7 @@ def test_resharding(layouts, sizes, dtype):
         found, there = whole_of([r[which] for r in results]), merged["anderson"]["history"]
         for name in ("y", "r"):
             assert_same(found["columns"][name].float(), there["columns"][name].float())
-        assert_same(found["columns"]["mixings"], there["columns"]["mixings"])
+        assert_same(found["columns"]["weights"], there["columns"]["weights"])
         assert_same(found["rows"], there["rows"])
         same = found["replicated"], there["replicated"]
         assert_same(*({k: v for k, v in s.items() if k != "last"} for s in same))
@@ -243,7 +243,7 @@ def test_history_of_one_rank_alone_restarts_everywhere():
         results = run_ranks(3, program)
         for weights, stats in results:
             assert torch.equal(weights, results[0][0])
-            assert stats.restarts["desynchronized"] == 1
+            assert stats.resets["desynchronized"] == 1
         assert results[0][1].accelerated >= 3
 
 
@@ -282,7 +282,7 @@ def test_loaded_in_the_middle_of_a_run_on_all_ranks(agree):
         run.train(20 + P)
         assert run.opt.anderson.columns == 15
         run.train(STEPS)
-        assert not run.opt.anderson.stats.restarts["desynchronized"]
+        assert not run.opt.anderson.stats.resets["desynchronized"]
         return run.weights()
 
     weights = run_ranks(3, program)
@@ -304,7 +304,7 @@ def test_parts_of_different_moments_restart_everywhere():
         run = Run(comm)
         run.opt.load_state_dict((early, late)[comm.rank][comm.rank])
         run.train(20)
-        return run.opt.anderson.stats.restarts["desynchronized"], run.weights()
+        return run.opt.anderson.stats.resets["desynchronized"], run.weights()
 
     results = run_ranks(2, resumed)
     assert [count for count, _ in results] == [1, 1]
@@ -318,13 +318,13 @@ def test_consolidated_until_the_next_step():
         def held():
             return "history" in run.opt.state_dict()["anderson"]
 
-        for event in ("step", "restart", "load", "group"):
+        for event in ("step", "reset", "load", "group"):
             run.opt.consolidate_state_dict(1)
             assert held() == (comm.rank == 1)
             if event == "step":
                 run.train(run.k + 1)
-            elif event == "restart":
-                run.opt.anderson.restart()
+            elif event == "reset":
+                run.opt.anderson.reset()
             elif event == "load":
                 run.opt.load_state_dict(run.opt.state_dict())
             else:

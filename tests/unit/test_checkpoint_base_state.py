@@ -33,7 +33,7 @@ def of_torch(cls, accelerated):
     extra = {"amsgrad": True, "momentum": 0.9, "centered": True}
     names = inspect.signature(cls).parameters
     opt = cls(parameters, lr=1e-3, **{k: v for k, v in extra.items() if k in names})
-    settings = {"frequency": P, "noise_gate": None, "residual": "step", "damping": 1.0}
+    settings = {"frequency": P, "noise_gate": None, "residual": "step", "mixing": 1.0}
     return model, AndersonOptimizer(
         opt, anderson=AndersonConfig(**settings)
     ) if accelerated else opt

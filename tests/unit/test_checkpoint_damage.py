@@ -22,8 +22,8 @@ from checkpointing import (
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.diagnostics import Stats
-from aadl_hvd.safeguard import LossWatch
+from aadl_hvd.stats import Stats
+from aadl_hvd.core.acceptance import LossWatch
 
 # What does not fit
 
@@ -35,7 +35,7 @@ def damaged(state, change):
 
 
 def without_a_column(columns):
-    for name in ("index", "y", "r", "mixings"):
+    for name in ("index", "y", "r", "weights"):
         columns[name] = columns[name][:-1]
 
 
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
 @pytest.mark.parametrize(
     ("settings", "change", "why"),
     [
-        ({"residual": "step", "damping": 1.0}, lambda run: None, "residual='step'"),
+        ({"residual": "step", "mixing": 1.0}, lambda run: None, "residual='step'"),
         ({}, lambda run: run.model[0].bias.requires_grad_(False), "requires_grad"),
     ],
 )
@@ -110,7 +110,7 @@ def test_part_alone_with_other_rates_is_left_out():
     def built(rate):
         model = copy.deepcopy(START)
         groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": rate}]
-        config = AndersonConfig(residual="step", damping=1.0)
+        config = AndersonConfig(residual="step", mixing=1.0)
         return AndersonOptimizer(torch.optim.SGD(groups, lr=0.1), anderson=config)
 
     part = built(0.2).sharded_state_dict()
@@ -170,7 +170,7 @@ NONSENSE = {
         torch.zeros(4, 32).double(),
     ],
     (*COLUMNS, "r"): [torch.zeros(4, 31), torch.zeros(4, 33), torch.zeros(3, 32)],
-    (*COLUMNS, "mixings"): [torch.zeros(3).double(), torch.zeros(4), None],
+    (*COLUMNS, "weights"): [torch.zeros(3).double(), torch.zeros(4), None],
     (*COLUMNS, "scales"): ["x", torch.zeros(2, 4)],
     (*COLUMNS, "products"): ["x", torch.zeros(4, 9).double()],
     **{(*HISTORY, name): [None, "x", -1] for name in ("undo", "ranks", "own")},
@@ -195,7 +195,7 @@ def test_nonsense_is_refused_and_changes_nothing(path):
     assert_same(everything(run.train(15)), everything(Run(None, SMALL).train(15)))
 
 
-def test_nonsense_on_one_of_two_ranks_is_no_wish():
+def test_nonsense_on_one_of_two_ranks_is_no_pending():
     """It would come up in the first step, in a collective."""
 
     def program(comm):
@@ -206,7 +206,7 @@ def test_nonsense_on_one_of_two_ranks_is_no_wish():
                 with pytest.raises(CheckpointError):
                     path = tuple("1" if key == "0" else key for key in path)
                     run.opt.load_state_dict(changed(state, path, values[0]))
-                assert run.opt.anderson._wish is None
+                assert run.opt.anderson._pending is None
         return everything(run.train(15)), everything(Run(comm, SMALL).train(15))
 
     for found, expected in run_ranks(2, program):

@@ -23,7 +23,7 @@ BAD = [
     *(("history_depth", bad) for bad in (1001, 30_000, 10**30)),
     *(("enabled", bad) for bad in (0, 1, None, "False")),
     *(("relaxation", bad) for bad in (0, 0.0, -0.1, 1.0001, math.nan, math.inf, "1", None, True)),
-    *(("damping", bad) for bad in (-1e-9, 10.0001, math.nan, math.inf, "1", None, False)),
+    *(("mixing", bad) for bad in (-1e-9, 10.0001, math.nan, math.inf, "1", None, False)),
     *(("noise_gate", bad) for bad in (-1e-9, math.nan, math.inf, "10", True, 1j)),
     *(("regularization", bad) for bad in (-1e-12, math.nan, math.inf, "0", None, 1j)),
     *(("average_threshold", bad) for bad in (0, -0.1, math.nan, math.inf, "0.1", None)),
@@ -43,7 +43,7 @@ ALLOWED = {
     "history_depth": ">= 1 and <= 1000",
     "enabled": "True or False",
     "relaxation": "> 0 and <= 1",
-    "damping": ">= 0 and <= 10",
+    "mixing": ">= 0 and <= 10",
     "noise_gate": ">= 0, or None, for no gate",
     "regularization": ">= 0",
     "average_threshold": "> 0",
@@ -78,8 +78,8 @@ def test_every_field_has_bad_values():
     [
         INTEGERS,
         {"enabled": False, "history_depth": 1000},
-        {"relaxation": 1.0, "damping": 0.0, "regularization": 0.0, "average_threshold": 1e-9},
-        {"relaxation": 1e-9, "damping": 10.0, "regularization": 3.5, "average_threshold": 7},
+        {"relaxation": 1.0, "mixing": 0.0, "regularization": 0.0, "average_threshold": 1e-9},
+        {"relaxation": 1e-9, "mixing": 10.0, "regularization": 3.5, "average_threshold": 7},
         {"average_window": None, "history_dtype": None, "noise_gate": None},
         {"noise_gate": 0.0, "momentum": "reset", "averages": (1e-9, 2, 0.999)},
     ],
@@ -129,7 +129,7 @@ def test_history_dtype_as_name_or_dtype(dtype):
     [
         AndersonConfig(),
         AndersonConfig(history_dtype=torch.bfloat16, average_window=3, layout="columns", refine=2),
-        AndersonConfig(noise_gate=None, damping=1.0, momentum="reset", averages=(0.5, 7)),
+        AndersonConfig(noise_gate=None, mixing=1.0, momentum="reset", averages=(0.5, 7)),
         AndersonConfig.paper("resnet50"),
     ],
 )
@@ -156,7 +156,7 @@ def test_paper_s_settings(name):
     assert (config.history_depth, config.frequency, config.store_every) == (m, p, q)
     assert config.relaxation == beta
     assert config.average_threshold == 0.1
-    assert config.damping == 1.0  # Eq. 4
+    assert config.mixing == 1.0  # Eq. 4
     assert config.noise_gate is None  # the paper knows none
     assert config.regularization == 0.0
     assert (config.safeguard, config.residual) == ("residual", "step")  # Algorithm 1, Eq. 1
@@ -204,10 +204,10 @@ def test_numpy_numbers_become_plain_ones():
 
     config = AndersonConfig(
         history_depth=np.int64(5),
-        damping=np.float32(0.5),
+        mixing=np.float32(0.5),
         noise_gate=np.float64(2.0),
         averages=(np.float64(0.5), np.int64(7)),
     )
-    assert config == AndersonConfig(history_depth=5, damping=0.5, noise_gate=2, averages=(0.5, 7))
-    kinds = [type(config.history_depth), type(config.damping), type(config.noise_gate)]
+    assert config == AndersonConfig(history_depth=5, mixing=0.5, noise_gate=2, averages=(0.5, 7))
+    kinds = [type(config.history_depth), type(config.mixing), type(config.noise_gate)]
     assert [*kinds, *map(type, config.averages)] == [int, float, float, float, int]

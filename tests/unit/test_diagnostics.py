@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from aadl_hvd.diagnostics import Stats
+from aadl_hvd.stats import Stats
 
 
 def test_time_of_a_part_within_another_is_counted_once(monkeypatch):

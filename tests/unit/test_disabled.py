@@ -9,7 +9,8 @@ import torch
 from problems import TEXTBOOK
 from test_optimizer import OPTIMIZERS, assert_same_state, data, flat, network, train
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, checkpoint, memory
+from aadl_hvd import AndersonConfig, AndersonOptimizer, checkpoint
+from aadl_hvd.core import memory
 
 OFF = AndersonConfig(enabled=False)
 ON = AndersonConfig(**TEXTBOOK, frequency=3, history_depth=4, safeguard="none", relaxation=0.3)

@@ -9,8 +9,9 @@ import torch
 from problems import PLAIN, SEVERAL, TEXTBOOK, Group, Problem, counts
 from reference import anderson
 
-from aadl_hvd import AndersonConfig, accelerator
+from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core import accelerator
 
 RANKS = [1, 2, 3, 4]
 STEPS = 20
@@ -30,11 +31,11 @@ CASES = {
         {"history_depth": 19, "frequency": 4, "store_every": 2},
     ),
     "relaxation": (PLAIN, {"history_depth": 4, "frequency": 2, "relaxation": 0.3}),
-    "damping": (PLAIN, {"history_depth": 4, "frequency": 2, "damping": 0.4}),
-    "no residual term": (PLAIN, {"history_depth": 4, "frequency": 2, "damping": 0.0}),
+    "mixing": (PLAIN, {"history_depth": 4, "frequency": 2, "mixing": 0.4}),
+    "no residual term": (PLAIN, {"history_depth": 4, "frequency": 2, "mixing": 0.0}),
     "refinement": (PLAIN, {"history_depth": 4, "frequency": 2, "refine": 2}),
     "warm-up": (PLAIN, {"history_depth": 4, "frequency": 3, "warmup_steps": 5}),
-    "groups": (SEVERAL, {"history_depth": 4, "frequency": 2, "relaxation": 0.7, "damping": 0.6}),
+    "groups": (SEVERAL, {"history_depth": 4, "frequency": 2, "relaxation": 0.7, "mixing": 0.6}),
     "groups, step": (SEVERAL, {"history_depth": 4, "frequency": 2, "residual": "step"}),
     "descent": (SEVERAL, {"history_depth": 6, "frequency": 2, "safeguard": "descent"}),
     "residual": (SEVERAL, {"history_depth": 3, "frequency": 2, "safeguard": "residual"}),
@@ -88,10 +89,10 @@ def textbook(problem, config, steps=STEPS):
         p=config.frequency,
         q=config.store_every,
         beta=config.relaxation,
-        damping=config.damping,
+        mixing=config.mixing,
         warmup=config.warmup_steps,
         residual=problem.residual if gradient else None,
-        mixing=problem.mixing if gradient else None,
+        scaling=problem.scaling if gradient else None,
         state=np.zeros(problem.n),
         safeguard=config.safeguard,
         window=config.average_window,
@@ -185,7 +186,7 @@ def test_weights_and_momentum_together(layout, safeguard):
         STEPS,
         m=4,
         p=2,
-        damping=0.8,
+        mixing=0.8,
         safeguard=safeguard,
     )
     assert ("residual" in expected.counts) == (safeguard == "residual")
@@ -194,7 +195,7 @@ def test_weights_and_momentum_together(layout, safeguard):
         noise_gate=None,
         history_depth=4,
         frequency=2,
-        damping=0.8,
+        mixing=0.8,
         safeguard=safeguard,
         layout=layout,
     )
@@ -208,7 +209,7 @@ def test_weights_and_momentum_together(layout, safeguard):
 @pytest.mark.parametrize("kind", ["step", "gradient", "state"])
 def test_residual_is_what_it_is_called(kind):
     """The three residuals of one step of SGD with momentum, against formulas; any rows of them."""
-    from aadl_hvd.fixed_point import OptimizerFixedPoint
+    from aadl_hvd.optim.problem import OptimizerFixedPoint
 
     problem = Problem(STATE)
     opt = torch.optim.SGD(
@@ -237,14 +238,14 @@ def test_residual_is_what_it_is_called(kind):
         if kind == "step":
             expected = after - w
         elif kind == "gradient":
-            expected = -problem.mixing(k) * (gradient + problem.decays * w)
+            expected = -problem.scaling(k) * (gradient + problem.decays * w)
         else:
             next_v[-4:] = 0.0  # torch keeps no buffer where momentum is 0: v reads as zeros
             expected = np.concatenate([after - w, problem.rates * (next_v - v)])
         for lo in range(0, view.n, 5):
             for hi in (lo, min(lo + 1, view.n), min(lo + 9, view.n), view.n):
                 out = torch.full((hi - lo,), torch.nan, dtype=torch.float64)
-                r = view.read_residual(lo, hi, before[lo:hi], out) * view.mixing(lo, hi)
+                r = view.read_residual(lo, hi, before[lo:hi], out) * view.scaling(lo, hi)
                 np.testing.assert_allclose(r, expected[lo:hi], rtol=1e-12, atol=1e-13)
         w, v = after, next_v
 
@@ -288,11 +289,11 @@ def test_restart_begins_anew(layout):
 
     def program(comm):
         first, opt = problem.run(config, 9, comm)
-        opt.anderson.restart()
+        opt.anderson.reset()
         last, _ = problem.run(config, 9, opt=opt, first=9)
-        return first[-1], last, opt.anderson.stats.restarts["requested"]
+        return first[-1], last, opt.anderson.stats.resets["requested"]
 
-    for start, path, restarts in run_ranks(2, program):
+    for start, path, resets in run_ranks(2, program):
         expected = anderson(
             lambda k, w, _: problem.sgd(k + 9, w, 0.0),
             start,
@@ -304,7 +305,7 @@ def test_restart_begins_anew(layout):
         )
         assert expected.counts["averaged"] > 0
         assert distance(path, expected.path) < 1e-11
-        assert restarts == 1
+        assert resets == 1
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aadl_hvd.flatten import FlatLayout
+from aadl_hvd.optim.flatten import FlatLayout
 
 
 def plain(shape):

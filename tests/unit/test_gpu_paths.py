@@ -11,9 +11,10 @@ import math
 import pytest
 import torch
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, gram, history
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core import gram, history
+from aadl_hvd.core.accelerator import Accelerator
 from tests.pretend_gpu import GPU, PretendGpu
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aadl_hvd import gram as gram_module
-from aadl_hvd import history as history_module
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.gram import Gram
-from aadl_hvd.history import History, chunked_dot
-from aadl_hvd.sharding import Sharding
+from aadl_hvd.core import gram as gram_module
+from aadl_hvd.core import history as history_module
+from aadl_hvd.core.gram import Gram
+from aadl_hvd.core.history import History, chunked_dot
+from aadl_hvd.core.sharding import Sharding
 
 
 class ListOfColumns:
@@ -38,8 +38,8 @@ class ListOfColumns:
         self.columns, self.last, self.pushed = [], None, 0
 
 
-def assemble(gram, r, riders, newest=False):
-    return gram.assemble(gram.partial(r, newest).numpy(), riders, r, newest)
+def assemble(gram, r, payload, newest=False):
+    return gram.assemble(gram.partial(r, newest).numpy(), payload, r, newest)
 
 
 def stored_column(held, slot):
@@ -77,8 +77,8 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
         plain = ListOfColumns(depth)
         for event, (w, r) in zip(events, vectors, strict=True):
             if event == "push":
-                mixing = MIXINGS[plain.pushed % len(MIXINGS)]  # of now, whatever comes later
-                new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]), mixing)
+                weight = MIXINGS[plain.pushed % len(MIXINGS)]  # of now, whatever comes later
+                new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]), weight)
                 plain.push(w, r)
                 assert (new is None) == (plain.pushed == 0)
                 if new is not None:
@@ -98,7 +98,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             if h == 0:
                 continue
             for slot, _, column in plain.columns:
-                place = held.place(slot)
+                place = held.index(slot)
                 assert (place is None) == (slot not in sharding.slots)
                 if place is not None:
                     np.testing.assert_array_equal(stored_column(held, slot), column[part])
@@ -107,9 +107,9 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             if event in ("solve", "newest"):
                 if event == "newest":
                     r = plain.last[1]
-                riders = np.array([1.0, comm.rank, w[0]])
+                payload = np.array([1.0, comm.rank, w[0]])
                 own = torch.from_numpy(r[part])
-                system, sums = assemble(gram, own, riders, event == "newest")
+                system, sums = assemble(gram, own, payload, event == "newest")
                 ranks = comm.size * (comm.size - 1) / 2
                 np.testing.assert_allclose(sums, [comm.size, ranks, comm.size * w[0]])
                 G, b, rr = system
@@ -122,9 +122,9 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
             # What the parts of an update add up to.
             gamma = np.zeros(depth)
             gamma[live] = random_gamma = np.arange(1.0, h + 1)
-            for mixing in (1.0, 0.05, 0.0, np.linspace(0.0, 2.0, n)):
-                expected = -W @ random_gamma + mixing * (r - R @ random_gamma)
-                own = mixing if isinstance(mixing, float) else torch.from_numpy(mixing[part])
+            for weight in (1.0, 0.05, 0.0, np.linspace(0.0, 2.0, n)):
+                expected = -W @ random_gamma + weight * (r - R @ random_gamma)
+                own = weight if isinstance(weight, float) else torch.from_numpy(weight[part])
                 given_r, given_gamma = torch.from_numpy(r[part]), torch.from_numpy(gamma)
                 mine, slope = held.update(given_r, given_gamma, own)
                 whole = np.zeros(n)
@@ -325,10 +325,10 @@ def test_two_groups_share_the_sums(carry, monkeypatch):
         min_size=4,
         max_size=6,
     ),
-    mixing=st.sampled_from([0.0, 0.3]),
+    weight=st.sampled_from([0.0, 0.3]),
     later=st.sampled_from([0.0, 0.3]),
 )
-def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing, later):
+def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, weight, later):
     """Columns of any size, also of very different ones, to float16's own precision."""
     n, depth = 40, 3
     random = torch.Generator().manual_seed(0)
@@ -343,7 +343,7 @@ def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing, late
         held = History(sharding, torch.float16, torch.float32, torch.device("cpu"))
         gram = Gram(held, comm)
         for w, r in pairs:
-            if (new := held.push(w[part], r[part], mixing)) is not None:
+            if (new := held.push(w[part], r[part], weight)) is not None:
                 gram.stored(*new)
         W, R = (
             torch.stack([b[i] - a[i] for a, b in itertools.pairwise(pairs)][-depth:]).double()
@@ -359,7 +359,7 @@ def test_float16_neither_overflows_nor_vanishes(layout, magnitudes, mixing, late
             whole = np.zeros(n)
             whole[part] = held.update(torch.zeros(n)[part], gamma, later)[0].numpy()
             expected = (W[i] + later * R[i]).numpy()
-            rounded = W[i] + mixing * R[i], (later - mixing) * R[i]
+            rounded = W[i] + weight * R[i], (later - weight) * R[i]
             size = sum(float(x.abs().max()) for x in rounded) or 1.0
             np.testing.assert_allclose(comm.allreduce(whole), expected, atol=1e-3 * size)
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 SHAPES = ((4,), (2, 3), (3,), (5,))  # the last two join later
 GROUPS = 2
@@ -218,7 +218,7 @@ def test_any_order_is_the_textbook_s(commands, p, q, momentum, safeguard, ranks)
         history_depth=m,
         frequency=p,
         store_every=q,
-        damping=1.0,
+        mixing=1.0,
         averages=(),
         noise_gate=None,
         safeguard=safeguard,
@@ -244,9 +244,9 @@ def test_the_commands_reach_what_they_are_for():
     ):
         commands += [*steps, command]
     config = AndersonConfig(
-        history_depth=3, frequency=2, damping=1.0, averages=(), noise_gate=None, safeguard="none"
+        history_depth=3, frequency=2, mixing=1.0, averages=(), noise_gate=None, safeguard="none"
     )
     training = Training(config, 0.5, None)
     _, accelerated = follow([*commands, *steps], training, Oracle(3, 2, 1, 0.5, "none"))
     assert accelerated > 10
-    assert training.opt.anderson.stats.restarts["nonfinite"] >= 1
+    assert training.opt.anderson.stats.resets["nonfinite"] >= 1

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, kernels, replicas
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd import AndersonConfig, AndersonOptimizer, kernels
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core import replicas
+from aadl_hvd.core.accelerator import Accelerator
 from tests.unit.test_gpu_paths import CPU, on_two_ranks
 
 pytest.importorskip("triton", reason="Triton, which has no wheel for this platform")
@@ -81,7 +82,7 @@ def test_inner(work, stored, m, rows, count, lo, seed):
 )
 def test_update(work, stored, m, rows, lo, with_r, mixed, started, seed):
     y, columns = drawn(seed, 2, m, rows, dtype=stored)
-    r, mixing, w = drawn(seed + 1, 3, rows, dtype=work)
+    r, weight, w = drawn(seed + 1, 3, rows, dtype=work)
     in_y, in_r = drawn(seed + 2, 2, m, dtype=work)
     f, beta = 0.3, 0.7
     counted = slice(min(lo, rows), rows)
@@ -90,11 +91,11 @@ def test_update(work, stored, m, rows, lo, with_r, mixed, started, seed):
         *(r, in_y, y, torch.tensor([f, beta], dtype=work, device=DEVICE), counted, out),
         in_r=in_r if with_r else None,
         columns=columns if with_r else None,
-        mixing=mixing if mixed else None,
+        weight=weight if mixed else None,
         start=w if started else None,
     )
     wanted = f * r.double() - (in_r.double() @ columns.double() if with_r else 0.0)
-    wanted = wanted * (mixing.double() if mixed else 1.0) - in_y.double() @ y.double()
+    wanted = wanted * (weight.double() if mixed else 1.0) - in_y.double() @ y.double()
     tolerance = EPS[work] * m
     close(slope, wanted[counted] @ r.double()[counted], tolerance * (rows + 1))
     close(out, w.double() + beta * wanted if started else wanted, tolerance)
@@ -243,7 +244,7 @@ def test_not_where_weights_lie_otherwise_on_a_rank(alike):
         for _ in range(6):
             weight.grad = weight.detach() * torch.linspace(0.1, 1.0, 6, device=DEVICE)
             opt.step()
-        assert not opt.anderson.stats.restarts["desynchronized"]
+        assert not opt.anderson.stats.resets["desynchronized"]
         return opt.anderson._fused, opt.anderson.stats.accelerated > 0
 
     assert run_ranks(2, train) == [(alike, True)] * 2

@@ -63,7 +63,7 @@ def noted_calls():
         for stored in (work, *(t for t in (torch.float32, *half) if t != work)):
             columns = torch.ones(m, rows, dtype=stored)
             kernels.inner(columns, [0], v, every)
-            kernels.update(v, c, columns, c, every, v, in_r=c, columns=columns, mixing=v, start=v)
+            kernels.update(v, c, columns, c, every, v, in_r=c, columns=columns, weight=v, start=v)
         chosen = torch.zeros(4, dtype=torch.int64)
         for own in everything:
             kernels.Places(chosen, chosen, cpu).read([v.to(own)], torch.ones(4, dtype=work))

@@ -122,7 +122,7 @@ def test_promised_reduction_is_the_true_one(refine):
         m=6,
         p=2,
         residual=problem.residual,
-        mixing=problem.mixing,
+        scaling=problem.scaling,
         state=np.zeros(problem.n),
     )
     opt, found = None, []

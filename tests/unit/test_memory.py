@@ -7,10 +7,11 @@ import pytest
 import torch
 from problems import PLAIN, Problem
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, HistoryMemoryError, accelerator, memory
+from aadl_hvd import AndersonConfig, AndersonOptimizer, HistoryMemoryError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.history import CHUNK, CHUNK_WIDE, working_bytes
-from aadl_hvd.sharding import Sharding
+from aadl_hvd.core import accelerator, memory
+from aadl_hvd.core.history import CHUNK, CHUNK_WIDE, working_bytes
+from aadl_hvd.core.sharding import Sharding
 
 CASES = {
     "default": {},

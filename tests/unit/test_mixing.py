@@ -11,9 +11,9 @@ from reference import anderson
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.fixed_point import OptimizerFixedPoint
+from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.optim.problem import OptimizerFixedPoint
 
 M, P, STEPS = 4, 3, 18
 SETTINGS = TEXTBOOK | {"history_depth": M, "frequency": P, "safeguard": "none"}
@@ -58,7 +58,7 @@ class Adam:
         scale = self.denominator(k) if self.decoupled else 1.0
         return -(self.problem.gradient(k, w) + self.decays * scale * w)
 
-    def mixing(self, k, factor=lambda k: 1.0):
+    def scaling(self, k, factor=lambda k: 1.0):
         return factor(k) * self.rates / self.denominator(k)
 
 
@@ -105,16 +105,16 @@ def test_adam_is_the_textbook_s(name, schedule, layout):
         STEPS,
         m=M,
         p=P,
-        damping=0.5,
+        mixing=0.5,
         residual=formulas.residual,
-        mixing=lambda k: formulas.mixing(k, factor),
+        scaling=lambda k: formulas.scaling(k, factor),
         state=formulas.start(),
     )
     assert expected.counts["accelerated"] == STEPS // P
     for ranks in (1, 3):
 
         def program(comm, ranks=ranks):
-            opt, _ = adam(problem, name, None if ranks == 1 else comm, layout=layout, damping=0.5)
+            opt, _ = adam(problem, name, None if ranks == 1 else comm, layout=layout, mixing=0.5)
             path = [flat(opt)]
             for k in range(STEPS):
                 for group, rate in zip(opt.param_groups, RATES, strict=True):
@@ -122,12 +122,12 @@ def test_adam_is_the_textbook_s(name, schedule, layout):
                 problem.set_gradient(opt, problem.gradient(k, path[-1]))
                 opt.step()
                 path.append(flat(opt))
-            return np.array(path), counts(opt), sum(opt.anderson.stats.restarts.values())
+            return np.array(path), counts(opt), sum(opt.anderson.stats.resets.values())
 
-        for path, count, restarts in run_ranks(ranks, program):
+        for path, count, resets in run_ranks(ranks, program):
             np.testing.assert_allclose(path, expected.path, rtol=1e-7, atol=1e-8)
             assert count == expected.counts
-            assert restarts == 0
+            assert resets == 0
 
 
 MOMENTA = (
@@ -137,9 +137,9 @@ MOMENTA = (
 )
 
 
-@pytest.mark.parametrize("damping", [1.0, 3.0])
+@pytest.mark.parametrize("mixing", [1.0, 3.0])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_groups_with_momenta_of_their_own(layout, damping):
+def test_groups_with_momenta_of_their_own(layout, mixing):
     """lr / (1 - momentum), group by group, on any rows."""
     problem = Problem(MOMENTA, noise=0.3)
     expected = anderson(
@@ -148,12 +148,12 @@ def test_groups_with_momenta_of_their_own(layout, damping):
         STEPS,
         m=M,
         p=P,
-        damping=damping,
+        mixing=mixing,
         residual=problem.residual,
-        mixing=problem.mixing,
+        scaling=problem.scaling,
         state=np.zeros(problem.n),
     )
-    config = AndersonConfig(**SETTINGS | {"damping": damping}, layout=layout)
+    config = AndersonConfig(**SETTINGS | {"mixing": mixing}, layout=layout)
     for ranks in (1, 2, 3):
         for path, opt in run_ranks(ranks, lambda comm: problem.run(config, STEPS, comm)):
             np.testing.assert_allclose(path, expected.path, rtol=1e-8, atol=1e-9)
@@ -228,7 +228,7 @@ def test_descent_rejection_drops_the_older_half():
             m=7,
             p=4,
             residual=problem.residual,
-            mixing=problem.mixing,
+            scaling=problem.scaling,
             state=np.zeros(problem.n),
             safeguard="descent",
         )
@@ -289,7 +289,7 @@ def test_schedules_restart_nothing_and_make_no_spike(name, schedule):
     plain, _ = digits_losses(name, schedule, False)
     losses, opt = digits_losses(name, schedule, True)
     stats = opt.anderson.stats
-    assert sum(stats.restarts.values()) == 0
+    assert sum(stats.resets.values()) == 0
     assert stats.accelerated > 15
     assert losses.mean() < plain.mean()
     assert losses[-1] < 1.001 * plain[-1]
@@ -334,14 +334,14 @@ def test_the_scaling_of_torch_s_optimizers(name):
         opt.step()
     hash(view.signature)
     state = {k: v.clone() for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)}
-    mixing = view.mixing(0, 6)
-    assert mixing.shape == (6,)
-    torch.testing.assert_close(mixing[2:5], view.mixing(2, 5))
+    scaling = view.scaling(0, 6)
+    assert scaling.shape == (6,)
+    torch.testing.assert_close(scaling[2:5], view.scaling(2, 5))
     for key, value in state.items():
         assert torch.equal(value, opt.state[p][key]), f"{key} was changed by looking at it"
     # After so many equal gradients a step is what it leads to in the end; RMSprop's momentum
     # has reached its limit, too.
-    torch.testing.assert_close(before - p.detach(), mixing * g, rtol=2e-2, atol=0.0)
+    torch.testing.assert_close(before - p.detach(), scaling * g, rtol=2e-2, atol=0.0)
 
 
 def test_unknown_noise_shuts_the_gate():

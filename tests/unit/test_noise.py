@@ -12,10 +12,11 @@ from noise_problem import DOUBLE, Regression, measured, riders_of
 from problems import PLAIN, Problem
 from sklearn.datasets import load_digits
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, noise
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.core import noise
+from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.noise import GradientSamples, NoiseMeter, stands_out
+from aadl_hvd.core.noise import GradientSamples, NoiseMeter, stands_out
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])

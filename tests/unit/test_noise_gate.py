@@ -12,10 +12,10 @@ from problems import PLAIN, TEXTBOOK, Problem, flat
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.diagnostics import Stats
-from aadl_hvd.noise import GradientSamples, NoiseMeter, variance_from_history
+from aadl_hvd.stats import Stats
+from aadl_hvd.core.noise import GradientSamples, NoiseMeter, variance_from_history
 
 # One rank without micro-batches
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from problems import SEVERAL, TEXTBOOK, Problem, counts, flat, parameters_of
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
-from aadl_hvd.accelerator import Accelerator
 from aadl_hvd.comm.simulated import SimulatedCommunicator, run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 P = 3
 SETTINGS = TEXTBOOK | {"history_depth": 4, "frequency": P, "safeguard": "none"}
@@ -390,13 +390,13 @@ def test_one_rank_loads_a_checkpoint_in_between(when):
 
 def test_restart_and_changed_parameters_in_between():
     """What a trial was about is gone: nothing is put back."""
-    for event in ("restart", "frozen", "added"):
+    for event in ("reset", "frozen", "added"):
         opt = built("SGD")
         for k in range(P):
             step(opt, k, GOOD)
         extra = torch.nn.Parameter(torch.ones(3))
-        if event == "restart":
-            opt.anderson.restart()
+        if event == "reset":
+            opt.anderson.reset()
         elif event == "frozen":
             parameters_of(opt)[1].requires_grad_(False)
         else:

@@ -125,8 +125,8 @@ def test_copies_are_accelerated_too(name, copied):
     assert twin.anderson.stats.accelerated == 6
     assert opt.anderson.stats.accelerated == 3
     assert torch.equal(flat(model), before), "the copy trains the original"
-    # The history begins anew, in the copy as in the original after restart().
-    opt.anderson.restart()
+    # The history begins anew, in the copy as in the original after reset().
+    opt.anderson.reset()
     opt.anderson._calls = 0
     train(model, opt, data(STEPS))
     assert torch.equal(flat(model), flat(other))

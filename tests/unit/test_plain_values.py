@@ -20,9 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError, checkpoint, plain
-from aadl_hvd.accelerator import Accelerator
+from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError, checkpoint
+from aadl_hvd.checkpoint import plain
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(TypedStorage|sparse tensor invariants|quantized):UserWarning"  # torch's own
@@ -583,8 +584,8 @@ def test_settings_of_numpys_name_the_same_moment(tmp_path):
         return opt.sharded_state_dict()["anderson"]["history"]
 
     found = part((np.float64(0.9),), np.int64(5))
-    claims = [found, read_back({"x": found}, tmp_path)["x"], part((0.9,), 5)]
-    assert len({*map(checkpoint.claim_of, claims)}) == 1
+    fingerprint = [found, read_back({"x": found}, tmp_path)["x"], part((0.9,), 5)]
+    assert len({*map(checkpoint.fingerprint_of, fingerprint)}) == 1
 
 
 def test_an_entry_called_bit_generator_makes_no_lists(tmp_path):

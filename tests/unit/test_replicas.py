@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PLAIN, TEXTBOOK, Group, Problem, flat, parameters_of
 
-from aadl_hvd import AndersonConfig, ReplicaMismatchError, replicas
+from aadl_hvd import AndersonConfig, ReplicaMismatchError
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core import replicas
 
 CPU = torch.device("cpu")
 MOMENTUM = (Group(((4, 3), (5,)), lr=0.05, momentum=0.8),)
@@ -69,14 +70,14 @@ def test_chunks_do_not_commute(monkeypatch):
 def test_sums_tell_equal_from_different(numbers, times, data):
     """Also 2^16 ranks of which one differs by 1."""
     number = numbers[0]
-    same = replicas.riders(number) * (2 * times)
+    same = replicas.payload(number) * (2 * times)
     assert replicas.equal(same, 2 * times)
     off = number + data.draw(st.sampled_from([-1, 1, 2**18]))
     if 0 <= off < 2**36:
-        one_off = replicas.riders(number) * (2 * times - 1) + replicas.riders(off)
+        one_off = replicas.payload(number) * (2 * times - 1) + replicas.payload(off)
         assert not replicas.equal(one_off, 2 * times)
     if len(numbers) > 1:
-        assert not replicas.equal(sum(map(replicas.riders, numbers)), len(numbers))
+        assert not replicas.equal(sum(map(replicas.payload, numbers)), len(numbers))
 
 
 def test_who_differs():
@@ -139,7 +140,7 @@ def test_resync_makes_weights_and_state_equal(residual):
         assert np.array_equal(start, before)
         assert np.array_equal(other[2:], path[2:]), rank
         assert all(map(torch.equal, buffers, momentum))
-        assert counters.restarts["desynchronized"] == 1
+        assert counters.resets["desynchronized"] == 1
         assert counters.accelerated == stats.accelerated > 4
     assert not np.array_equal(results[0][1][1], path[1])
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from aadl_hvd.safeguard import (
+from aadl_hvd.core.acceptance import (
     Backoff,
     Rejection,
     judge_loss,

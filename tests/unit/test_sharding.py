@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aadl_hvd import ConfigError
-from aadl_hvd.sharding import Sharding
+from aadl_hvd.core.sharding import Sharding
 
 SIZES = (st.integers(0, 300), st.integers(1, 40), st.integers(1, 50))
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aadl_hvd.solve import MAX_CONDITION, Factorization, promised_reduction, solve
+from aadl_hvd.core.solve import MAX_CONDITION, Factorization, promised_reduction, solve
 
 
 @st.composite

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from problems import PLAIN, TEXTBOOK, Problem, flat
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
-from aadl_hvd.averaging import WeightAverages
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.averages import WeightAverages
 
 DOUBLE = torch.float64
 CPU = torch.device("cpu")

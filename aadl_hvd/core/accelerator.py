@@ -3,7 +3,7 @@
     r                                                      residual, zero where G(w) = w
     W, R                                                   differences of stored w and r, n x m
     gamma = argmin || r - R gamma ||                       paper, Eq. 5
-    w+ = w + beta [ -W gamma + damping M (r - R gamma) ]   paper, Eq. 4 and 6 (damping = 1)
+    w+ = w + beta [ -W gamma + mixing M (r - R gamma) ]   paper, Eq. 4 and 6 (mixing = 1)
 
 M is diagonal and makes a step of a residual: the identity for r = G(w) - w, the paper's; the base
 optimizer's own scaling where r is minus a gradient (fixed_point.py).
@@ -14,8 +14,8 @@ Algorithm 1 stores where "k (mod q) != 0": both are taken as misprints.
 Weights are replicated, bit for bit; the history is not. A step that neither stores nor
 accelerates costs nothing, but for samples of the gradient where the next one accelerates. Which
 collectives a step enters depends on its number alone, until one of them has told all ranks the
-same: a rank whose state differs (a checkpoint loaded there only) makes the history restart
-everywhere and hangs nobody. So a loaded history, and with it the number of the step, is a wish
+same: a rank whose state differs (a checkpoint loaded there only) makes the history reset
+everywhere and hangs nobody. So a loaded history, and with it the number of the step, is a pending history
 until a collective that all ranks enter anyhow has shown that all have the same one: see `agree`.
 """
 
@@ -33,32 +33,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import kernels, memory, replicas, safeguard
-from aadl_hvd.averaging import MovingAverage, WeightAverages
+from aadl_hvd import kernels
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import PendingCommunicator
 from aadl_hvd.config import AndersonConfig
-from aadl_hvd.diagnostics import Stats
+from aadl_hvd.core import acceptance as safeguard
+from aadl_hvd.core import memory, replicas
+from aadl_hvd.core.acceptance import Backoff, LossWatch, Trial
+from aadl_hvd.core.averages import MovingAverage, WeightAverages
+from aadl_hvd.core.gram import Gram, matrix_bytes
+from aadl_hvd.core.history import History, chunked_dot, working_bytes
+from aadl_hvd.core.noise import Deviations, NoiseMeter, stands_out, variance_from_history
+from aadl_hvd.core.reduction import numbers_of
+from aadl_hvd.core.sharding import Sharding
+from aadl_hvd.core.solve import Factorization, Matrix, Vector, promised_reduction
 from aadl_hvd.errors import (
     ConfigError,
     HistoryMemoryError,
     ReplicaMismatchError,
     UnsupportedError,
 )
-from aadl_hvd.flatten import numbers_of
-from aadl_hvd.gram import Gram, matrix_bytes
-from aadl_hvd.history import History, chunked_dot, working_bytes
-from aadl_hvd.noise import Deviations, NoiseMeter, stands_out, variance_from_history
-from aadl_hvd.safeguard import Backoff, LossWatch, Rejection, Restart, Trial
-from aadl_hvd.sharding import Sharding
-from aadl_hvd.solve import Factorization, Matrix, Vector, promised_reduction
+from aadl_hvd.stats import Rejection, Reset, Stats
 
 
 class FixedPoint(Protocol):
     """The iteration to accelerate: what `Accelerator` needs to know of an optimizer."""
 
     @property
-    def described(self) -> list[str]:
+    def config_lines(self) -> list[str]:
         """What decides where the base optimizer goes, line by line, to be compared over ranks."""
 
     @property
@@ -78,18 +80,15 @@ class FixedPoint(Protocol):
         """Where w is."""
 
     @property
-    def tensors(self) -> list[Tensor] | None:
-        """What w consists of, one after the other; None where it is no mere copy of tensors."""
+    def tensors(self) -> list[Tensor]:
+        """What w consists of, one after the other."""
 
     @property
     def moves(self) -> bool:
         """Whether the base optimizer goes anywhere (no learning rate of 0)."""
 
     def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
-        """Copies rows [lo, hi) of w, before `advance`, which may use the memory of `residual`.
-
-        `out` may be used after `read_residual`: until then it may be under way to the host.
-        """
+        """Copies rows [lo, hi) of w, before `advance`, which may use the memory of `residual`."""
 
     def advance(self) -> Any:
         """One step of the base optimizer; its return value is handed to the user."""
@@ -100,11 +99,11 @@ class FixedPoint(Protocol):
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
         """Copies rows [lo, hi) of r, after `advance`; w: rows from before it."""
 
-    def mixing(self, lo: int, hi: int) -> float | Tensor:
+    def scaling(self, lo: int, hi: int) -> float | Tensor:
         """The diagonal of M: one number, or rows [lo, hi) of it."""
 
     @property
-    def uniform_mixing(self) -> float | None:
+    def uniform_scaling(self) -> float | None:
         """M where it is one number and costs nothing to know, else None."""
 
     def deviations(self) -> Deviations | None:
@@ -113,9 +112,6 @@ class FixedPoint(Protocol):
     def skip(self) -> Any:
         """Ends a step without moving; its return value is handed to the user."""
 
-    def reset_momentum(self, undoable: bool) -> Any:
-        """Sets the base optimizer's momentum to zero; for `restore`, None if not undoable."""
-
     def write(self, flat: Tensor, lo: int = 0) -> None:
         """Sets rows [lo, lo + k) of the weights from `flat` [k]; what lies beyond n is left out."""
 
@@ -123,7 +119,7 @@ class FixedPoint(Protocol):
         """A copy of the base optimizer's state: plain types and tensors, for `restore`."""
 
     def restore(self, undo: Any) -> None:
-        """Puts back what `snapshot` or `reset_momentum` returned; it is used up."""
+        """Puts back what `snapshot` returned; it is used up."""
 
     def state_tensors(self) -> list[Tensor]:
         """The base optimizer's state, in an order that is the same on all ranks."""
@@ -137,8 +133,7 @@ class Accelerator:
 
     Memory on this rank, in numbers of `history_dtype`: rows 2 m n/P, columns 2 n ceil(m/P); and
     in float32 (float64 where the parameters are) 4 n/P, or 4 n, for the last pair and the next,
-    half as much for each exponential one of `averages`, as much for each window, and a quarter
-    where a point may be taken back.
+    half as much for each of `averages`, and a quarter where a point may be taken back.
 
     Args:
         config: settings.
@@ -176,9 +171,9 @@ class Accelerator:
             calls: number of the last step, the same on all of them.
         """
         self._comm, self._group, self._calls = comm, group, calls
-        self.agreed = self._fused = False
+        self.agreed = self._use_kernels = False
         self._summer: kernels.Checksum | None = None
-        self._wish: dict[str, Any] | None = None  # a loaded history that is not taken in yet
+        self._pending: dict[str, Any] | None = None  # a loaded history that is not taken in yet
         self.consolidated: dict[str, Any] | None = None
         self._signature: Hashable = None
         self._trial: Trial | None = None
@@ -210,8 +205,8 @@ class Accelerator:
         come that is meant, and while it runs, in which a closure may be evaluated, that one.
         """
         calls = self._calls
-        if self._wish is not None and not self.agreed:  # what the next step will go by
-            calls = self._wish["replicated"]["calls"]
+        if self._pending is not None and not self.agreed:  # what the next step will go by
+            calls = self._pending["replicated"]["calls"]
         k = calls + (not self._stepping) - self.config.warmup_steps
         p = self.config.frequency
         measuring = self.config.enabled and self.config.noise_gate is not None
@@ -302,8 +297,7 @@ class Accelerator:
             return 0
         narrow = 2 * len(sharding.slots) * (config.history_dtype or work).itemsize
         pairs, window = 4, config.average_window or 0
-        averages = sum(2 if kind < 1 else 4 for kind in config.averages)
-        return (hi - lo) * (narrow + (pairs + window + averages) * work.itemsize)
+        return (hi - lo) * (narrow + (pairs + window + 2 * len(config.averages)) * work.itemsize)
 
     def check_memory(self, problem: FixedPoint) -> None:
         """Collective, before the first step.
@@ -342,7 +336,7 @@ class Accelerator:
         config = self.config
         if not config.enabled:
             return {}
-        sharding, work, home = self.share(problem.n), _work_dtype(problem), self._home(problem)
+        sharding, work, home = self.share(problem.n), _work_dtype(problem), problem.device
         # Columns that are stored between two attempts are multiplied with all others.
         fresh = min(config.history_depth, config.frequency // config.store_every + 1)
         stored = config.history_dtype or work
@@ -356,15 +350,15 @@ class Accelerator:
         """Whether all ranks hold the same weights. Collective."""
         with _plain_numerics(problem.device):
             hash(problem.signature)
-            sums = self._comm.allreduce(replicas.riders(int(self._checksum(problem))))
+            sums = self._comm.allreduce(replicas.payload(int(self._checksum(problem))))
         same = replicas.equal(sums, self._comm.size)
         self._were_equal |= same
         return same
 
-    def restart(self, cause: Restart = Restart.REQUESTED) -> None:
+    def reset(self, cause: Reset = Reset.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
-        self.stats.restarts[cause.value] += 1
-        self._wish = self.consolidated = None
+        self.stats.resets[cause.value] += 1
+        self._pending = self.consolidated = None
         self._trial = None
         self._losses.drop_trial()
         self._noise.clear()
@@ -372,12 +366,12 @@ class Accelerator:
         self._gram.clear()
         if self._average is not None:
             self._average.clear()
-        if cause is not Restart.NONFINITE:
+        if cause is not Reset.NONFINITE:
             self._averages.clear()
 
     @torch.no_grad()
     def hold(self) -> Callable[[], None]:
-        """Copies all that `restart` and `load` change, to host memory; the result puts it back.
+        """Copies all that `reset` and `load` change, to host memory; the result puts it back.
 
         Costs nothing before the first step, and what `history_bytes` says after it.
         """
@@ -392,7 +386,7 @@ class Accelerator:
             tensors = [value for value in attributes.values() if isinstance(value, Tensor)]
             held.append((owner, attributes, [(t, t.to("cpu", copy=True)) for t in tensors]))
         # Counted in place.
-        rejected, restarts = dict(self.stats.rejected), dict(self.stats.restarts)
+        rejected, resets = dict(self.stats.rejected), dict(self.stats.resets)
 
         def put_back() -> None:
             for owner, attributes, tensors in held:
@@ -401,7 +395,7 @@ class Accelerator:
                 with torch.no_grad():
                     for tensor, contents in tensors:
                         tensor.copy_(contents)
-            self.stats.rejected, self.stats.restarts = rejected, restarts
+            self.stats.rejected, self.stats.resets = rejected, resets
 
         return put_back
 
@@ -411,7 +405,7 @@ class Accelerator:
 
         Until then this rank's share is the whole, which no rank should have to hold.
         """
-        return not isinstance(self._comm, PendingCommunicator) or self._wish is not None
+        return not isinstance(self._comm, PendingCommunicator) or self._pending is not None
 
     def part(self, problem: FixedPoint) -> dict[str, Any]:
         """This rank's part of all that acceleration goes on from, in host memory.
@@ -419,8 +413,8 @@ class Accelerator:
         Not collective. `checkpoint` says what it looks like, and fits it to other shardings.
         """
         self._prepare(problem)
-        if self._wish is not None:
-            return copy.deepcopy(self._wish)
+        if self._pending is not None:
+            return copy.deepcopy(self._pending)
         history, gram, averages, losses = self._history, self._gram, self._averages, self._losses
         columns = history.part() | {"products": gram.products()}
         lo, hi = self._rows
@@ -436,8 +430,8 @@ class Accelerator:
             rows["base"] = self._trial.base_rows.cpu().clone()
             undo["residual"] = {"norm": self._trial.norm, "undo": _on_host(self._trial.undo)}
         if losses.trial is not None:
-            rows["base"] = losses.trial[0].cpu().clone()
-            undo["loss"] = {"undo": _on_host(losses.trial[1])}
+            rows["base"] = losses.trial.cpu().clone()
+            undo["loss"] = {}
         return {
             "sharding": {
                 "layout": history.sharding.layout,
@@ -465,8 +459,8 @@ class Accelerator:
             "own": {str(self._comm.rank): {"noise": self._noise.part(), "losses": losses.part()}},
         }
 
-    def load(self, problem: FixedPoint, part: dict[str, Any], claim: int) -> None:
-        """Makes a part that fits this rank's the history to go on from, if all ranks do: a wish.
+    def load(self, problem: FixedPoint, part: dict[str, Any], fingerprint: int) -> None:
+        """Makes a part that fits this rank's the history to go on from, if all ranks do: a pending history.
 
         Not collective. It comes true in `agree`, which the first step calls; after that, in the
         next accelerated step, which then does not accelerate; there steps go on being counted as
@@ -475,46 +469,53 @@ class Accelerator:
         Args:
             problem: what is accelerated, as it was when the part was made.
             part: what `part` returned, of this rank's rows and columns.
-            claim: names the history among all: in [1, 2^36), the same for all its parts.
+            fingerprint: names the history among all: in [1, 2^36), the same for all its parts.
         """
         self._prepare(problem)
-        self._wish, self._history.claim = part, claim
+        self._pending, self._history.fingerprint = part, fingerprint
         if self._comm.size == 1 and not isinstance(self._comm, PendingCommunicator):
             self._take(continues=True)
 
     def agree(self, problem: FixedPoint) -> None:
-        """Takes in a loaded history if all ranks have loaded the same; else it restarts on all.
+        """Takes in a loaded history if all ranks have loaded the same; else it is reset on all.
 
         Collective: one tiny reduction. The first step calls it of itself. After a history was
         loaded on all ranks in the middle of a run, this makes the very next step go on from it.
         """
-        if self._wish is not None:
+        if self._pending is not None:
             self._prepare(problem)
         self.agreed = True
         # Checksums are those of the memory, which lies on all ranks alike or is read in order.
-        layout = zlib.crc32(repr([t.stride() for t in problem.tensors or ()]).encode())
+        layout = zlib.crc32(repr([t.stride() for t in problem.tensors]).encode())
         stored = self.config.history_dtype or _work_dtype(problem)
         able = kernels.usable(problem.device, _work_dtype(problem), stored)
-        claim, layout_riders = replicas.riders(self._history.claim), replicas.riders(layout)
-        sums = self._comm.allreduce(np.concatenate([claim, layout_riders, [able]]))
-        claims, layouts, (able_ranks,) = np.split(sums, [len(claim), len(sums) - 1])
-        self._fuse(able_ranks == self._comm.size and replicas.equal(layouts, self._comm.size))
-        if not replicas.equal(claims, self._comm.size):
-            self._restart_equal()
-        elif self._wish is not None:
+        fingerprint, layout_payload = (
+            replicas.payload(self._history.fingerprint),
+            replicas.payload(layout),
+        )
+        sums = self._comm.allreduce(np.concatenate([fingerprint, layout_payload, [able]]))
+        fingerprint, layouts, (able_ranks,) = np.split(sums, [len(fingerprint), len(sums) - 1])
+        self._set_kernels(
+            able_ranks == self._comm.size and replicas.equal(layouts, self._comm.size)
+        )
+        if not replicas.equal(fingerprint, self._comm.size):
+            self._reset_on_all()
+        elif self._pending is not None:
             self._take(continues=True)
 
-    def _fuse(self, able: bool) -> None:
+    def _set_kernels(self, able: bool) -> None:
         """Has `kernels` do the work where they can, if all ranks are able to."""
-        self._fused = able
+        self._use_kernels = able
         history = self._history
-        history.fused = able and kernels.usable(history.device, history.work_dtype, history.dtype)
-        self._averages.fused = history.fused
+        history.use_kernels = able and kernels.usable(
+            history.device, history.work_dtype, history.dtype
+        )
+        self._averages.use_kernels = history.use_kernels
 
     @torch.no_grad()
     def _take(self, continues: bool) -> None:
-        """Takes in the wish; `continues`: as if the run had not been interrupted."""
-        part, self._wish = self._wish, None
+        """Takes in the pending history; `continues`: as if the run had not been interrupted."""
+        part, self._pending = self._pending, None
         assert part is not None
         same, rows, columns = part["replicated"], part["rows"], part["columns"]
         own = part["own"].get(str(self._comm.rank)) if continues else None
@@ -542,8 +543,8 @@ class Accelerator:
             self._base_rows = self._vector().copy_(rows["base"])
             if (trial := part["undo"].get("residual")) is not None:
                 self._trial = Trial(self._base_rows, trial["undo"], trial["norm"])
-            if (trial := part["undo"].get("loss")) is not None:
-                self._losses.try_out(self._base_rows, trial["undo"])
+            if "loss" in part["undo"]:
+                self._losses.try_out(self._base_rows)
 
     def step(self, problem: FixedPoint) -> Any:
         """One step of the base optimizer, accelerated on every p-th. Collective on those steps.
@@ -582,7 +583,7 @@ class Accelerator:
 
         with _plain_numerics(problem.device), self.stats.timed("read"):
             self._prepare(problem)
-            w, r = self._history.lend()
+            w, r = self._history.staging_buffer()
             w = problem.read_before(*self._rows, w, r)
         result = problem.advance()
         with _plain_numerics(problem.device):
@@ -593,7 +594,7 @@ class Accelerator:
             self._note_noise(problem)
             stored = store and problem.moves  # at learning rate 0 r says nothing
             if stored:
-                self._store(w, r, problem.uniform_mixing)
+                self._store(w, r, problem.uniform_scaling)
             if accelerate:
                 with self.stats.timed("average"):
                     gains = self._averages.partial_gains(w, r, self._sharding.counted)
@@ -611,9 +612,9 @@ class Accelerator:
             with self.stats.timed("noise"):
                 self._noise.note(problem.deviations(), self._calls)
 
-    def _store(self, w: Tensor, r: Tensor, mixing: float | None) -> None:
+    def _store(self, w: Tensor, r: Tensor, scaling: float | None) -> None:
         with self.stats.timed("store"):
-            new = self._history.push(w, r, self.config.damping * (mixing or 0.0))
+            new = self._history.push(w, r, self.config.mixing * (scaling or 0.0))
             if new is not None:
                 self._gram.stored(*new)
             self.stats.stored += 1
@@ -627,18 +628,18 @@ class Accelerator:
             asked = [self._gram.partial(r, stored), *measured, *self._losses.unread()]
             partial, deviations, checksum, gains, *unread = numbers_of(asked)
             self._losses.read(unread)
-            riders = np.concatenate(
+            payload = np.concatenate(
                 [
-                    self._noise.riders(deviations),
-                    self._losses.riders(),
-                    replicas.riders(int(checksum[0])),
+                    self._noise.payload(deviations),
+                    self._losses.payload(),
+                    replicas.payload(int(checksum[0])),
                     gains,
                 ]
             )
             sent = self._gram.sent
-            system, sums = self._gram.assemble(partial, riders, r, stored)
+            system, sums = self._gram.assemble(partial, payload, r, stored)
             stats.bytes["gram"] += self._gram.sent - sent
-        lengths = NoiseMeter.RIDERS, LossWatch.RIDERS, replicas.RIDERS
+        lengths = NoiseMeter.PAYLOAD, LossWatch.PAYLOAD, replicas.PAYLOAD
         noise, losses, same, gains = np.split(sums, np.cumsum(lengths))
         self._losses.event(losses, self._comm.size)
         ready = self._backoff.ready()
@@ -646,8 +647,8 @@ class Accelerator:
             return self._unequal(problem, int(checksum[0]))
         self._were_equal, self.stepped_apart = True, False
         if system is None:
-            return self._restart_equal()
-        if self._wish is not None:  # tokens are equal: all ranks have it
+            return self._reset_on_all()
+        if self._pending is not None:  # version are equal: all ranks have it
             return self._take(continues=False)
         gram, b, rr = system
         if math.isfinite(rr):
@@ -665,12 +666,12 @@ class Accelerator:
         gram, b = gram[np.ix_(columns, columns)], b[columns]
         slots = [self._history.live[i] for i in columns]
         with stats.timed("solve"):
-            gamma = self._solve(gram, b, rr, r, slots)
+            gamma = self._solve(gram, b, rr, slots)
         with stats.timed("update"):
-            mixing = config.damping * self._mixing(problem)
+            scaling = config.mixing * self._scaling(problem)
             start = w if self._sharding.layout == "rows" else None  # else parts are added up first
             update, partial_slope = self._history.update(
-                r, gamma, mixing, self._history.scratch(w, r), start, config.relaxation
+                r, gamma, scaling, self._history.scratch(w, r), start, config.relaxation
             )
             slope = float(self._comm.allreduce(partial_slope.reshape(1).cpu().numpy())[0])
             stats.bytes["update"] += 8
@@ -681,9 +682,6 @@ class Accelerator:
                 self._history.keep(self._history.columns // 2)  # the newest know the way down
             return self._reject(cause)
         observed = self._losses.observed
-        undo = None
-        if observed and config.residual == "state":
-            undo = problem.snapshot()  # (lr v) / lr is not v to the last bit
         if config.safeguard in ("residual", "loss") or observed:
             if self._base_rows is None:
                 self._base_rows = self._vector()
@@ -703,16 +701,14 @@ class Accelerator:
             if cause is not None:
                 self._put(problem, base_rows)
                 return self._reject(cause)
-        if config.momentum == "reset":
-            undo = problem.reset_momentum(undoable=observed)
         if observed:
-            self._losses.try_out(base_rows, undo)
+            self._losses.try_out(base_rows)
         stats.accelerated += 1
 
     def _checksum(self, problem: FixedPoint) -> Tensor:
         if self._comm.size == 1:
             return torch.zeros((), dtype=torch.int64, device="cpu")
-        tensors = problem.tensors if self._fused and kernels.usable(problem.device) else None
+        tensors = problem.tensors if self._use_kernels and kernels.usable(problem.device) else None
         if tensors is not None:
             sizes = tuple(tensor.numel() for tensor in tensors)
             now = sizes, problem.device
@@ -724,13 +720,13 @@ class Accelerator:
 
     def _unequal(self, problem: FixedPoint, checksum: int) -> None:
         """Ranks hold different weights: what to do about it, on all of them."""
-        found = self._comm.allgather_object((checksum, self.stepped_apart, problem.described))
+        found = self._comm.allgather_object((checksum, self.stepped_apart, problem.config_lines))
         self.stepped_apart = False
         staying = [rank for rank, (_, apart, _) in enumerate(found) if not apart]
         if 0 < len(staying) < len(found) and len({found[rank][0] for rank in staying}) == 1:
             self._resync(problem, staying[0])
             self._were_equal = True
-            return self._restart_equal()
+            return self._reset_on_all()
         root, others = replicas.outliers([number for number, _, _ in found])
         named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
         what = f"Weights of {named} differ from those of rank {root} in step {self.stats.steps}"
@@ -745,7 +741,7 @@ class Accelerator:
                 f"{what}, and were equal before: {why}. Go on from a checkpoint, or choose "
                 "on_desync='resync'."
             )
-        self._restart_equal()
+        self._reset_on_all()
         if self._were_equal:
             warnings.warn(f"{what}: these ranks get weights and state of rank {root}", stacklevel=6)
             self._resync(problem, root)
@@ -757,8 +753,8 @@ class Accelerator:
                 stacklevel=6,
             )
 
-    def _restart_equal(self) -> None:
-        self.restart(Restart.DESYNCHRONIZED)
+    def _reset_on_all(self) -> None:
+        self.reset(Reset.DESYNCHRONIZED)
         self._history.generation = 0  # from here on the same on all ranks
 
     def _resync(self, problem: FixedPoint, root: int) -> None:
@@ -807,23 +803,16 @@ class Accelerator:
             return everything  # columns are in other units than the noise
         return [i for i in everything if gram[i, i] > 2.0 * gate * variance]
 
-    def _solve(self, gram: Matrix, b: Vector, rr: float, r: Tensor, slots: list[int]) -> Tensor:
+    def _solve(self, gram: Matrix, b: Vector, rr: float, slots: list[int]) -> Tensor:
         """gamma [m] float64 on the host, zero for unused slots; the same bits on every rank."""
         history, config = self._history, self.config
         eps = torch.finfo(history.work_dtype).eps
         factor = Factorization(gram, config.regularization, precision=eps)
         gamma = np.zeros(config.history_depth)
         gamma[slots] = factor.solve(b)
-        for _ in range(config.refine):
-            left = history.residual_left(r, torch.from_numpy(gamma))
-            if self._sharding.layout == "columns":
-                self.stats.bytes["solve"] += left.numel() * left.element_size()
-                left = self._group.comm.sum_tensor(left)
-            gradient = self._gram.project(left)[slots] - factor.penalty(gamma[slots])
-            gamma[slots] += factor.solve(gradient)
         # Replicated, but not trusted: processors may differ, and weights must not.
         gamma = self._comm.broadcast(gamma)
-        self.stats.bytes["solve"] += gamma.nbytes * (1 + config.refine)
+        self.stats.bytes["solve"] += gamma.nbytes
         self.stats.condition, self.stats.rank = factor.condition, factor.rank
         self.stats.promised_reduction = promised_reduction(gram, b, rr, gamma[slots])
         return torch.from_numpy(gamma)
@@ -857,16 +846,14 @@ class Accelerator:
         with _plain_numerics(problem.device), self.stats.timed("safeguard"):
             if problem.signature != self._signature:
                 self._losses.drop_trial()  # the way back is that of another problem
-            numbers = np.append(self._losses.riders(), self._losses.on_trial)
+            numbers = np.append(self._losses.payload(), self._losses.on_trial)
             sums = self._comm.allreduce(numbers)
             self.stats.bytes["safeguard"] += sums.nbytes
             trial = self._losses.verdict(sums, self._comm.size, self._backoff)
             if trial is None:
                 return True
-            base_rows, undo = trial
+            base_rows = trial
             self._put(problem, base_rows)
-            if undo is not None:
-                problem.restore(undo)
             self._trial = None  # of the same step
             if self._average is not None:
                 self._average.replace_last(base_rows)  # the rejected point was never there
@@ -898,7 +885,7 @@ class Accelerator:
         assert average is not None
         with self.stats.timed("average"):
             average.push(problem.read(*self._rows, self._vector()))
-            mixed = (r * self._mixing(problem)).abs()
+            mixed = (r * self._scaling(problem)).abs()
             largest = mixed.max() if r.numel() else r.new_zeros(())
             local = torch.stack([average.spread(), largest])
             values = np.append(local.double().cpu().numpy(), not average.full)
@@ -919,7 +906,7 @@ class Accelerator:
     def _reject(self, cause: Rejection) -> None:
         self.stats.rejected[cause.value] += 1
         if cause is Rejection.NONFINITE:
-            self.restart(Restart.NONFINITE)
+            self.reset(Reset.NONFINITE)
 
     @property
     def _sharding(self) -> Sharding:
@@ -929,9 +916,9 @@ class Accelerator:
     def _rows(self) -> tuple[int, int]:
         return self._sharding.rows
 
-    def _mixing(self, problem: FixedPoint) -> float | Tensor:
-        mixing = problem.mixing(*self._rows)
-        return mixing.to(self._history.device) if isinstance(mixing, Tensor) else mixing
+    def _scaling(self, problem: FixedPoint) -> float | Tensor:
+        scaling = problem.scaling(*self._rows)
+        return scaling.to(self._history.device) if isinstance(scaling, Tensor) else scaling
 
     def _vector(self) -> Tensor:
         lo, hi = self._rows
@@ -943,9 +930,9 @@ class Accelerator:
         if signature == self._signature:
             return
         if self._signature is not None:
-            self.restart(Restart.CHANGED)
+            self.reset(Reset.CHANGED)
         self._signature = signature
-        work, home = _work_dtype(problem), self._home(problem)
+        work, home = _work_dtype(problem), problem.device
         self._weights_device = problem.device
         current = self._history
         if (current.sharding.n, current.work_dtype, current.device) != (
@@ -955,10 +942,6 @@ class Accelerator:
         ):
             self._set_up(problem.n, work, home)
 
-    def _home(self, problem: FixedPoint) -> torch.device:
-        """Where history and averages are."""
-        return torch.device(self.config.history_device or problem.device)
-
     def share(self, n: int) -> Sharding:
         """Which part of a history of n numbers a column is this rank's."""
         group = self._group
@@ -967,8 +950,7 @@ class Accelerator:
 
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
         config, sharding = self.config, self.share(n)
-        pinned = device != self._weights_device
-        self._history = History(sharding, config.history_dtype or work, work, device, pinned)
+        self._history = History(sharding, config.history_dtype or work, work, device)
         self._gram = Gram(self._history, self._comm)
         lo, hi = sharding.rows
         self._base_rows = None
@@ -976,7 +958,7 @@ class Accelerator:
         self._averages = WeightAverages(kinds, config.frequency, hi - lo, work, device)
         if config.enabled and config.average_window is not None:
             self._average = MovingAverage(config.average_window, hi - lo, work, device)
-        self._fuse(self._fused)
+        self._set_kernels(self._use_kernels)
 
 
 def _work_dtype(problem: FixedPoint) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from aadl_hvd.errors import AndersonError, ConfigError, UnsupportedError
-from aadl_hvd.job import check_whole
+from aadl_hvd.optim.job import check_whole
 
 VARIABLES: Final = ("parameters", "tensors")
 # The norms, t and K are those of all groups together: in these, groups cannot differ.

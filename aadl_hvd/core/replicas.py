@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.solve import Vector
+from aadl_hvd.core.solve import Vector
 
 # Numbers at a time: little memory, and few kernels (n is tens of millions).
 CHUNK = 2**17
 CHUNK_GPU = 2**22
-RIDERS = 4
+PAYLOAD = 4
 PRIME = 2**36 - 5  # two halves of 18 bits, whose squares sum up exactly over 2^16 ranks
 _HALF = 2**18
 
@@ -49,14 +49,14 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
     return (torch.stack(sums) * factors).sum().remainder(PRIME)
 
 
-def riders(number: int) -> Vector:
-    """[RIDERS] float64 to be summed over ranks with others."""
+def payload(number: int) -> Vector:
+    """[PAYLOAD] float64 to be summed over ranks with others."""
     halves = np.array(divmod(number, _HALF), dtype=np.float64)
     return np.concatenate([halves, halves**2])
 
 
 def equal(sums: Vector, size: int) -> bool:
-    """Whether all of `size` ranks had the same checksum, from the sums of their riders."""
+    """Whether all of `size` ranks had the same checksum, from the sums of their payload."""
     first, squares = np.split(sums, 2)
     return bool((squares * size == first**2).all())  # no variance; both sides round alike
 

@@ -30,15 +30,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import base_state, checkpoint, job, replicas
-from aadl_hvd.accelerator import Accelerator
-from aadl_hvd.batch_norm import kept_batch_norm, recalibrate_batch_norm
+from aadl_hvd import checkpoint
+from aadl_hvd.checkpoint import base_state
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.comm.local import LocalCommunicator, PendingCommunicator
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core import replicas
+from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.errors import AndersonError, ConfigError, ReplicaMismatchError, UnsupportedError
-from aadl_hvd.fixed_point import OptimizerFixedPoint
-from aadl_hvd.safeguard import Restart
+from aadl_hvd.optim import job
+from aadl_hvd.optim.batch_norm import kept_batch_norm, recalibrate_batch_norm
+from aadl_hvd.optim.problem import OptimizerFixedPoint
+from aadl_hvd.stats import Reset
 
 Closure = Callable[[], Any]
 _Accepted = TypeVar("_Accepted")
@@ -83,7 +86,7 @@ def AndersonOptimizer(
     The result is an instance of the given optimizer's class and
     shares its parameter groups and its state, so learning-rate schedulers made before go on
     working. Its attribute `anderson` is the `Accelerator`: `.stats`, `.history_bytes`,
-    `.config`, `.restart()`.
+    `.config`, `.reset()`.
 
     Memory: 2 m n numbers of history, 2 n for the last pair, 2 n for each of `averages`.
 
@@ -306,7 +309,7 @@ def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All of an optimizer's attributes, to be shared with the accelerated one."""
     # An instance attribute `step` is a scheduler's wrapper, bound to the optimizer given.
     attributes = {k: v for k, v in vars(optimizer).items() if k != "step"}
-    # GradScaler must unscale gradients before they become residuals, fused kernels or not.
+    # GradScaler must unscale gradients before they become residuals, use_kernels kernels or not.
     return attributes | {"_step_supports_amp_scaling": False}
 
 
@@ -532,7 +535,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         Loads into any number of ranks, any layout and depth. The ranks' parts travel through host
         memory, one rank's at a time: rank `to` needs memory for the whole, 2 m n numbers and what
         else there is (2 n for the last pair, 2 n or 4 n for each average), the others for one
-        tensor of their own. Until the next step, load, restart or new parameter group
+        tensor of their own. Until the next step, load, reset or new parameter group
         `state_dict` on rank `to` holds it, too. Hooks of `state_dict` fire on rank `to` alone,
         when nobody waits for it any more: they may raise, and must not be collective.
 
@@ -545,7 +548,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         accelerator: Accelerator = self.anderson
         comm = accelerator.comm
         # Small and first: a rank that calls this alone is found out in a second (MPI).
-        asked = comm.allreduce(replicas.riders(zlib.crc32(repr(to).encode())))
+        asked = comm.allreduce(replicas.payload(zlib.crc32(repr(to).encode())))
         if not replicas.equal(asked, comm.size):
             everybody = comm.allgather_object(to)
             raise ConfigError(f"Invalid to={everybody}, by rank. Must be the same on all.")
@@ -564,7 +567,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         Not collective. For one file a rank, written in parallel, and for a rank that may outlive
         others: 2 m n/P numbers, 2 n/P for the last pair, 2 n/P or 4 n/P for each average; where a
         step is on trial that may have to be undone, the base optimizer's state, too (with
-        `safeguard="residual"`, or losses observed and `residual="state"` or `momentum="reset"`).
+        `safeguard="residual"`).
         No hooks of `state_dict` fire: they are about the base's state.
 
         Returns:
@@ -593,7 +596,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
         enter anyhow has shown that all have loaded the same: the first `step` of an optimizer has
         a tiny one for this. If all ranks load, each its own part or all the whole, that step goes
         on bit for bit as the run that was saved, on as many ranks (on other numbers, to rounding).
-        If only some have, the history restarts on all of them. In the middle of a run the next
+        If only some have, the history is reset on all of them. In the middle of a run the next
         accelerated step finds out, or `anderson.agree(...)`.
 
         In the middle of a run the history and its averages are copied to host memory meanwhile, so
@@ -649,9 +652,9 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                         _check_undo(self, part["undo"])
                     else:
                         part, left_out = None, "learning rates or weight decays are others"
-                accelerator.restart(Restart.LOADED)
+                accelerator.reset(Reset.LOADED)
                 if part is not None:
-                    accelerator.load(problem, part, checkpoint.claim_of(saved["history"]))
+                    accelerator.load(problem, part, checkpoint.fingerprint_of(saved["history"]))
                 if saved is not None:
                     accelerator.stats.load_counters(saved["counters"])
                     accelerator.stats.load_measured(saved.get("measured", {}))
@@ -663,7 +666,7 @@ def _methods(inner: Any, below: dict[str, Any]) -> dict[str, Any]:
                     )
 
     def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
-        """As in torch; the history restarts in the next step."""
+        """As in torch; the history is reset in the next step."""
         base("add_param_group")(self, param_group)
         self.anderson.consolidated = None
 
@@ -733,11 +736,10 @@ def _load_base(optimizer: Any, state_dict: dict[str, Any], load: Callable[..., N
 
 
 def _check_undo(optimizer: Any, undo: dict[str, Any]) -> None:
-    for name, trial in undo.items():
-        if (back := trial["undo"]) is not None:
-            what = f"history['undo'][{name!r}]"
-            entries, whole = back["entries"], back["whole"]
-            base_state.check_entries(entries, optimizer, what, whole, optimizer.state)
+    if "residual" in undo:
+        entries = undo["residual"]["undo"]["entries"]
+        what = "history['undo']['residual']"
+        base_state.check_entries(entries, optimizer, what, True, optimizer.state)
 
 
 def anderson_state(optimizer: Any) -> dict[str, Any]:

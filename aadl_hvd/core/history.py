@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
-from aadl_hvd.sharding import Sharding
+from aadl_hvd.core.sharding import Sharding
 
 # Rows that are worked on at a time: on a processor a vector, 256 KB, stays in the second level of
 # the cache while the columns pass by, and the columns, 5 MB, in the third where they are needed
@@ -32,23 +32,20 @@ class History:
         -W gamma + c (r - R gamma) = c r - Y gamma
 
     reads one matrix. Memory on this rank: 2 * len(slots) * rows numbers of `dtype`, and 4 * rows
-    numbers of `work_dtype` for the last pair and the next. Allocated at the first `lend` or `push`.
-
-    Columns in float16 are divided by a power of two that brings their largest number near 1.
+    numbers of `work_dtype` for the last pair and the next. Allocated at the first `staging_buffer` or `push`.
 
     Args:
         sharding: which rows and slots are this rank's.
         dtype: of the stored columns.
         work_dtype: of pairs and products, float32 or float64.
         device: where the history is to be.
-        pinned: pairs lie in pinned memory, to which a GPU copies without a wait.
 
     Attributes:
-        fused: whether `kernels` do products and updates; the same on every rank, or weights of two
+        use_kernels: whether `kernels` do products and updates; the same on every rank, or weights of two
             groups would differ by rounding.
-        stored: pairs stored since the last restart.
-        generation: number of restarts.
-        claim: names what this rank has loaded and waits to take in, below 2^36; 0 for nothing.
+        stored: pairs stored since the last reset.
+        generation: number of resets.
+        fingerprint: names what this rank has loaded and waits to take in, below 2^36; 0 for nothing.
         columns: h, number of columns that can be used: at most depth.
     """
 
@@ -58,26 +55,22 @@ class History:
         dtype: torch.dtype,
         work_dtype: torch.dtype,
         device: torch.device,
-        pinned: bool = False,
     ) -> None:
         self.sharding = sharding
         self.dtype = dtype
         self.work_dtype = work_dtype
         self.device = device
-        self._pinned = pinned
-        self.fused = False
+        self.use_kernels = False
         self.stored = 0
         self.generation = 0
-        self.claim = 0
+        self.fingerprint = 0
         self.columns = 0
-        self._place = {slot: i for i, slot in enumerate(sharding.slots)}
-        self._mixings = [0.0] * len(self._place)  # c_j
+        self._index = {slot: i for i, slot in enumerate(sharding.slots)}
+        self._weights = [0.0] * len(self._index)  # c_j
         self._y: Tensor | None = None
         self._r: Tensor
         self._pairs: Tensor  # [2, 2, rows], each (w, r)
         self._last = 0  # which of them was stored last; the other is lent
-        # [2, slots] of R and Y; None where the dtype needs none.
-        self._scales: Tensor | None = None
 
     @property
     def live(self) -> list[int]:
@@ -97,18 +90,18 @@ class History:
         return sum(t.numel() * t.element_size() for t in (self._y, self._r, self._pairs))
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """Equal on two ranks where the same pairs were stored since the same restart.
+    def version(self) -> tuple[int, ...]:
+        """Equal on two ranks where the same pairs were stored since the same reset.
 
         At most 2^18, so that sums of their squares over 2^16 ranks are exact in float64.
         """
-        return self.stored % 1024, self.generation % 1024, *divmod(self.claim, 2**18)
+        return self.stored % 1024, self.generation % 1024, *divmod(self.fingerprint, 2**18)
 
-    def place(self, slot: int) -> int | None:
+    def index(self, slot: int) -> int | None:
         """Index of a slot in this rank's columns; None where another rank holds it."""
-        return self._place.get(slot)
+        return self._index.get(slot)
 
-    def lend(self) -> tuple[Tensor, Tensor]:
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
         """Memory [rows] of `work_dtype` for the next w and r: `push` takes these without a copy."""
         if self._y is None:
             self._allocate()
@@ -117,24 +110,24 @@ class History:
 
     def scratch(self, *in_use: Tensor) -> Tensor:
         """A vector [rows] that overlaps none in use: lent memory, or new where they lie there."""
-        lent, _ = self.lend()
+        lent, _ = self.staging_buffer()
         taken = any(tensor.data_ptr() == lent.data_ptr() for tensor in in_use)
         return torch.empty_like(lent) if taken else lent
 
-    def push(self, w: Tensor, r: Tensor, mixing: float = 0.0) -> tuple[int, Tensor | None] | None:
+    def push(self, w: Tensor, r: Tensor, weight: float = 0.0) -> tuple[int, Tensor | None] | None:
         """Stores a pair [rows], of `work_dtype`.
 
         Args:
             w: iterate.
             r: its residual.
-            mixing: c, what updates will weigh residuals with; 0 where that is no number.
+            weight: c, what updates will weigh residuals with; 0 where that is no number.
 
         Returns:
             The slot that was filled, the same on every rank, and with the column layout the new
             column of R [rows], as it was rounded for storage. None for the very first pair, which
             has nothing to differ from.
         """
-        next_w, next_r = self.lend()
+        next_w, next_r = self.staging_buffer()
         assert self._y is not None
         if w.data_ptr() != next_w.data_ptr():
             next_w.copy_(w)
@@ -148,13 +141,9 @@ class History:
             self.columns = min(self.columns + 1, self.sharding.depth)
             if self.sharding.layout == "columns":
                 column = torch.empty_like(last_r)
-            place = self.place(slot)
+            place = self.index(slot)
             if place is not None:
-                self._mixings[place] = mixing
-            if self._scales is not None:
-                scales = self._measure_scales(next_w, next_r, mixing)
-                if place is not None:
-                    self._scales[:, place] = scales
+                self._weights[place] = weight
         for rows in chunks(r) if slot is not None else ():
             # Straight to where it stays; else to the memory of the pair before last, which nobody
             # needs again.
@@ -162,20 +151,15 @@ class History:
             to_r = self._r[place, rows] if in_place else last_r[rows]
             to_y = self._y[place, rows] if in_place else last_w[rows]
             dr = torch.sub(next_r[rows], last_r[rows], out=to_r)
-            if place is not None or self._scales is not None:
+            if place is not None:
                 dw = torch.sub(next_w[rows], last_w[rows], out=to_y)
-                if mixing:
-                    dw.add_(dr, alpha=mixing)
-            if self._scales is not None:
-                dr.div_(scales[0])
-                dw.div_(scales[1])
+                if weight:
+                    dw.add_(dr, alpha=weight)
             if place is not None and not in_place:
                 self._y[place, rows].copy_(dw)
                 self._r[place, rows].copy_(dr)
             if column is not None:
                 column[rows] = dr.to(self.dtype)
-        if column is not None and self._scales is not None:
-            column.mul_(scales[0])
         self.stored += 1
         return None if slot is None else (slot, column)
 
@@ -195,11 +179,10 @@ class History:
         Returns:
             [len(slots) + 1, len(self.sharding.slots)] and [], float64, on the device.
         """
-        places = [self._place[slot] for slot in slots]
-        if self.fused:
-            total, square = kernels.inner(self._r, places, vector, self.sharding.summed)
-            return self._unscaled(total, places), square
-        few = None if only is None else [self._place[slot] for slot in only]
+        places = [self._index[slot] for slot in slots]
+        if self.use_kernels:
+            return kernels.inner(self._r, places, vector, self.sharding.summed)
+        few = None if only is None else [self._index[slot] for slot in only]
         pieces = list(self._chunks(vector, self.sharding.summed))
         shape = len(pieces), len(places) + 1, self._r.shape[0]
         parts = torch.zeros(shape, dtype=self.work_dtype, device=self.device)
@@ -217,35 +200,23 @@ class History:
                 torch.dot(columns[place], piece, out=part[-1, place])
             torch.dot(piece, piece, out=square)
         total = parts.sum(dim=0, dtype=torch.float64)
-        return self._unscaled(total, places), squares.sum(dtype=torch.float64)
-
-    def residual_left(self, r: Tensor, gamma: Tensor) -> Tensor:
-        """This rank's part of r - R gamma, [rows]; gamma [depth] float64 on the host.
-
-        With the row layout parts are rows, with the column layout they are terms of a sum.
-        """
-        out = torch.empty_like(r)
-        coefficients = self._scaled([self._own(gamma)], [0])[0]
-        share, wide = float(self.sharding.counts_replicated), self._wide(r)
-        for rows in self._chunks(r):
-            _less(r[rows], share, _widened(self._r[:, rows], wide), coefficients, out[rows])
-        return out
+        return total, squares.sum(dtype=torch.float64)
 
     def update(
         self,
         r: Tensor,
         gamma: Tensor,
-        mixing: float | Tensor,
+        weight: float | Tensor,
         out: Tensor | None = None,
         start: Tensor | None = None,
         relaxation: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """This rank's part of u = -W gamma + mixing * (r - R gamma), and of u . r.
+        """This rank's part of u = -W gamma + weight * (r - R gamma), and of u . r.
 
         Args:
             r: residual, [rows].
             gamma: [depth] float64 on the host.
-            mixing: a number, or one for every row, [rows].
+            weight: a number, or one for every row, [rows].
             out: where to, [rows]; None: new memory.
             start: w, [rows], for w + relaxation u in place of u; with the row layout.
             relaxation: beta.
@@ -255,25 +226,27 @@ class History:
         """
         assert self._y is not None
         own = self._own(gamma)
-        # Y holds c_j R, which is what is wanted only where c_j is the mixing of now.
-        wanted = 0.0 if isinstance(mixing, Tensor) else mixing
-        missing = (wanted - torch.tensor(self._mixings, dtype=torch.float64, device="cpu")) * own
+        # Y holds c_j R, which is what is wanted only where c_j is the weight of now.
+        wanted = 0.0 if isinstance(weight, Tensor) else weight
+        missing = (wanted - torch.tensor(self._weights, dtype=torch.float64, device="cpu")) * own
         share = float(self.sharding.counts_replicated)
         out = torch.empty_like(r) if out is None else out
-        if self.fused and not (isinstance(mixing, Tensor) and missing.any()):
-            return out, self._update(r, own, missing, mixing, share, out, start, relaxation)
-        in_y, in_r, in_rest = self._scaled([own, own, missing], [1, 0, 0])
+        if self.use_kernels and not (isinstance(weight, Tensor) and missing.any()):
+            return out, self._update(r, own, missing, weight, share, out, start, relaxation)
+        # In one copy, for which the host does not wait: its memory is read before it goes on.
+        moved = torch.stack([own, missing]).to(self.device, non_blocking=True).to(self.work_dtype)
+        of_columns, in_rest = moved
         rest = in_rest if missing.any() else None
         wide = self._wide(r)
         summed, slopes = self.sharding.summed, []
         for rows in self._chunks(r):
             piece = out[rows]
-            if isinstance(mixing, Tensor):
-                _less(r[rows], share, _widened(self._r[:, rows], wide), in_r, piece)
-                piece.mul_(mixing[rows])
-                _less(piece, 1.0, _widened(self._y[:, rows], wide), in_y, piece)
+            if isinstance(weight, Tensor):
+                _less(r[rows], share, _widened(self._r[:, rows], wide), of_columns, piece)
+                piece.mul_(weight[rows])
+                _less(piece, 1.0, _widened(self._y[:, rows], wide), of_columns, piece)
             else:
-                _less(r[rows], share * mixing, _widened(self._y[:, rows], wide), in_y, piece)
+                _less(r[rows], share * weight, _widened(self._y[:, rows], wide), of_columns, piece)
             if rest is not None:
                 _less(piece, 1.0, _widened(self._r[:, rows], wide), rest, piece)
             # While it is in the cache.
@@ -289,7 +262,7 @@ class History:
         r: Tensor,
         own: Tensor,
         missing: Tensor,
-        mixing: float | Tensor,
+        weight: float | Tensor,
         share: float,
         out: Tensor,
         start: Tensor | None,
@@ -297,67 +270,52 @@ class History:
     ) -> Tensor:
         """`update` by a kernel; returns its second number."""
         assert self._y is not None
-        each = mixing if isinstance(mixing, Tensor) else None
-        in_r, factor = (own, share) if isinstance(mixing, Tensor) else (missing, share * mixing)
+        each = weight if isinstance(weight, Tensor) else None
+        in_r, factor = (own, share) if isinstance(weight, Tensor) else (missing, share * weight)
         factors = torch.tensor([factor, relaxation], dtype=torch.float64, device="cpu")
         numbers = torch.cat([own, in_r, factors]).to(self.work_dtype)  # one copy to the device
         moved, m = numbers.to(self.device, non_blocking=True), len(own)
         in_y, of_r, factors = moved[:m], moved[m : 2 * m], moved[2 * m :]
-        if self._scales is not None:
-            in_y, of_r = in_y * self._scales[1], of_r * self._scales[0]
         with_r = each is not None or bool(missing.any())
         return kernels.update(
             *(r, in_y, self._y, factors, self.sharding.summed, out),
             in_r=of_r if with_r else None,
             columns=self._r if with_r else None,
-            mixing=each,
+            weight=each,
             start=start,
         )
 
-    def _unscaled(self, table: Tensor, places: list[int]) -> Tensor:
-        """Products of columns as stored, [len(places) + 1, columns], into products of columns."""
-        if self._scales is not None:
-            table *= self._scales[0]
-            for row, place in zip(table, places, strict=False):  # a list as index is copied there
-                row *= self._scales[0, place]
-        return table
-
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
-        self.stored = self.columns = self.claim = 0
+        self.stored = self.columns = self.fingerprint = 0
         self.generation += 1
-        self._mixings = [0.0] * len(self._mixings)
+        self._weights = [0.0] * len(self._weights)
         if self._y is not None:
             self._y.zero_()
             self._r.zero_()
-        if self._scales is not None:
-            self._scales.fill_(1.0)
 
     def part(self) -> dict[str, Any]:
         """This rank's part of the columns in use, copied to host memory.
 
         Returns:
             "index": places among the columns in use, from the oldest, of those this rank holds;
-            "y" and "r": [len(index), rows], as stored; "scales": [2, len(index)] of R and Y, None
-            where there are none; "mixings": [len(index)] float64; "pair": the last (w, r),
+            "y" and "r": [len(index), rows], as stored; "weights": [len(index)] float64; "pair": the last (w, r),
             [2, rows], None if none was stored.
         """
         lo, hi = self.sharding.rows
         held = [
             (i, place)
             for i, slot in enumerate(self.live)
-            if (place := self.place(slot)) is not None
+            if (place := self.index(slot)) is not None
         ]
         places = [place for _, place in held]
-        part: dict[str, Any] = {"index": [i for i, _ in held], "scales": None, "pair": None}
+        part: dict[str, Any] = {"index": [i for i, _ in held], "pair": None}
         for name in ("y", "r"):
             part[name] = torch.empty((len(held), hi - lo), dtype=self.dtype, device="cpu")
             for row, place in zip(part[name], places, strict=True):
                 row.copy_(getattr(self, f"_{name}")[place])
-        mixings = [self._mixings[i] for i in places]
-        part["mixings"] = torch.tensor(mixings, dtype=torch.float64, device="cpu")
-        if self._scales is not None:
-            part["scales"] = self._scales[:, places].cpu()
+        weights = [self._weights[i] for i in places]
+        part["weights"] = torch.tensor(weights, dtype=torch.float64, device="cpu")
         if self.stored:
             part["pair"] = self._pairs[self._last].cpu().clone()
         return part
@@ -372,7 +330,7 @@ class History:
 
         Args:
             part: see `part`; dtypes may be others.
-            stored: pairs stored since the last restart.
+            stored: pairs stored since the last reset.
             columns: h, number of columns in use, at most depth.
             last: 0 or 1, see `last`.
         """
@@ -386,30 +344,13 @@ class History:
         assert self._y is not None
         self._pairs[self._last].copy_(part["pair"])
         for row, index in enumerate(part["index"]):
-            place = self._place[self.live[index]]
-            self._mixings[place] = float(part["mixings"][row])
-            for which, (name, stored_as) in enumerate((("r", self._r), ("y", self._y))):
-                column = part[name][row].to(self.device, self.work_dtype)
-                if part["scales"] is not None:
-                    column = column * float(part["scales"][which, row])
-                if self._scales is not None:
-                    self._scales[which, place] = scale = _scale(column.abs().max())
-                    column = column / scale
-                stored_as[place].copy_(column)
+            place = self._index[self.live[index]]
+            self._weights[place] = float(part["weights"][row])
+            for name, stored_as in (("r", self._r), ("y", self._y)):
+                stored_as[place].copy_(part[name][row].to(self.device, self.work_dtype))
 
     def _own(self, gamma: Tensor) -> Tensor:
         return gamma[list(self.sharding.slots)]
-
-    def _scaled(self, coefficients: list[Tensor], which: list[int]) -> Tensor:
-        """Coefficients of this rank's columns, as stored, of R (0) or Y (1); on the device.
-
-        In one copy, for which the host does not wait: its memory is read before it goes on.
-        """
-        moved = torch.stack(coefficients).to(self.device, non_blocking=True)
-        if self._scales is not None:
-            for row, i in zip(moved, which, strict=True):
-                row *= self._scales[i]
-        return moved.to(self.work_dtype)
 
     def _wide(self, vector: Tensor) -> Tensor | None:
         """Memory for a chunk of columns in `work_dtype`, where they are stored in another.
@@ -425,29 +366,13 @@ class History:
         """The module's `chunks`, no longer than columns may be widened."""
         return chunks(vector, part, None if self.dtype == self.work_dtype else CHUNK_WIDE)
 
-    def _measure_scales(self, w: Tensor, r: Tensor, mixing: float) -> Tensor:
-        """Powers of two just above the largest numbers of the new columns of R and Y, [2]."""
-        largest, last = (
-            torch.zeros(2, dtype=r.dtype, device=self.device),
-            self._pairs[1 - self._last],
-        )
-        for rows in chunks(r):
-            dr = r[rows] - last[1, rows]
-            y = (w[rows] - last[0, rows]).add_(dr, alpha=mixing)
-            largest = torch.maximum(largest, torch.stack([dr.abs().max(), y.abs().max()]))
-        return _scale(largest)
-
     def _allocate(self) -> None:
         lo, hi = self.sharding.rows
         shape = (len(self.sharding.slots), hi - lo)
         self._y = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._r = torch.zeros(shape, dtype=self.dtype, device=self.device)
         pairs = 2, 2, hi - lo
-        self._pairs = torch.zeros(
-            pairs, dtype=self.work_dtype, device=self.device, pin_memory=self._pinned
-        )
-        if self.dtype == torch.float16:
-            self._scales = torch.ones((2, shape[0]), dtype=self.work_dtype, device=self.device)
+        self._pairs = torch.zeros(pairs, dtype=self.work_dtype, device=self.device)
 
 
 def chunks(
@@ -512,12 +437,6 @@ def _total(parts: list[Tensor], like: Tensor) -> Tensor:
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=like.device)
     return torch.stack(parts).sum(dtype=torch.float64)
-
-
-def _scale(largest: Tensor) -> Tensor:
-    """The powers of two next above numbers; 1 where there is none."""
-    scales = torch.exp2(largest.log2().ceil())
-    return torch.where(scales.isfinite() & (scales > 0.0), scales, 1.0)
 
 
 def _widened(columns: Tensor, memory: Tensor | None) -> Tensor:

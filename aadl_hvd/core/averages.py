@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
-from aadl_hvd.history import chunks
+from aadl_hvd.core.history import chunks
+from aadl_hvd.core.solve import Vector
 from aadl_hvd.schema import entries, integer, listed, number
-from aadl_hvd.solve import Vector
 
 
 class MovingAverage:
@@ -92,24 +92,23 @@ class MovingAverage:
 class WeightAverages:
     """Running averages of the iterates, for evaluation; training never sees them.
 
-    Several at once: exponential ones, by their decay factor per step, and windows, by their number
-    of steps. Fed in accelerated steps only, where the rows are at hand anyway. With each goes the
+    Several exponential ones at once, by their decay factors per step. Fed in accelerated steps only, where the rows are at hand anyway. With each goes the
     average of the residuals, because for a quadratic loss, r being minus its gradient,
 
         f(w) - f(avg w) = 1/2 <r + avg r, avg w - w>
 
     (the trapezoidal rule): the gain of every average is known without a forward pass, up to noise,
-    which is smoothed over about 20 steps. Memory: 2 rows an exponential average, 4 a window.
+    which is smoothed over about 20 steps. Memory: 2 rows an average.
 
     Args:
-        kinds: decay factors in (0, 1) and window lengths >= 2.
+        kinds: decay factors in (0, 1).
         every: steps between two calls of `push`.
         rows: number of rows of this rank.
         dtype: float32 or float64.
         device: where the parameters are.
 
     Attributes:
-        fused: whether `kernels` do the work; the same on every rank, or averages of two groups
+        use_kernels: whether `kernels` do the work; the same on every rank, or averages of two groups
             would differ by rounding.
         count: iterates taken in.
         parts: each of the averages.
@@ -134,7 +133,7 @@ class WeightAverages:
         self.kinds = tuple(kinds)
         self._every = every
         self.parts = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
-        self.fused = False
+        self.use_kernels = False
         self._gains: Vector = np.zeros(len(self.kinds))
         self._measured = self.count = 0
 
@@ -161,11 +160,10 @@ class WeightAverages:
             largest = w.abs().max() if w.numel() else w.new_zeros(())
             return (0.0 * largest).double().expand(len(self.kinds))
         # 1/2 <r + avg r, avg w - w>
-        if self.fused:
+        if self.use_kernels:
             sums = [average.sums for average in self.parts]
-            divisors = [average.divisor for average in self.parts]
             first, end, _ = part.indices(w.numel())
-            return kernels.gains(w, r, sums, divisors, slice(first, end)).mul_(0.5)
+            return kernels.gains(w, r, sums, slice(first, end)).mul_(0.5)
         # Chunks outside, so that w and r are read once.
         zero = w.new_zeros(len(self.parts), dtype=torch.float64)
         parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
@@ -183,12 +181,12 @@ class WeightAverages:
             return
         for average in self.parts:
             average.begin()
-        if self.fused and self.parts:
-            sums = [average.now for average in self.parts]
+        if self.use_kernels and self.parts:
+            sums = [average.sums for average in self.parts]
             kernels.take_in(w, r, sums, [average.weight for average in self.parts])
-        for rows in () if self.fused else chunks(w):
+        for rows in () if self.use_kernels else chunks(w):
             for average in self.parts:
-                average.take(w[rows], r[rows], rows)
+                average.add(w[rows], r[rows], rows)
         self.count += 1
         if self.count > 1:
             kept = self.SMOOTHING**self._every
@@ -211,7 +209,7 @@ class WeightAverages:
         }
 
     def part(self) -> list[Tensor]:
-        """Of each kind this rank's rows, [1 or 2, 2, rows], on the host; none if none is known."""
+        """Of each kind this rank's rows, [2, rows], on the host; none if none is known."""
         return [average.sums.cpu().clone() for average in self.parts] if self.count else []
 
     def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
@@ -247,19 +245,14 @@ class _Average:
     """One running average of w and r.
 
     Attributes:
-        sums: exponential averages of both, [1, 2, rows], or sums of two halves, [2, 2, rows].
-        now: of these, [2, rows], what is taken in goes to.
+        sums: both, [2, rows].
     """
 
     def __init__(
         self, kind: float, every: int, rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._decay = kind**every if kind < 1 else None
-        # A window is the second half, going on, and the first half, complete: t/2 to t steps.
-        self._half = max(1, round(kind / (2 * every)))
-        halves = 1 if self._decay is not None else 2
-        self.sums = torch.zeros((halves, 2, rows), dtype=dtype, device=device)
-        self.now = self.sums[0]
+        self._decay = kind**every
+        self.sums = torch.zeros((2, rows), dtype=dtype, device=device)
         self.count = 0
 
     @property
@@ -267,38 +260,22 @@ class _Average:
         return self.sums.numel() * self.sums.element_size()
 
     def begin(self) -> None:
-        """Makes room for an iterate, which `take` is then given chunk by chunk."""
+        """Makes room for an iterate, which `add` is then given chunk by chunk."""
         if self.count == 0:
             self.sums.zero_()
-        self.now = self.sums[self.count // self._half % 2 if self._decay is None else 0]
-        if self._decay is None and self.count % self._half == 0:
-            self.now.zero_()
         self.count += 1
 
     @property
     def weight(self) -> float:
-        """Of what is taken in, in a mean; 0 where it is added to a sum."""
+        """Weight of the newest iterate in the mean."""
         # The plain mean as long as there are too few to fill the horizon.
-        return 0.0 if self._decay is None else max(1.0 - self._decay, 1.0 / self.count)
+        return max(1.0 - self._decay, 1.0 / self.count)
 
-    @property
-    def divisor(self) -> int:
-        """What makes means of `sums`, added up."""
-        if self._decay is not None:
-            return 1
-        complete = self._half if self.count > self._half else 0
-        return complete + (self.count - 1) % self._half + 1
-
-    def take(self, w: Tensor, r: Tensor, rows: slice) -> None:
-        """Takes in rows of an iterate and of its residual."""
-        for now, new in zip(self.now, (w, r), strict=True):
-            if self._decay is None:
-                now[rows].add_(new)
-            else:
-                now[rows].lerp_(new, self.weight)
+    def add(self, w: Tensor, r: Tensor, rows: slice) -> None:
+        """Adds rows of an iterate and of its residual."""
+        for mean, new in zip(self.sums, (w, r), strict=True):
+            mean[rows].lerp_(new, self.weight)
 
     def mean(self, rows: slice = slice(None)) -> Tensor:
         """The averages of w and r, [2, rows]."""
-        if self._decay is not None:
-            return self.sums[0, :, rows]
-        return self.sums[:, :, rows].sum(dim=0).div_(self.divisor)
+        return self.sums[:, rows]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd import replicas
 from aadl_hvd.comm.base import Communicator
-from aadl_hvd.history import History
-from aadl_hvd.solve import Matrix, Vector
+from aadl_hvd.core import replicas
+from aadl_hvd.core.history import History
+from aadl_hvd.core.solve import Matrix, Vector
 
 System = tuple[Matrix, Vector, float]
 
@@ -77,7 +77,7 @@ class Gram:
         slots = list(self._fresh) if sharding.layout == "rows" else []
         only = None
         if self._carries(newest):
-            only = [slot for slot in self._fresh if history.place(slot) is not None]
+            only = [slot for slot in self._fresh if history.index(slot) is not None]
         own, square = history.inner(slots, r, only)
         square = square * float(sharding.counts_replicated)
         return torch.cat([*(row.reshape(-1) for row in (*known, own)), square.reshape(1)])
@@ -99,32 +99,32 @@ class Gram:
         self._fresh[slot] = None if column is None else self._multiplied(column)
 
     def assemble(
-        self, partial: Vector, riders: Vector, r: Tensor, newest: bool
+        self, partial: Vector, payload: Vector, r: Tensor, newest: bool
     ) -> tuple[System | None, Vector]:
         """Brings R^T R up to date and multiplies R with r. Collective: one allreduce, rarely two.
 
         Args:
             partial: what `partial` returned, on the host.
-            riders: [e] numbers to be summed over ranks in the same message.
+            payload: [e] numbers to be summed over ranks in the same message.
             r: what `partial` was given.
             newest: what `partial` was given.
 
         Returns:
             R^T R [h, h], R^T r [h] and r^T r, the same bits on every rank, for the h columns in
             use from the oldest to the newest; they may hold NaN or Inf, then on every rank. None,
-            on every rank, if the ranks have not stored the same pairs. And the sums of the riders.
+            on every rank, if the ranks have not stored the same pairs. And the sums of the payload.
         """
         k, m = len(self._fresh), self._depth
         table = np.zeros((m + 1, m))
         own = np.ix_([*range(k), m], self._history.sharding.slots)
         products, rr = partial[:-1], partial[-1]
         table[own] = products.reshape(table[own].shape)
-        tokens = np.array(self._history.tokens, dtype=np.float64)
-        tokens[1] = 2.0 * tokens[1] + newest  # what is done with the sums hangs on it
-        message = np.concatenate([riders, table.reshape(-1), [rr], tokens, tokens**2])
-        summed, message = np.split(self._sum(message), [len(riders)])
-        numbers, tokens = np.split(message, [-2 * len(tokens)])
-        if not replicas.equal(tokens, self._comm.size):
+        version = np.array(self._history.version, dtype=np.float64)
+        version[1] = 2.0 * version[1] + newest  # what is done with the sums hangs on it
+        message = np.concatenate([payload, table.reshape(-1), [rr], version, version**2])
+        summed, message = np.split(self._sum(message), [len(payload)])
+        numbers, version = np.split(message, [-2 * len(version)])
+        if not replicas.equal(version, self._comm.size):
             return None, summed
         table, rr = numbers[:-1].reshape(m + 1, m), float(numbers[-1])
         for slot, row in zip(self._fresh, table[:k], strict=True):
@@ -192,7 +192,7 @@ class Gram:
         if self._history.sharding.layout == "rows":
             return None
         live = self._history.live
-        held = [place for slot in live if (place := self._history.place(slot)) is not None]
+        held = [place for slot in live if (place := self._history.index(slot)) is not None]
         known = [self._fresh[live[i]] for i in self.state()["fresh"]]
         rows = [row.cpu()[held] for row in known if row is not None]
         nothing = torch.zeros((len(held), 0), dtype=torch.float64, device="cpu")
@@ -207,7 +207,7 @@ class Gram:
         if state["carried"] is not None and self._worthwhile:
             self._carried = np.zeros(self._depth)
             self._carried[live] = state["carried"].numpy()
-        held = [place for slot in live if (place := self._history.place(slot)) is not None]
+        held = [place for slot in live if (place := self._history.index(slot)) is not None]
         for i, index in enumerate(state["fresh"]):
             row = None
             if products is not None and self._history.sharding.layout == "columns":

@@ -54,7 +54,6 @@ class Factorization:
         self._scale = np.divide(
             1.0, np.sqrt(diagonal), out=np.zeros_like(diagonal), where=diagonal > 0.0
         )
-        self._penalty = regularization * diagonal
         scaled = self._scale[:, None] * gram * self._scale  # their product could overflow
         values, vectors = np.linalg.eigh((scaled + scaled.T) / 2)
         values = values + regularization
@@ -65,10 +64,6 @@ class Factorization:
         self._values, self._vectors = values[kept], vectors[:, kept]
         self.rank = int(kept.sum())
         self.condition = largest / float(self._values[0]) if self.rank else 1.0
-
-    def penalty(self, gamma: Vector) -> Vector:
-        """What the ridge takes from R^T (r - R gamma) in the gradient: 0 where there is none."""
-        return self._penalty * gamma
 
     def solve(self, b: Vector) -> Vector:
         """G^+ b, ridge included, [h] -> [h]."""

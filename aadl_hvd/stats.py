@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aadl_hvd.safeguard import Rejection, Restart
 from aadl_hvd.schema import entries, every, instance, integer, number
+
+
+class Rejection(enum.Enum):
+    """Why an attempt left the base optimizer's step in place."""
+
+    NONFINITE = "nonfinite"  # NaN or Inf in weights, residual or history: look at the base's lr
+    DEGENERATE = "degenerate"  # zero residual, or no independent column: converged, or q too small
+    NOISE = "noise"  # the residual does not stand out of its noise: stats.batch_factor
+    BACKOFF = "backoff"  # not tried, because of bad experience shortly before
+    DESCENT = "descent"  # <w+ - w, r> <= 0: near a saddle, or the history is too old: lower m
+    RESIDUAL = "residual"  # the norm of the next residual did not fall: lower beta
+    LOSS = "loss"  # the loss was higher, at once (closure) or in the next step (observe)
+
+
+class Reset(enum.Enum):
+    """Why the history was forgotten."""
+
+    NONFINITE = "nonfinite"
+    # Parameters, dtypes, devices, which learning rates are 0; with residual="step" the ratio of the
+    # groups' rates, with "state" any of them.
+    CHANGED = "changed"
+    # Ranks had not stored the same (one loaded a checkpoint), or did not hold the same weights.
+    DESYNCHRONIZED = "desynchronized"
+    RANKS = "ranks"  # elastic: parts went with a rank that is gone
+    LOADED = "loaded"  # load_state_dict
+    REQUESTED = "requested"  # reset() was called
+
 
 # Order of an accelerated step; "read" copies this rank's rows, "replicas" compares all weights,
 # "write" puts the update in place.
@@ -31,7 +58,7 @@ _SMOOTHING = 0.9
 _COUNTED = "steps", "stored", "accelerated", "averaged"
 _MEASURED = "promised_reduction", "condition", "rank", "noise_variance", "signal", "gate"
 _CAUSES = every(integer(), key=instance(str))
-_COUNTERS = entries(dict.fromkeys(_COUNTED, integer()) | {"rejected": _CAUSES, "restarts": _CAUSES})
+_COUNTERS = entries(dict.fromkeys(_COUNTED, integer()) | {"rejected": _CAUSES, "resets": _CAUSES})
 _MEASUREMENTS = entries({}, dict.fromkeys(_MEASURED, number(finite=False)))
 
 
@@ -50,7 +77,7 @@ class Stats:
         rejected: attempts that left the base optimizer's step in place, by cause (`Rejection`).
             Every attempt is counted as accelerated or under exactly one cause; those rejected by
             `safeguard="residual"` or an observed loss, a step later, as both.
-        restarts: times the history was forgotten, by cause (`Restart`).
+        resets: times the history was forgotten, by cause (`Reset`).
         averaged: steps whose weights were replaced by the moving average.
         promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.
         noise_variance: variance of the mean gradient's noise, summed over coordinates; smoothed
@@ -72,8 +99,8 @@ class Stats:
     rejected: dict[str, int] = dataclasses.field(
         default_factory=lambda: {cause.value: 0 for cause in Rejection}
     )
-    restarts: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {cause.value: 0 for cause in Restart}
+    resets: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {cause.value: 0 for cause in Reset}
     )
     promised_reduction: float = math.nan
     condition: float = math.nan
@@ -121,7 +148,7 @@ class Stats:
     def counters(self) -> dict[str, Any]:
         """The counts alone, in plain types: what a checkpoint keeps."""
         counts = {name: getattr(self, name) for name in _COUNTED}
-        return counts | {"rejected": dict(self.rejected), "restarts": dict(self.restarts)}
+        return counts | {"rejected": dict(self.rejected), "resets": dict(self.resets)}
 
     def load_counters(self, saved: Mapping[str, Any]) -> None:
         """Takes over what `counters` returned; causes unknown here are kept.
@@ -133,7 +160,7 @@ class Stats:
         for name in _COUNTED:
             setattr(self, name, saved[name])
         self.rejected = self.rejected | saved["rejected"]
-        self.restarts = self.restarts | saved["restarts"]
+        self.resets = self.resets | saved["resets"]
 
     def measured(self) -> dict[str, float]:
         """What was measured last, or smoothed: what a checkpoint keeps beside the counts."""
@@ -153,12 +180,12 @@ class Stats:
         if not self.enabled:
             return f"{self.steps} steps of the base optimizer alone: enabled=False"
         rejected = ", ".join(f"{cause} {count}" for cause, count in self.rejected.items() if count)
-        restarts = ", ".join(f"{cause} {count}" for cause, count in self.restarts.items() if count)
+        resets = ", ".join(f"{cause} {count}" for cause, count in self.resets.items() if count)
         return (
             f"{self.steps} steps: {self.stored} stored, {self.accelerated} accelerated, "
             f"{sum(self.rejected.values())} rejected{f' ({rejected})' if rejected else ''}, "
-            f"{self.averaged} averaged, {sum(self.restarts.values())} restarts"
-            f"{f' ({restarts})' if restarts else ''}; last solve: promised reduction "
+            f"{self.averaged} averaged, {sum(self.resets.values())} resets"
+            f"{f' ({resets})' if resets else ''}; last solve: promised reduction "
             f"{self.promised_reduction:.3g}, condition {self.condition:.3g}; "
             f"gate opens at {self.batch_factor:.3g} times this batch; "
             f"{sum(self.seconds.values()):.3g} s in Anderson acceleration"

@@ -6,7 +6,7 @@ A history travels in parts, plain dicts of tensors on the host and of plain type
     "replicated"   what is the same on every rank: numbers of steps, R^T R, decisions of late
     "rows"         {name: tensor [..., hi - lo]}: the last pair, sums of averages, ...
     "columns"      "index", the columns in use that it holds, counted from the oldest; "y" and "r",
-                   [len(index), hi - lo]; "mixings", "scales", "products": see History and Gram
+                   [len(index), hi - lo]; "weights", "products": see History and Gram
     "undo"         the base optimizer's state from before a step that is still on trial
     "ranks"        how many ranks trained together
     "own"          {rank: what that rank alone knew of its gradients and losses}
@@ -15,7 +15,7 @@ The whole history is the part of a rank alone: all rows of all columns. Slots of
 appear nowhere, so that a part fits any depth, layout and number of ranks whose rows and columns it
 covers (`examined`), and parts of any sharding make the whole (`merge_shards`).
 
-Files are written whole or not at all and hold tensors and plain types alone (`aadl_hvd.plain`):
+Files are written whole or not at all and hold tensors and plain types alone (`aadl_hvd.checkpoint.plain`):
 reading one runs none of its code.
 """
 
@@ -37,14 +37,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.averaging import WeightAverages
+from aadl_hvd.checkpoint.plain import plain
 from aadl_hvd.comm.base import Communicator
-from aadl_hvd.diagnostics import Stats
+from aadl_hvd.core.acceptance import Backoff, LossWatch
+from aadl_hvd.core.averages import WeightAverages
+from aadl_hvd.core.history import chunks
+from aadl_hvd.core.noise import NoiseMeter
+from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.errors import AndersonError, CheckpointError
-from aadl_hvd.history import chunks
-from aadl_hvd.noise import NoiseMeter
-from aadl_hvd.plain import plain
-from aadl_hvd.safeguard import Backoff, LossWatch
 from aadl_hvd.schema import (
     anything,
     entries,
@@ -59,7 +59,7 @@ from aadl_hvd.schema import (
     sequence,
     tensor,
 )
-from aadl_hvd.sharding import Sharding
+from aadl_hvd.stats import Stats
 
 FORMAT = 2  # of the entry "anderson" of a state_dict; 1 had no history
 _FILE_FORMAT = 1
@@ -82,7 +82,7 @@ _ENTRY = entries(
 _WITH_HISTORY = entries(
     dict.fromkeys(("config", "parameters", "settings", "last_rates", "history"), anything)
 )
-_UNDO = entries({"whole": instance(bool), "entries": every(instance(dict), key=integer())})
+_UNDO = entries({"entries": every(instance(dict), key=integer())})
 _PART = entries(
     {
         "sharding": entries(
@@ -115,7 +115,7 @@ _PART = entries(
             {},
             {
                 "residual": entries({"norm": number(0.0), "undo": _UNDO}),
-                "loss": entries({"undo": optional(_UNDO)}),
+                "loss": entries({}),
             },
         ),
         "ranks": integer(1),
@@ -261,7 +261,7 @@ class _Whole:
     ) -> None:
         self._wanted, self._index = rows, index
         self._first: History | None = None
-        self._claim = 0
+        self._fingerprint = 0
         self._rows: dict[str, Tensor] = {}
         self._columns: dict[str, Any] = {}
         self._undo: dict[str, Any] = {}
@@ -281,7 +281,7 @@ class _Whole:
         hi = max(lo, hi)
         here = slice(lo - self._wanted[0], hi - self._wanted[0])
         there = slice(lo - first, hi - first)
-        if claim_of(part) != self._claim:
+        if fingerprint_of(part) != self._fingerprint:
             calls = self._first["replicated"]["calls"], part["replicated"]["calls"]
             raise CheckpointError(
                 f"Invalid parts: after step {calls[0]} of one run and after step {calls[1]} of "
@@ -301,15 +301,14 @@ class _Whole:
             if (place := places.get(index)) is None:
                 continue
             self._covered[place].append((lo, hi))
-            for which, name in enumerate(("r", "y")):
-                column = _unscaled(columns, which, name, row)
-                self._columns[name][place, here] = column[there]
-            self._columns["mixings"][place] = columns["mixings"][row]
+            for name in ("r", "y"):
+                self._columns[name][place, here] = columns[name][row][there]
+            self._columns["weights"][place] = columns["weights"][row]
             if self._columns["products"] is not None:
                 self._columns["products"][place] = columns["products"][row]
 
     def _begin(self, part: History) -> None:
-        self._first, self._claim = part, claim_of(part)
+        self._first, self._fingerprint = part, fingerprint_of(part)
         if self._wanted is None:
             self._wanted = 0, part["sharding"]["n"]
         if self._index is None:
@@ -319,11 +318,11 @@ class _Whole:
             name: tensor.new_empty((*tensor.shape[:-1], n)) for name, tensor in part["rows"].items()
         }
         columns, fresh = part["columns"], len(part["replicated"]["gram"]["fresh"])
-        like = columns["y"] if columns["scales"] is None else columns["scales"]
+        like = columns["y"]
         self._columns = {
             "y": like.new_empty((h, n)),
             "r": like.new_empty((h, n)),
-            "mixings": torch.zeros(h, dtype=torch.float64, device="cpu"),
+            "weights": torch.zeros(h, dtype=torch.float64, device="cpu"),
             "products": torch.zeros((h, fresh), dtype=torch.float64, device="cpu"),
         }
         self._undo = dict(part["undo"])
@@ -346,7 +345,7 @@ class _Whole:
             "sharding": {"layout": "rows", "n": n, "size": 1, "rank": 0, "rows": [*self._wanted]},
             "replicated": first["replicated"],
             "rows": self._rows,
-            "columns": {"index": [*self._index], "scales": None, **self._columns},
+            "columns": {"index": [*self._index], **self._columns},
             "undo": self._undo,
             "ranks": first["ranks"],
             "own": self._own,
@@ -437,8 +436,7 @@ def _fitted(history: History, sharding: Sharding, ranks: int, rank: int) -> Hist
             "index": index,
             "y": columns["y"][held, cut],
             "r": columns["r"][held, cut],
-            "mixings": columns["mixings"][held],
-            "scales": None if columns["scales"] is None else columns["scales"][:, held],
+            "weights": columns["weights"][held],
             "products": products,
         },
         "undo": copy.deepcopy(history["undo"]),
@@ -451,7 +449,7 @@ def _check_part(history: Any) -> None:
     """Raises a CheckpointError where a part is not what all that takes it in can go on from.
 
     Columns and iterates may hold NaN, as those of a run that has seen one: the next accelerated
-    step restarts the history. What would never heal must be finite.
+    step resets the history. What would never heal must be finite.
     """
     _PART(history, "history")
     found, same, columns = history["sharding"], history["replicated"], history["columns"]
@@ -471,10 +469,7 @@ def _check_part(history: Any) -> None:
     if pushed is not None:
         wanted["iterates"] = tensor(None, rows)
     if averages["count"]:
-        wanted |= {
-            f"average {kind}": tensor(1 if kind < 1 else 2, 2, rows, finite=True)
-            for kind in averages["kinds"]
-        }
+        wanted |= {f"average {kind}": tensor(2, rows, finite=True) for kind in averages["kinds"]}
     tensors = {
         "replicated": entries(
             {
@@ -490,19 +485,17 @@ def _check_part(history: Any) -> None:
         "columns": entries(
             {
                 **{"y": tensor(held, rows), "r": tensor(held, rows)},
-                "mixings": tensor(held, dtypes=double, finite=True),
-                "scales": optional(tensor(2, held, finite=True)),
+                "weights": tensor(held, dtypes=double, finite=True),
                 "products": optional(tensor(held, len(fresh), dtypes=double)),
             }
         ),
     }
     entries(tensors)(history, "history")
-    matrix, scales = same["gram"]["matrix"], columns["scales"]
+    matrix = same["gram"]["matrix"]
     _raise_contradictions(
         {
             "matrix": torch.equal(matrix, matrix.T) and bool((matrix.diagonal() >= 0.0).all()),
             "columns: y, r": columns["y"].dtype == columns["r"].dtype,
-            "columns: scales": scales is None or bool((scales > 0.0).all()),
             "pushed, iterates": pushed is None or len(history["rows"]["iterates"]) <= pushed,
         }
     )
@@ -526,26 +519,19 @@ def _columns_wanted(stored: int, columns: int, sharding: Sharding) -> list[int]:
     return [columns - h + i for i, slot in enumerate(slots) if slot in sharding.slots]
 
 
-def _unscaled(columns: dict[str, Any], which: int, name: str, row: int) -> Tensor:
-    column: Tensor = columns[name][row]
-    if columns["scales"] is not None:
-        column = column.to(columns["scales"].dtype) * columns["scales"][which, row]
-    return column
-
-
 def _products(columns: dict[str, Any], held: list[int], fresh: list[int]) -> Tensor:
     """R_held^T R_fresh [held, fresh] float64, where the columns were not held whole before."""
     products = torch.zeros((len(held), len(fresh)), dtype=torch.float64, device="cpu")
     for k, new in enumerate(fresh):
-        column = _unscaled(columns, 0, "r", new)
+        column = columns["r"][new]
         for row, place in enumerate(held):
-            other = _unscaled(columns, 0, "r", place)
+            other = columns["r"][place]
             for rows in chunks(column):
                 products[row, k] += torch.dot(other[rows].double(), column[rows].double())
     return products
 
 
-def claim_of(part: History) -> int:
+def fingerprint_of(part: History) -> int:
     """A number in [1, 2^36) that parts of one moment have in common, and others do not."""
     same = plain(part["replicated"], "part")  # NumPy's numbers read otherwise than Python's
     digest = hashlib.sha256(repr(_ordered(same)).encode()).digest()
@@ -625,7 +611,7 @@ def consolidate(
 class _Held:
     """What a rank can say of a part it holds, without handing it out."""
 
-    claim: str
+    fingerprint: str
     at: int  # of the rank that holds it: rank and place among its parts
     place: int
     rows: tuple[int, int]
@@ -661,7 +647,7 @@ def redistribute(
     """
     held = [
         _Held(
-            claim=f"{claim_of(part)} {sorted(part['rows'])} {sorted(part['undo'])}",
+            fingerprint=f"{fingerprint_of(part)} {sorted(part['rows'])} {sorted(part['undo'])}",
             at=comm.rank,
             place=place,
             rows=(part["sharding"]["rows"][0], part["sharding"]["rows"][1]),
@@ -678,11 +664,11 @@ def redistribute(
     first = next(iter(everybody[0][0]), None)
     if first is None or not first.stored:
         return None, ""
-    known = [part for part in said if part.claim == first.claim]
+    known = [part for part in said if part.fingerprint == first.fingerprint]
     plan = _plan(known, [wanted for _, wanted in everybody])
     if plan is None:
         gone = sorted(set(range(first.size)) - {part.rank for part in known})
-        other = any(part.stored and part.claim != first.claim for part in said)
+        other = any(part.stored and part.fingerprint != first.fingerprint for part in said)
         return None, (
             f"the part of {_named(gone)} of {first.size} that shared it is lost"
             + (", or of another moment" if other else "")
@@ -756,7 +742,7 @@ def _cut(part: History, rows: tuple[int, int], index: frozenset[int]) -> History
     cut = slice(max(rows[0] - first, 0), max(min(rows[1], last) - first, 0))
     held = [place for place, i in enumerate(columns["index"]) if i in index]
     picked = {
-        name: columns[name][held] for name in ("mixings", "products") if columns[name] is not None
+        name: columns[name][held] for name in ("weights", "products") if columns[name] is not None
     }
     return part | {
         "sharding": part["sharding"] | {"rows": [*rows]},
@@ -767,7 +753,6 @@ def _cut(part: History, rows: tuple[int, int], index: frozenset[int]) -> History
             "index": [columns["index"][place] for place in held],
             "y": columns["y"][held, cut],
             "r": columns["r"][held, cut],
-            "scales": None if columns["scales"] is None else columns["scales"][:, held],
         },
         "own": {},
     }
@@ -877,7 +862,7 @@ def examined(
 
 
 # What decides how and when a step is judged after the fact.
-_TRIED_WITH = "frequency", "store_every", "warmup_steps", "safeguard", "momentum"
+_TRIED_WITH = "frequency", "store_every", "warmup_steps", "safeguard"
 
 
 def described(optimizer: torch.optim.Optimizer) -> list[list[Any]]:

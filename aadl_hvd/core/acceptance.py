@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from collections import deque
 from collections.abc import Iterable
@@ -12,34 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from aadl_hvd.core.solve import Matrix, Vector
 from aadl_hvd.schema import entries, instance, integer, listed, number, optional, sequence
-from aadl_hvd.solve import Matrix, Vector
-
-
-class Rejection(enum.Enum):
-    """Why an attempt left the base optimizer's step in place."""
-
-    NONFINITE = "nonfinite"  # NaN or Inf in weights, residual or history: look at the base's lr
-    DEGENERATE = "degenerate"  # zero residual, or no independent column: converged, or q too small
-    NOISE = "noise"  # the residual does not stand out of its noise: stats.batch_factor
-    BACKOFF = "backoff"  # not tried, because of bad experience shortly before
-    DESCENT = "descent"  # <w+ - w, r> <= 0: near a saddle, or the history is too old: lower m
-    RESIDUAL = "residual"  # the norm of the next residual did not fall: lower beta
-    LOSS = "loss"  # the loss was higher, at once (closure) or in the next step (observe)
-
-
-class Restart(enum.Enum):
-    """Why the history was forgotten."""
-
-    NONFINITE = "nonfinite"
-    # Parameters, dtypes, devices, which learning rates are 0; with residual="step" the ratio of the
-    # groups' rates, with "state" any of them.
-    CHANGED = "changed"
-    # Ranks had not stored the same (one loaded a checkpoint), or did not hold the same weights.
-    DESYNCHRONIZED = "desynchronized"
-    RANKS = "ranks"  # elastic: parts went with a rank that is gone
-    LOADED = "loaded"  # load_state_dict
-    REQUESTED = "requested"  # restart() was called
+from aadl_hvd.stats import Rejection
 
 
 @dataclasses.dataclass
@@ -122,7 +96,7 @@ class LossWatch:
     itself may be missing on a rank that has loaded a checkpoint since.
     """
 
-    RIDERS = 3
+    PAYLOAD = 3
     # In standard deviations of the difference of two losses.
     TOLERANCE = 2.0
     ROUNDING = 1e-6  # relative; losses are float32, and at rest they only round differently
@@ -152,7 +126,7 @@ class LossWatch:
         self._after_base_step = True
         self._loss = math.nan
         self._tolerance = 0.0
-        self._trial: tuple[Tensor, Any] | None = None
+        self._trial: Tensor | None = None
 
     @property
     def on_trial(self) -> bool:
@@ -181,11 +155,11 @@ class LossWatch:
             for losses in self._losses
         ]
 
-    def riders(self) -> Vector:
+    def payload(self) -> Vector:
         """[3] numbers to be summed over ranks: this rank's loss, whether it has one, its spread."""
         before, now = [[], *self._losses][-2:]
         if not now:
-            return np.zeros(self.RIDERS)
+            return np.zeros(self.PAYLOAD)
         loss = _mean(now)
         self._losses[-1] = [loss]  # a number from here on: asking a GPU for it is a wait
         if before and self._after_base_step:
@@ -204,7 +178,7 @@ class LossWatch:
             self._variances.append(square / 4.0)
 
     def event(self, sums: Vector, size: int) -> None:
-        """Takes the sums of `riders` in an accelerated step."""
+        """Takes the sums of `payload` in an accelerated step."""
         loss, count, spread = (float(x) for x in sums)
         self.observed = count == size and math.isfinite(loss)
         self._loss = loss / size
@@ -230,7 +204,7 @@ class LossWatch:
         }
 
     @property
-    def trial(self) -> tuple[Tensor, Any] | None:
+    def trial(self) -> Tensor | None:
         """What `try_out` was given, where a point is on trial."""
         return self._trial
 
@@ -247,22 +221,20 @@ class LossWatch:
             self._last_difference = part["last_difference"]
             self._variances = deque(part["variances"], maxlen=self.SPREADS)
 
-    def try_out(self, base_rows: Tensor, undo: Any) -> None:
+    def try_out(self, base_rows: Tensor) -> None:
         """Puts an accepted point on trial.
 
         Args:
             base_rows: this rank's block of the weights the base optimizer had reached, [rows].
-            undo: the base optimizer's state or momentum then, for `FixedPoint.restore`, which has
-                to follow the weights; None if it was not changed.
         """
-        self.verdict_due, self._trial = True, (base_rows, undo)
+        self.verdict_due, self._trial = True, base_rows
 
     def drop_trial(self) -> None:
         """Forgets the way back; the next verdict will be that nothing is known."""
         self._trial = None
 
-    def verdict(self, sums: Vector, size: int, backoff: Backoff) -> tuple[Tensor, Any] | None:
-        """Takes the sums of `riders` and `on_trial` in the step after.
+    def verdict(self, sums: Vector, size: int, backoff: Backoff) -> Tensor | None:
+        """Takes the sums of `payload` and `on_trial` in the step after.
 
         Returns:
             What `try_out` was given, to go back to, or None if the point stays.

@@ -10,9 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -105,19 +103,6 @@ class FlatLayout:
         targets += whole
         if targets:
             torch._foreach_copy_(targets, sources)
-
-
-def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
-    """Each tensor's numbers as a float64 vector on the host; one wait for each device."""
-    places: dict[torch.device, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault(tensor.device, []).append(place)
-    found: dict[int, NDArray[np.float64]] = {}
-    for own in places.values():
-        joined = torch.cat([tensors[place].detach().reshape(-1).double() for place in own])
-        ends = np.cumsum([tensors[place].numel() for place in own])
-        found |= zip(own, np.split(joined.cpu().numpy(), ends[:-1]), strict=True)
-    return [found[place] for place in range(len(tensors))]
 
 
 def _read_whole(tensors: list[Tensor], out: Tensor) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
+from aadl_hvd.core.solve import Matrix, Vector
 from aadl_hvd.schema import entries, integer, listed, number, optional, sequence, tensor
-from aadl_hvd.solve import Matrix, Vector
 
 # Coordinates looked at: holding deviations of all of them from step to step would cost n numbers.
 # Drawn at random: a regular stride falls in step with the layers' widths and misjudges.
@@ -221,7 +221,7 @@ def _is_marked(gradient: Tensor | None, mark: _Mark) -> bool:
 class NoiseMeter:
     """Turns deviations of successive steps into numbers to be summed, and these into sigma^2."""
 
-    RIDERS = 4
+    PAYLOAD = 4
     # Squared cosine from which two changes are taken to be alike. Independent noise has 1 over its
     # effective dimension on average, measured 0.05 to 0.1; full batches have 0.4 to 0.8.
     ALIKE = 0.6
@@ -250,7 +250,7 @@ class NoiseMeter:
         self._now, self._call = deviations, call
 
     def measured(self) -> Tensor:
-        """What `riders` is to be given, on the device: [2] float64, [0] if this rank cannot say."""
+        """What `payload` is to be given, on the device: [2] float64, [0] if this rank cannot say."""
         deviations, last = self._now, self._last
         if deviations is None or last is None or last.values.shape != deviations.values.shape:
             return torch.empty(0, device="cpu")
@@ -266,10 +266,10 @@ class NoiseMeter:
             squares = torch.where(alike > self.ALIKE, squares * (1.0 - alike), squares)
         return torch.stack([squares.sum(), deviations.squared.double()])
 
-    def riders(self, measured: Vector) -> Vector:
+    def payload(self, measured: Vector) -> Vector:
         """[4] numbers on the last step to be summed over ranks; zeros if this rank cannot say."""
         if self._now is None or not len(measured):
-            return np.zeros(self.RIDERS)
+            return np.zeros(self.PAYLOAD)
         changed, squared = measured
         samples = len(self._now.values)
         return np.array([changed, samples, samples**2, squared], dtype=np.float64)
@@ -279,7 +279,7 @@ class NoiseMeter:
         """sigma^2 of the mean gradient, and the square of the gradient's norm.
 
         Args:
-            sums: of `riders` over ranks, [4].
+            sums: of `payload` over ranks, [4].
             size: number of ranks.
 
         Returns:
@@ -294,7 +294,7 @@ class NoiseMeter:
         """sigma^2, at least what its share of ||r||^2 has been of late.
 
         One measurement of few samples can miss by a factor, and in thousands of attempts some do.
-        The share is the same on every rank, and no restart on one of them touches it.
+        The share is the same on every rank, and no reset on one of them touches it.
         """
         if math.isfinite(variance) and 0.0 < squared < math.inf:
             share = min(variance / squared, 1.0)

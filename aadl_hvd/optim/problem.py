@@ -1,8 +1,7 @@
-"""A torch optimizer seen as a fixed-point iteration w <- G(w), with three notions of residual.
+"""A torch optimizer seen as a fixed-point iteration w <- G(w), with two notions of residual.
 
     step       r = G(w) - w                      paper, Eq. 1
     gradient   r = -(g + weight_decay w)         mixed in by M: what the optimizer makes of r
-    state      the same as "step" for x = (w, lr v), v the momentum buffers of torch.optim.SGD
 
 With momentum the map is G(w, v): a residual of w alone ("step") is not a function of w.
 
@@ -17,19 +16,19 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd.core.noise import Deviations, GradientSamples
 from aadl_hvd.errors import UnsupportedError
-from aadl_hvd.flatten import FlatLayout
-from aadl_hvd.job import check_whole
-from aadl_hvd.noise import Deviations, GradientSamples
+from aadl_hvd.optim.flatten import FlatLayout
+from aadl_hvd.optim.job import check_whole
 
-# The base optimizer's state, or parts of it, by the parameters' places: {"whole", "entries"}.
+# The base optimizer's state by the parameters' places: {"entries"}.
 Undo = dict[str, Any]
 # Rows of the flat gradient, and the parameters that have none.
 _Gradient = tuple[Tensor, set[int]]
@@ -40,7 +39,7 @@ class OptimizerFixedPoint:
 
     Args:
         optimizer: whose parameter groups and state are read and written.
-        residual: "step", "gradient" or "state".
+        residual: "step" or "gradient".
         weights_before: where a parameter's value before the step is kept (Adasum changes
             parameters during the backward pass); None: in the parameter itself.
 
@@ -65,8 +64,6 @@ class OptimizerFixedPoint:
         self._hooks: list[Any] = []
         self._last_rates: tuple[float, ...] = ()
         self._due: tuple[int, int, Tensor] | None = None
-        # w and r on the way to memory of another device.
-        self._stages: tuple[Tensor, Tensor] | None = None
         self._gradient: _Gradient | None = None
         self._layout = FlatLayout([])
         self._deviations: Deviations | None = None
@@ -102,17 +99,16 @@ class OptimizerFixedPoint:
         parameters = tuple((id(p), p.shape, p.dtype, p.device) for p in self._parameters)
         decays = tuple(group.get("weight_decay", 0) for group in self._groups)
         rates = tuple(_learning_rate(group) for group in self._groups)
-        if self._residual != "state":
-            if not any(rates):  # as at the start of a warm-up: what they were, or will be
-                initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
-                rates = self._last_rates or tuple(initial)
-            self._last_rates = rates
-            if self._residual == "gradient":
-                rates = tuple(map(bool, rates))  # what moves at all
-            else:
-                # Only ratios matter; rounded, so that a schedule's last bit does not count.
-                largest = max(rates, default=1.0) or 1.0
-                rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
+        if not any(rates):  # as at the start of a warm-up: what they were, or will be
+            initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
+            rates = self._last_rates or tuple(initial)
+        self._last_rates = rates
+        if self._residual == "gradient":
+            rates = tuple(map(bool, rates))  # what moves at all
+        else:
+            # Only ratios matter; rounded, so that a schedule's last bit does not count.
+            largest = max(rates, default=1.0) or 1.0
+            rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
         return parameters, decays, rates
 
     @property
@@ -129,17 +125,15 @@ class OptimizerFixedPoint:
         return self._parameters[0].device if self._parameters else torch.device("cpu")
 
     @property
-    def tensors(self) -> list[Tensor] | None:
-        return [*self._parameters] if self._residual != "state" else None
+    def tensors(self) -> list[Tensor]:
+        return [*self._parameters]
 
     @property
     def moves(self) -> bool:
         return any(_learning_rate(group) for group in self._groups)
 
     @property
-    def uniform_mixing(self) -> float | None:
-        if self._residual == "state":
-            return 1.0
+    def uniform_scaling(self) -> float | None:
         if self._residual == "step":
             return max((abs(rate) for rate in self._rates), default=0.0)
         rates = {_long_run_rate(group) for group in self._groups}
@@ -147,40 +141,28 @@ class OptimizerFixedPoint:
             return rates.pop()
         return None
 
-    def mixing(self, lo: int, hi: int) -> float | Tensor:
-        if (uniform := self.uniform_mixing) is not None:
+    def scaling(self, lo: int, hi: int) -> float | Tensor:
+        if (uniform := self.uniform_scaling) is not None:
             return uniform
         rates = {id(group): _long_run_rate(group) for group in self._groups}
-        mixing = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
+        scaling = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
         for index, first, last in self._layout.segments(lo, hi):
-            rows = mixing[first - lo : last - lo]
+            rows = scaling[first - lo : last - lo]
             rows.fill_(rates[id(self._group_of[index])])
-            if (scaling := self._scaling(index, first, last)) is not None:
-                rows.mul_(scaling)
-        return mixing
+            if (preconditioner := self._preconditioner(index, first, last)) is not None:
+                rows.mul_(preconditioner)
+        return scaling
 
     def deviations(self) -> Deviations | None:
         found, self._deviations = self._deviations, None
         return found
 
-    def reset_momentum(self, undoable: bool) -> Undo | None:
-        undo: Undo = {"whole": False, "entries": {}}
-        for key, entry in self._entries(trainable=True):
-            found = {k: entry[k] for k in _MOMENTA if isinstance(entry.get(k), Tensor)}
-            if undoable and found:
-                undo["entries"][key] = {k: buffer.clone() for k, buffer in found.items()}
-            for buffer in found.values():
-                buffer.zero_()
-        return undo if undoable else None
-
     def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
-        w, r = self._staged(out, residual)
         if self._residual == "gradient":
-            self._due = lo, hi, r
+            self._due = lo, hi, residual
         self._gradient = None
         parameters = [self._weights_before(p) for p in self._parameters]
-        self._read(parameters, lo, hi, w)
-        return out if w is out else out.copy_(w, non_blocking=True)
+        return self._layout.read(parameters, lo, hi, out)
 
     def keep_gradient(self) -> None:
         """To be called when the gradients are final and the optimizer has not yet used them.
@@ -199,38 +181,19 @@ class OptimizerFixedPoint:
         self._due = self._gradient = self._deviations = None
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
-        if out.device != self.device:
-            return out.copy_(self._read(self._parameters, lo, hi, self._beside(out)))
-        return self._read(self._parameters, lo, hi, out)
+        return self._layout.read(self._parameters, lo, hi, out)
 
     def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
-        if out.device == self.device:
-            return self._read_residual(lo, hi, w, out)
-        assert self._stages is not None, "read_before comes first"
-        # Waits for w, too, which was sent earlier on the same stream.
-        return out.copy_(self._read_residual(lo, hi, *self._stages))
-
-    def _read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
         gradient, self._gradient, self._due = self._gradient, None, None
         if not self.moves:  # every learning rate is 0: nothing to divide by or to gain
             return out.zero_()
         if self._residual == "gradient":
             return self._with_decay(gradient or self._read_gradient(lo, hi, out), lo, hi, w)
-        scale = self.mixing(lo, hi)  # residuals are proportional to it, and outlive it
+        scale = self.scaling(lo, hi)  # residuals are proportional to it, and outlive it
         return self.read(lo, hi, out).sub_(w).div_(scale)
 
     def write(self, flat: Tensor, lo: int = 0) -> None:
-        if self._residual != "state":
-            return self._layout.write(self._parameters, flat, lo)
-        # At rate 0 the state says nothing of the momentum: it stays what it is.
-        pairs = list(zip(self._momenta(), self._rates, strict=True))
-        momenta = [momentum if rate else None for momentum, rate in pairs]
-        if lo + flat.numel() > self._layout.offsets[len(self._parameters)]:
-            flat = flat.clone()  # may be anybody's
-        for index, first, last in self._layout.segments(lo, lo + flat.numel()):
-            if (place := index - len(self._parameters)) >= 0 and (rate := pairs[place][1]):
-                flat[first - lo : last - lo].div_(rate)
-        self._layout.write([*self._parameters, *momenta], flat, lo)
+        self._layout.write(self._parameters, flat, lo)
 
     # What it does
 
@@ -238,10 +201,8 @@ class OptimizerFixedPoint:
         return self.base_step()
 
     def hold(self) -> Callable[[], None]:
-        """Copies the weights (and momenta that `write` writes); the result puts them back."""
+        """Copies the weights; the result puts them back."""
         tensors: list[Tensor] = list(self._parameters)
-        if self._residual == "state":
-            tensors += [momentum for momentum in self._momenta() if momentum is not None]
         saved = [tensor.detach().clone() for tensor in tensors]
 
         def restore() -> None:
@@ -255,20 +216,18 @@ class OptimizerFixedPoint:
 
     def snapshot(self) -> Undo:
         entries = {key: {k: _copied(v) for k, v in e.items()} for key, e in self._entries()}
-        return {"whole": True, "entries": entries}
+        return {"entries": entries}
 
     def restore(self, undo: Undo) -> None:
         state, keys = self._optimizer.state, self._keys()
-        if undo["whole"]:
-            for key, p in keys.items():
-                if key not in undo["entries"]:
-                    state.pop(p, None)
+        for key, p in keys.items():
+            if key not in undo["entries"]:
+                state.pop(p, None)
         for key, saved in undo["entries"].items():
             entry = state[keys[key]]
             # Some of it may lie on the host (step), and what is restored may come from a file.
             saved = {k: _placed(v, entry.get(k), keys[key]) for k, v in saved.items()}
-            if undo["whole"]:
-                entry.clear()
+            entry.clear()
             entry.update(saved)
 
     @property
@@ -288,7 +247,7 @@ class OptimizerFixedPoint:
         return [[float(value) for value in values] for values in (decays, rates)]
 
     @property
-    def described(self) -> list[str]:
+    def config_lines(self) -> list[str]:
         plain = int, float, bool, str, tuple, type(None)
         lines = []
         for i, group in enumerate(self._optimizer.param_groups):
@@ -312,10 +271,9 @@ class OptimizerFixedPoint:
         groups = self._optimizer.param_groups
         return dict(enumerate(p for group in groups for p in group["params"]))
 
-    def _entries(self, trainable: bool = False) -> list[tuple[int, dict[str, Any]]]:
+    def _entries(self) -> list[tuple[int, dict[str, Any]]]:
         state = self._optimizer.state
-        keys = [(key, p) for key, p in self._keys().items() if p.requires_grad or not trainable]
-        return [(key, state[p]) for key, p in keys if p in state]
+        return [(key, state[p]) for key, p in self._keys().items() if p in state]
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
@@ -324,8 +282,7 @@ class OptimizerFixedPoint:
         self._parameters: list[Tensor] = [p for p, _ in pairs]
         self._group_of = [group for _, group in pairs]
         self._rates = [_learning_rate(group) for group in self._group_of]
-        # The momentum of a parameter that has none yet reads as zeros.
-        shapes = tuple(p.shape for p in self._parameters) * (1 + (self._residual == "state"))
+        shapes = tuple(p.shape for p in self._parameters)
         if self._layout.shapes != shapes:
             self._layout = FlatLayout(shapes)
         if len({p.device for p in self._parameters}) > 1:
@@ -369,36 +326,6 @@ class OptimizerFixedPoint:
                 f"Invalid residual={self._residual!r} for LBFGS, which evaluates several "
                 "gradients in one step. Must be 'step'."
             )
-        if self._residual == "state" and not isinstance(self._optimizer, torch.optim.SGD):
-            raise UnsupportedError(
-                f"Invalid residual='state' for {type(self._optimizer).__name__}. It knows the "
-                "momentum buffers of torch.optim.SGD only; use 'gradient'."
-            )
-
-    def _momenta(self) -> list[Tensor | None]:
-        state = self._optimizer.state
-        return [state[p].get("momentum_buffer") if p in state else None for p in self._parameters]
-
-    def _staged(self, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory for both where the parameters are."""
-        if w.device == self.device:
-            return w, r
-        if self._stages is None or self._stages[0].shape != w.shape:
-            self._stages = self._beside(w), self._beside(r)
-        return self._stages
-
-    def _beside(self, out: Tensor) -> Tensor:
-        return torch.empty_like(out, device=self.device, pin_memory=False)
-
-    def _read(self, parameters: Sequence[Tensor], lo: int, hi: int, out: Tensor) -> Tensor:
-        if self._residual != "state":
-            return self._layout.read(parameters, lo, hi, out)
-        self._layout.read([*parameters, *self._momenta()], lo, hi, out)
-        count = len(parameters)
-        for index, first, last in self._layout.segments(lo, hi):
-            if index >= count:
-                out[first - lo : last - lo].mul_(self._rates[index - count])
-        return out
 
     def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
         gradients = [p.grad for p in self._parameters]
@@ -426,9 +353,9 @@ class OptimizerFixedPoint:
                 gradient[rows].sub_(w[rows], alpha=weight_decay)
             elif weight_decay:
                 for index, first, last in parts:
-                    if (scaling := self._scaling(index, first, last)) is not None:
+                    if (preconditioner := self._preconditioner(index, first, last)) is not None:
                         own = slice(first - lo, last - lo)
-                        gradient[own].sub_(w[own] / scaling, alpha=weight_decay)
+                        gradient[own].sub_(w[own] / preconditioner, alpha=weight_decay)
         return gradient
 
     def _decay_of(self, index: int) -> tuple[float, float, bool]:
@@ -444,7 +371,7 @@ class OptimizerFixedPoint:
             group.get("decoupled_weight_decay", False)
         )
 
-    def _scaling(self, index: int, first: int, last: int) -> Tensor | None:
+    def _preconditioner(self, index: int, first: int, last: int) -> Tensor | None:
         """What the optimizer multiplies rows of a gradient by, beside its rate; None: by nothing.
 
         `rows` are the optimizer's own memory: nothing here may be done in place on them.
@@ -457,30 +384,30 @@ class OptimizerFixedPoint:
             piece: Tensor = state[name].reshape(-1)[first - start : last - start]
             return piece.to(self._work_dtype)
 
-        scaling: Tensor
+        preconditioner: Tensor
         if not state or not isinstance(optimizer, _DIVIDING):
             return None
         if isinstance(optimizer, torch.optim.Adagrad):
             decay = 1.0 + (_steps(state) - 1.0) * float(group["lr_decay"])
-            scaling = 1.0 / (decay * (rows("sum").sqrt() + group["eps"]))
+            preconditioner = 1.0 / (decay * (rows("sum").sqrt() + group["eps"]))
         elif isinstance(optimizer, torch.optim.RMSprop):
             v = rows("square_avg")
             v = v - rows("grad_avg").square() if group["centered"] else v
-            scaling = 1.0 / (v.clamp_min(0.0).sqrt_() + group["eps"])
+            preconditioner = 1.0 / (v.clamp_min(0.0).sqrt_() + group["eps"])
         elif isinstance(optimizer, torch.optim.Adadelta):
             moved, seen = rows("acc_delta") + group["eps"], rows("square_avg") + group["eps"]
-            scaling = (moved / seen).sqrt_()
+            preconditioner = (moved / seen).sqrt_()
         elif isinstance(optimizer, torch.optim.Adamax):
-            scaling = 1.0 / rows("exp_inf")  # eps is in it
+            preconditioner = 1.0 / rows("exp_inf")  # eps is in it
         else:
             beta, steps = group["betas"][1], _steps(state)
             v = rows("max_exp_avg_sq" if group.get("amsgrad", False) else "exp_avg_sq")
             v = v / (1.0 - beta**steps)
-            scaling = 1.0 / (v.sqrt_() + group["eps"])
+            preconditioner = 1.0 / (v.sqrt_() + group["eps"])
             if isinstance(optimizer, torch.optim.RAdam):  # divides by nothing in its first steps
-                factor = _rectification(beta, steps).to(scaling)
-                scaling = torch.where(factor > 0.0, factor * scaling, 1.0)
-        return scaling
+                factor = _rectification(beta, steps).to(preconditioner)
+                preconditioner = torch.where(factor > 0.0, factor * preconditioner, 1.0)
+        return preconditioner
 
     @property
     def _work_dtype(self) -> torch.dtype:
@@ -497,8 +424,6 @@ _DIVIDING = (
     torch.optim.Adagrad,
     torch.optim.Adadelta,
 )
-# Where torch's optimizers keep what they have gathered of past gradients.
-_MOMENTA = ("momentum_buffer", "exp_avg")
 
 
 def _steps(state: dict[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""The algorithm: knows neither torch.optim nor Horovod."""

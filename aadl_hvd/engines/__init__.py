@@ -1,0 +1,1 @@
+"""What makes an optimizer distributed: one module for each library that reduces gradients."""

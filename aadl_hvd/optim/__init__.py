@@ -1,0 +1,1 @@
+"""Torch optimizers: the accelerated ones, and a torch optimizer as a fixed-point iteration."""
