@@ -56,7 +56,7 @@ def phases(lines):
     return phases
 
 
-pytestmark = pytest.mark.timeout(TIME_LIMIT + 60)
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(TIME_LIMIT + 60)]
 
 
 def test_no_step_is_lost_or_made_twice(phases):

@@ -10,7 +10,7 @@ from launching import ROOT, start
 
 PROGRAM = str(ROOT / "tests" / "faults" / "program.py")
 LIMIT = 150
-pytestmark = pytest.mark.timeout(LIMIT + 20)
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(LIMIT + 20)]
 
 # Before what horovodrun forwards, also amid a line that came in two pieces.
 OF_WHOM = re.compile(r"\[\d+(,\d+)?\]<std(out|err)>:")

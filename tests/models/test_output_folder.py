@@ -180,6 +180,7 @@ def test_columns_of_an_older_version_stay(tmp_path):
     assert (tmp_path / "steps.csv").read_text() == "step,loss,new,old\n1,0.5,,5\n2,2.0,1,\n"
 
 
+@pytest.mark.ranks
 def test_trainings_in_one_folder():
     """On two real ranks; see the program."""
     code, output = start("tests/models/second_trainings.py", ranks=2, controller="mpi", limit=240)

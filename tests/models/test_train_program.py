@@ -17,6 +17,8 @@ from models.data import LoaderOptions, list_images, open_loader
 from models.engine import count_correct
 from models.metrics import read_csv
 
+pytestmark = pytest.mark.ranks
+
 SMALL = [
     "--model=resnet8", "--width=4", "--channels=1", "--image-size=16", "--resize=16",
     "--augment=crop", "--workers=1", "--batch-size=100", "--warmup-epochs=0.2", "--milestones=1",
