@@ -10,7 +10,7 @@ DOUBLE = torch.float64
 
 
 def payload_of(meter):
-    return meter.payload(meter.measured().numpy())
+    return meter.pack([tensor.numpy() for tensor in meter.pending()])
 
 
 def network():

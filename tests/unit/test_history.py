@@ -8,15 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import chunking
 from aadl_hvd.core import gram as gram_module
 from aadl_hvd.core.chunking import chunked_dot
+from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.gram import Gram
 from aadl_hvd.core.history import History
 from aadl_hvd.core.products import Products
+from aadl_hvd.core.reduction import reduce_payloads
 from aadl_hvd.core.sharding import Sharding
+from aadl_hvd.stats import Stats
 
 
 class ListOfColumns:
@@ -40,8 +44,45 @@ class ListOfColumns:
         self.columns, self.last, self.pushed = [], None, 0
 
 
-def assemble(gram, r, payload, newest=False):
-    return gram.assemble(gram.partial(r, newest).numpy(), payload, r, newest)
+class Assembly:
+    """A history, products with it and its Gram matrix, brought up to date by a reduction."""
+
+    def __init__(self, sharding, comm, dtype=torch.float64, work_dtype=torch.float64):
+        self.held = History(sharding, dtype, work_dtype, torch.device("cpu"))
+        self.products, self.stats = Products(self.held), Stats()
+        self._collectives = Collectives(comm, ShardGroup(comm), self.stats)
+        self.gram = Gram(self.products, self._collectives)
+
+    def push(self, w, r, weight=0.0):
+        new = self.held.push(w, r, weight)
+        if new is not None:
+            self.gram.stored(*new)
+        return new
+
+    def system(self, r, values=(), newest=False):
+        """The system to solve, and the sums of other numbers that travel with it."""
+        others = Numbers(values)
+        payloads = [self.gram.of(r, newest), others]
+        reduce_payloads(payloads, self._collectives, self.stats)
+        return self.gram.system, others.sums
+
+
+class Numbers:
+    """A payload of numbers that are known at once."""
+
+    part = "gram"
+
+    def __init__(self, values):
+        self._values = np.array(values, dtype=np.float64)
+
+    def pending(self):
+        return []
+
+    def pack(self, numbers):
+        return self._values
+
+    def unpack(self, sums, size):
+        self.sums = sums
 
 
 def stored_column(held, slot):
@@ -71,19 +112,17 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
     def program(comm):
         sharding = Sharding(layout, n, depth, comm.size, comm.rank)
         part = slice(*sharding.rows)
-        held = History(sharding, torch.float64, torch.float64, torch.device("cpu"))
-        products = Products(held)
-        gram = Gram(products, comm)
+        assembly = Assembly(sharding, comm)
+        held, products, gram = assembly.held, assembly.products, assembly.gram
         plain = ListOfColumns(depth)
         for event, (w, r) in zip(events, vectors, strict=True):
             if event == "push":
                 weight = WEIGHTS[plain.pushed % len(WEIGHTS)]  # of now, whatever comes later
-                new = held.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]), weight)
+                new = assembly.push(torch.from_numpy(w[part]), torch.from_numpy(r[part]), weight)
                 plain.push(w, r)
                 assert (new is None) == (plain.pushed == 0)
                 if new is not None:
                     assert new[0] == (plain.pushed - 1) % depth
-                    gram.stored(*new)
             elif event == "clear":
                 held.clear()
                 gram.clear()
@@ -109,7 +148,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
                     r = plain.last[1]
                 payload = np.array([1.0, comm.rank, w[0]])
                 own = torch.from_numpy(r[part])
-                system, sums = assemble(gram, own, payload, event == "newest")
+                system, sums = assembly.system(own, payload, event == "newest")
                 ranks = comm.size * (comm.size - 1) / 2
                 np.testing.assert_allclose(sums, [comm.size, ranks, comm.size * w[0]])
                 G, b, rr = system
@@ -167,13 +206,11 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
     def program(comm):
         sharding = Sharding(layout, n, depth, comm.size, comm.rank)
         part = slice(*sharding.rows)
-        held = History(sharding, torch.bfloat16, torch.float32, torch.device("cpu"))
-        gram = Gram(Products(held), comm)
+        assembly = Assembly(sharding, comm, torch.bfloat16, torch.float32)
+        held = assembly.held
         for w_k, r_k in pairs:
-            new = held.push(w_k[part], r_k[part])
-            if new is not None:
-                gram.stored(*new)
-        (G, b, _), _ = assemble(gram, r[part], np.zeros(0))
+            assembly.push(w_k[part], r_k[part])
+        (G, b, _), _ = assembly.system(r[part])
         R = np.zeros((n, depth))
         for slot in sharding.slots:
             R[part, slot] = stored_column(held, slot)
@@ -210,18 +247,16 @@ def attempts(layout, residuals, every=1, dtype=torch.float32, depth=6):
     """Each of R^T R, R^T r and r^T r, what they are exactly, and the number of messages."""
     n, comm = len(residuals[0]), Counting()
     sharding = Sharding(layout, n, depth, 1, 0)
-    held = History(sharding, dtype, torch.float32, torch.device("cpu"))
-    gram = Gram(Products(held), comm)
+    assembly = Assembly(sharding, comm, dtype, torch.float32)
     for i, r in enumerate(residuals):
-        if (new := held.push(torch.zeros(n), r)) is not None:
-            gram.stored(*new)
-        if i % every or not held.columns:
+        assembly.push(torch.zeros(n), r)
+        if i % every or not assembly.held.columns:
             continue
         before = len(comm.sent)
-        system, _ = assemble(gram, r, np.zeros(0), newest=True)
+        system, _ = assembly.system(r, newest=True)
         R = torch.stack([b - a for a, b in itertools.pairwise(residuals[: i + 1])][-depth:])
         yield system, (R.to(dtype).double() @ r.double()).numpy(), len(comm.sent) - before
-    assert gram.sent == sum(comm.sent)
+    assert assembly.stats.bytes["gram"] == sum(comm.sent)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -268,15 +303,13 @@ def test_columns_that_were_rounded_carry_nothing():
     """Not into a history that rounds them no more either: r is not their sum."""
     for dtype, known in ((torch.float32, True), (torch.bfloat16, False)):
         sharding = Sharding("rows", 50, 3, 1, 0)
-        held = History(sharding, dtype, torch.float32, torch.device("cpu"))
-        gram = Gram(Products(held), LocalCommunicator())
+        assembly = Assembly(sharding, LocalCommunicator(), dtype, torch.float32)
         random = torch.Generator().manual_seed(0)
         for _ in range(4):
             r = torch.randn(50, generator=random)
-            if (new := held.push(torch.zeros(50), r)) is not None:
-                gram.stored(*new)
-            assemble(gram, r, np.zeros(0), newest=True)
-        assert (gram.state().carried is not None) == known
+            assembly.push(torch.zeros(50), r)
+            assembly.system(r, newest=True)
+        assert (assembly.gram.state().carried is not None) == known
 
 
 @pytest.mark.parametrize("carry", [0.0, np.inf])
@@ -290,14 +323,12 @@ def test_two_groups_share_the_sums(carry, monkeypatch):
         group = comm.shard_group(2)
         sharding = Sharding("rows", n, depth, group.comm.size, group.comm.rank, 2, group.index)
         part = slice(*sharding.rows)
-        held = History(sharding, torch.float64, torch.float64, torch.device("cpu"))
-        products = Products(held)
-        gram = Gram(products, comm)
+        assembly = Assembly(sharding, comm)
+        held, products = assembly.held, assembly.products
         for i, (w, r) in enumerate(pairs):
             own_w, own_r = (torch.from_numpy(x[part]) for x in (w, r))
-            if (new := held.push(own_w, own_r)) is not None:
-                gram.stored(*new)
-            (G, b, _), _ = assemble(gram, own_r, np.zeros(0), newest=True)
+            assembly.push(own_w, own_r)
+            (G, b, _), _ = assembly.system(own_r, newest=True)
             W, R = (
                 np.array([y[j] - x[j] for x, y in itertools.pairwise(pairs[: i + 1])][-depth:])
                 for j in (0, 1)
@@ -333,13 +364,9 @@ def test_length_of_the_message():
     """The documented (m + 1) m + 9 numbers, whatever is stored, and what rides along."""
 
     comm = Counting()
-    history = History(
-        Sharding("rows", 6, 4, 1, 0), torch.float64, torch.float64, torch.device("cpu")
-    )
-    gram = Gram(Products(history), comm)
+    assembly = Assembly(Sharding("rows", 6, 4, 1, 0), comm)
     for _ in range(3):
-        if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
-            gram.stored(*new)
-        assemble(gram, torch.randn(6).double(), np.zeros(7))
+        assembly.push(torch.randn(6).double(), torch.randn(6).double())
+        assembly.system(torch.randn(6).double(), np.zeros(7))
     assert comm.sent == (8 * (29 + 7),) * 3
-    assert gram.sent == sum(comm.sent)
+    assert assembly.stats.bytes["gram"] == sum(comm.sent)

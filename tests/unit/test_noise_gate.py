@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.core.acceptance import Rejected
 from aadl_hvd.core.noise import NoiseMeter, variance_from_history
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.stats import Stats
@@ -131,12 +132,12 @@ def test_rejected_as_noise_is_the_base_optimizer_s_step(digits):
 def test_samples_are_taken_only_where_they_are_needed(digits, frequency, monkeypatch):
     """In accelerated steps and those before; multiplied out in accelerated ones."""
     steps, taken, products = [], [], []
-    take, measure = GradientSamples.take, NoiseMeter.measured
+    take, measure = GradientSamples.take, NoiseMeter.pending
     monkeypatch.setattr(
         GradientSamples, "take", lambda self, p: (taken.append(len(steps) + 1), take(self, p))[1]
     )
     monkeypatch.setattr(
-        NoiseMeter, "measured", lambda self: (products.append(len(steps) + 1), measure(self))[1]
+        NoiseMeter, "pending", lambda self: (products.append(len(steps) + 1), measure(self))[1]
     )
     step = Accelerator.step
     monkeypatch.setattr(Accelerator, "step", lambda self, p: (step(self, p), steps.append(1))[0])
@@ -229,15 +230,19 @@ def test_columns_of_noise_are_left_out(safeguard):
     problem = Problem(PLAIN)
     config = AndersonConfig(**{**TEXTBOOK, "noise_gate": 1.0}, frequency=2, history_depth=6)
     opt = problem.optimizer(config)
-    accelerator = opt.anderson
+    acceptance = opt.anderson._acceptance
     gram = np.diag([1.0, 5.0, 3.0, 9.0])
     sums = np.array([2.0 * 2 * 2 * 0.5 * 2, 2.0, 2.0, 2 * 50.0])  # sigma^2 = 2 of two samples
-    accelerator._comm = type("Two", (), {"size": 2})()
-    variance, squared = NoiseMeter.variance(sums, 2)
-    assert variance == 2.0 and squared == 50.0
-    assert accelerator._clear_of_noise(sums, gram, 50.0) == [1, 3]
-    assert accelerator._clear_of_noise(sums, gram, 4.0) == []  # 4 - 2 is no more than 2
-    assert accelerator._clear_of_noise(sums, gram, 4.1) == [1, 3]
+    acceptance.noise.unpack(sums, 2)
+    assert acceptance.noise.measurement == (2.0, 50.0)
+
+    def columns(rr):
+        return acceptance.columns((gram, np.ones(4), rr))
+
+    assert columns(50.0) == [1, 3]
+    with pytest.raises(Rejected):
+        columns(4.0)  # 4 - 2 is no more than 2
+    assert columns(4.1) == [1, 3]
 
 
 def test_simulated_ranks_decide_alike():
