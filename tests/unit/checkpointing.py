@@ -61,7 +61,7 @@ class Run:
         loaded = anderson._pending  # what the first step after a load will go by
         if loaded is not None:
             return loaded.losses.verdict_due
-        return anderson._losses.verdict_due
+        return anderson._acceptance.losses.verdict_due
 
     def weights(self):
         return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]).clone()

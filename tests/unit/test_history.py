@@ -8,15 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import chunking
 from aadl_hvd.core import gram as gram_module
 from aadl_hvd.core.chunking import chunked_dot
+from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.gram import Gram
 from aadl_hvd.core.history import History
 from aadl_hvd.core.products import Products
+from aadl_hvd.core.reduction import reduce_payloads
 from aadl_hvd.core.sharding import Sharding
+from aadl_hvd.stats import Stats
 
 
 class ListOfColumns:
@@ -40,8 +44,32 @@ class ListOfColumns:
         self.columns, self.last, self.pushed = [], None, 0
 
 
-def assemble(gram, r, payload, newest=False):
-    return gram.assemble(gram.partial(r, newest).numpy(), payload, r, newest)
+class Other:
+    """What travels in the reduction beside the Gram matrix."""
+
+    part = "noise"
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def pending(self):
+        return []
+
+    def pack(self, numbers):
+        return self.numbers
+
+    def unpack(self, sums, size):
+        self.sums = sums
+
+
+def collectives_of(comm):
+    return Collectives(comm, ShardGroup(comm), Stats())
+
+
+def assemble(gram, collectives, r, payload, newest=False):
+    other = Other(payload)
+    reduce_payloads([other, gram.of(r, newest)], collectives, Stats())
+    return gram.system, other.sums
 
 
 def stored_column(held, slot):
@@ -73,7 +101,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
         part = slice(*sharding.rows)
         held = History(sharding, torch.float64, torch.float64, torch.device("cpu"))
         products = Products(held)
-        gram = Gram(products, comm)
+        gram = Gram(products, collectives := collectives_of(comm))
         plain = ListOfColumns(depth)
         for event, (w, r) in zip(events, vectors, strict=True):
             if event == "push":
@@ -109,7 +137,7 @@ def test_ring_and_gram_against_lists(layout, events, n, depth, size):
                     r = plain.last[1]
                 payload = np.array([1.0, comm.rank, w[0]])
                 own = torch.from_numpy(r[part])
-                system, sums = assemble(gram, own, payload, event == "newest")
+                system, sums = assemble(gram, collectives, own, payload, event == "newest")
                 ranks = comm.size * (comm.size - 1) / 2
                 np.testing.assert_allclose(sums, [comm.size, ranks, comm.size * w[0]])
                 G, b, rr = system
@@ -168,12 +196,12 @@ def test_the_gram_matrix_is_of_the_columns_as_stored(layout):
         sharding = Sharding(layout, n, depth, comm.size, comm.rank)
         part = slice(*sharding.rows)
         held = History(sharding, torch.bfloat16, torch.float32, torch.device("cpu"))
-        gram = Gram(Products(held), comm)
+        gram = Gram(Products(held), collectives := collectives_of(comm))
         for w_k, r_k in pairs:
             new = held.push(w_k[part], r_k[part])
             if new is not None:
                 gram.stored(*new)
-        (G, b, _), _ = assemble(gram, r[part], np.zeros(0))
+        (G, b, _), _ = assemble(gram, collectives, r[part], np.zeros(0))
         R = np.zeros((n, depth))
         for slot in sharding.slots:
             R[part, slot] = stored_column(held, slot)
@@ -211,14 +239,14 @@ def attempts(layout, residuals, every=1, dtype=torch.float32, depth=6):
     n, comm = len(residuals[0]), Counting()
     sharding = Sharding(layout, n, depth, 1, 0)
     held = History(sharding, dtype, torch.float32, torch.device("cpu"))
-    gram = Gram(Products(held), comm)
+    gram = Gram(Products(held), collectives := collectives_of(comm))
     for i, r in enumerate(residuals):
         if (new := held.push(torch.zeros(n), r)) is not None:
             gram.stored(*new)
         if i % every or not held.columns:
             continue
         before = len(comm.sent)
-        system, _ = assemble(gram, r, np.zeros(0), newest=True)
+        system, _ = assemble(gram, collectives, r, np.zeros(0), newest=True)
         R = torch.stack([b - a for a, b in itertools.pairwise(residuals[: i + 1])][-depth:])
         yield system, (R.to(dtype).double() @ r.double()).numpy(), len(comm.sent) - before
     assert gram.sent == sum(comm.sent)
@@ -269,13 +297,13 @@ def test_columns_that_were_rounded_carry_nothing():
     for dtype, known in ((torch.float32, True), (torch.bfloat16, False)):
         sharding = Sharding("rows", 50, 3, 1, 0)
         held = History(sharding, dtype, torch.float32, torch.device("cpu"))
-        gram = Gram(Products(held), LocalCommunicator())
+        gram = Gram(Products(held), collectives := collectives_of(LocalCommunicator()))
         random = torch.Generator().manual_seed(0)
         for _ in range(4):
             r = torch.randn(50, generator=random)
             if (new := held.push(torch.zeros(50), r)) is not None:
                 gram.stored(*new)
-            assemble(gram, r, np.zeros(0), newest=True)
+            assemble(gram, collectives, r, np.zeros(0), newest=True)
         assert (gram.state().carried is not None) == known
 
 
@@ -292,12 +320,12 @@ def test_two_groups_share_the_sums(carry, monkeypatch):
         part = slice(*sharding.rows)
         held = History(sharding, torch.float64, torch.float64, torch.device("cpu"))
         products = Products(held)
-        gram = Gram(products, comm)
+        gram = Gram(products, collectives := collectives_of(comm))
         for i, (w, r) in enumerate(pairs):
             own_w, own_r = (torch.from_numpy(x[part]) for x in (w, r))
             if (new := held.push(own_w, own_r)) is not None:
                 gram.stored(*new)
-            (G, b, _), _ = assemble(gram, own_r, np.zeros(0), newest=True)
+            (G, b, _), _ = assemble(gram, collectives, own_r, np.zeros(0), newest=True)
             W, R = (
                 np.array([y[j] - x[j] for x, y in itertools.pairwise(pairs[: i + 1])][-depth:])
                 for j in (0, 1)
@@ -336,10 +364,10 @@ def test_length_of_the_message():
     history = History(
         Sharding("rows", 6, 4, 1, 0), torch.float64, torch.float64, torch.device("cpu")
     )
-    gram = Gram(Products(history), comm)
+    gram = Gram(Products(history), collectives := collectives_of(comm))
     for _ in range(3):
         if (new := history.push(torch.randn(6).double(), torch.randn(6).double())) is not None:
             gram.stored(*new)
-        assemble(gram, torch.randn(6).double(), np.zeros(7))
+        assemble(gram, collectives, torch.randn(6).double(), np.zeros(7))
     assert comm.sent == (8 * (29 + 7),) * 3
     assert gram.sent == sum(comm.sent)

@@ -233,7 +233,7 @@ def test_not_where_weights_lie_otherwise_on_a_rank(alike):
             weight.grad = weight.detach() * torch.linspace(0.1, 1.0, 6, device=DEVICE)
             opt.step()
         assert not opt.anderson.stats.resets["desynchronized"]
-        return opt.anderson._use_kernels, opt.anderson.stats.accelerated > 0
+        return opt.anderson._replicas.use_kernels, opt.anderson.stats.accelerated > 0
 
     assert run_ranks(2, train) == [(alike, True)] * 2
 
