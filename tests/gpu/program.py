@@ -124,7 +124,7 @@ def main():
 
     usable = kernels.usable(DEVICE)
     assert usable == (DEVICE.type == "cuda"), "Triton does not work here"
-    assert run.optimizer.anderson._fused == usable
+    assert run.optimizer.anderson._replicas.use_kernels == usable
     print(f"rank {hvd.rank()} of {hvd.size()} has passed, Triton {usable}, NCCL {hvd.nccl_built()}")
 
 

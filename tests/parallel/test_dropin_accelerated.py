@@ -307,7 +307,7 @@ def test_rollback_is_exact(name, residual):
     assert opt.anderson.stats.accelerated == 1
     assert not torch.equal(flat(model), flat(expected))
     opt.zero_grad()
-    trial = opt.anderson._trial
+    trial = opt.anderson._acceptance.trial
     trial.norm = 0.0  # no residual is smaller
     loss_of(model, *data[0]).backward()
     opt.step()

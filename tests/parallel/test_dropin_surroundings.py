@@ -291,7 +291,7 @@ def test_tied_weights_several_groups_frozen_and_compiled():
 
     opt, net = compare_with_hand_made(model, optimizer, run, ALWAYS, accelerated=2)
     assert torch.equal(net[3].bias, model()[3].bias)
-    assert opt.anderson._history.sharding.n == 9 + 3 + 3 + 6
+    assert opt.anderson._shard.sharding.n == 9 + 3 + 3 + 6
     assert_replicas_equal(net)
 
 

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, NeumannOptimizer, checkpoint
-from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.comm.base import ShardGroup
 
 STEPS, P = 40, 3
 
@@ -37,7 +37,7 @@ class Run:
         self.opt = AndersonOptimizer(base, anderson=config, backward_passes_per_step=passes)
         group = comm.shard_group(groups) if comm is not None and groups > 1 else None
         if comm is not None:
-            self.opt.anderson = Accelerator(config, comm, group)
+            self.opt.anderson.connect(comm, group or ShardGroup(comm), calls=0)
         self.passes, self.noisy, self.k = passes, noisy, 0
 
     def train(self, until, observe=False):
@@ -61,7 +61,7 @@ class Run:
         loaded = anderson._pending  # what the first step after a load will go by
         if loaded is not None:
             return loaded.losses.verdict_due
-        return anderson._losses.verdict_due
+        return anderson._acceptance.losses.verdict_due
 
     def weights(self):
         return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]).clone()

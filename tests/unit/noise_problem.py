@@ -10,7 +10,7 @@ DOUBLE = torch.float64
 
 
 def payload_of(meter):
-    return meter.pack([tensor.numpy() for tensor in meter.pending()])
+    return meter.pack([numbers.numpy() for numbers in meter.pending()])
 
 
 def network():

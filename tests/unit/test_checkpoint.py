@@ -328,7 +328,7 @@ def test_consolidated_until_the_next_step():
             else:
                 run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
             assert not held()
-            assert run.opt.anderson.consolidated is None
+            assert run.opt.anderson.full_state is None
         for to in (2, -1, True, "0", comm.rank):
             with pytest.raises(ConfigError, match="Invalid to="):
                 run.opt.consolidate_state_dict(to)

@@ -22,7 +22,7 @@ from checkpointing import (
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core.acceptance import LossWatch
+from aadl_hvd.core.loss_check import LossCheck
 from aadl_hvd.stats import Stats
 
 # What does not fit
@@ -232,11 +232,11 @@ def test_what_fails_while_it_is_taken_in_is_undone(monkeypatch):
         torch.cuda.OutOfMemoryError: torch.cuda.OutOfMemoryError,
         KeyboardInterrupt: KeyboardInterrupt,
     }
-    for place in (LossWatch, Stats):
+    for place in (LossCheck, Stats):
         for cause, seen in raised.items():
             with monkeypatch.context() as patch:
-                name = "load_state" if place is LossWatch else "load_measured"
-                calls = itertools.count(place is LossWatch)  # Stats rehearses before
+                name = "load_state" if place is LossCheck else "load_measured"
+                calls = itertools.count(place is LossCheck)  # Stats rehearses before
 
                 def fail(*arguments, cause=cause, calls=calls):
                     if next(calls):

@@ -59,7 +59,8 @@ def test_nothing_beside_it():
         opt.observe(torch.tensor(1.0))
         opt.step()
     accelerator = opt.anderson
-    assert accelerator.history_bytes == accelerator.needed_bytes(opt._anderson_problem) == 0
+    assert accelerator.history_bytes == 0
+    assert not accelerator.forecast(opt._anderson_problem)
     assert accelerator.columns == 0 and accelerator.average_gains == {}
     assert opt._anderson_problem.samples is None and not accelerator.measures_noise
     stats = accelerator.stats

@@ -11,7 +11,7 @@ from reference import anderson
 
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import accelerator
+from aadl_hvd.core.methods import residual
 
 RANKS = [1, 2, 3, 4]
 STEPS = 20
@@ -285,7 +285,7 @@ def test_all_ranks_use_the_coefficients_of_one(layout, monkeypatch):
         def solve(self, b):
             return super().solve(b) * (1 + 1e-12 * here.rank)
 
-    monkeypatch.setattr(accelerator, "Factorization", Elsewhere)
+    monkeypatch.setattr(residual, "Factorization", Elsewhere)
 
     def program(comm):
         here.rank = comm.rank

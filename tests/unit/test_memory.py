@@ -12,6 +12,7 @@ from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import memory
 from aadl_hvd.core.chunking import CHUNK, CHUNK_WIDE
+from aadl_hvd.core.fixed_point import work_dtype
 from aadl_hvd.core.products import working_bytes
 from aadl_hvd.core.sharding import Sharding
 
@@ -24,6 +25,12 @@ CASES = {
 }
 
 
+def needed(opt):
+    problem, accelerator = opt._anderson_problem, opt.anderson
+    sharding = accelerator.share(problem.n)
+    return memory.history_bytes(accelerator.config, sharding, work_dtype(problem))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_said_is_what_is_taken(name, dtype):
@@ -32,7 +39,7 @@ def test_what_is_said_is_what_is_taken(name, dtype):
 
     def program(comm):
         opt = problem.optimizer(config, comm, dtype)
-        said = opt.anderson.needed_bytes(opt._anderson_problem)
+        said = needed(opt)
         problem.run(config, 8, opt=opt)
         return said, opt.anderson.history_bytes
 
@@ -63,10 +70,10 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch):
         here.free = 10**9
         opt = problem.optimizer(config, comm)
         here.free = most + 1
-        needed = opt.anderson.needed_bytes(opt._anderson_problem)
+        said = needed(opt)
         with pytest.raises(HistoryMemoryError, match="on rank 0"):
             opt.anderson.check_memory(opt._anderson_problem)
-        return needed
+        return said
 
     assert max(run_ranks(3, program)) == most
 

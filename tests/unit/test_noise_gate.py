@@ -12,12 +12,15 @@ from problems import PLAIN, TEXTBOOK, Problem, flat
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.comm.base import ShardGroup
+from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.acceptance import Rejected
+from aadl_hvd.core.acceptance import Acceptance, Rejected
+from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.noise import NoiseMeter, variance_from_history
 from aadl_hvd.optim.gradient_samples import GradientSamples
-from aadl_hvd.stats import Stats
+from aadl_hvd.stats import Rejection, Stats
 
 # One rank without micro-batches
 
@@ -227,22 +230,19 @@ def test_batch_factor_is_its_formula():
 @pytest.mark.parametrize("safeguard", ["none", "descent"])
 def test_columns_of_noise_are_left_out(safeguard):
     """Columns below 2 c sigma^2 are not used: as if only the others had been stored."""
-    problem = Problem(PLAIN)
-    config = AndersonConfig(**{**TEXTBOOK, "noise_gate": 1.0}, frequency=2, history_depth=6)
-    opt = problem.optimizer(config)
-    acceptance = opt.anderson._acceptance
-    gram = np.diag([1.0, 5.0, 3.0, 9.0])
+    config = AndersonConfig(**{**TEXTBOOK, "noise_gate": 1.0}, safeguard=safeguard)
+    collectives = Collectives(LocalCommunicator(), ShardGroup(LocalCommunicator()), Stats())
+    acceptance = Acceptance(config, collectives, Stats())
+    gram, b = np.diag([1.0, 5.0, 3.0, 9.0]), np.ones(4)
     sums = np.array([2.0 * 2 * 2 * 0.5 * 2, 2.0, 2.0, 2 * 50.0])  # sigma^2 = 2 of two samples
     acceptance.noise.unpack(sums, 2)
     assert acceptance.noise.measurement == (2.0, 50.0)
-
-    def columns(rr):
-        return acceptance.columns((gram, np.ones(4), rr))
-
-    assert columns(50.0) == [1, 3]
-    with pytest.raises(Rejected):
-        columns(4.0)  # 4 - 2 is no more than 2
-    assert columns(4.1) == [1, 3]
+    acceptance.begin()
+    assert acceptance.columns((gram, b, 50.0)) == [1, 3]
+    with pytest.raises(Rejected) as rejected:
+        acceptance.columns((gram, b, 4.0))  # 4 - 2 is no more than 2
+    assert rejected.value.cause is Rejection.NOISE
+    assert acceptance.columns((gram, b, 4.1)) == [1, 3]
 
 
 def test_simulated_ranks_decide_alike():
@@ -250,8 +250,9 @@ def test_simulated_ranks_decide_alike():
 
     def program(comm):
         p = torch.nn.Parameter(torch.zeros(6, dtype=DOUBLE))
-        opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
-        opt.anderson = Accelerator(AndersonConfig(safeguard="none"), comm)
+        config = AndersonConfig(safeguard="none")
+        opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1), anderson=config)
+        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
         opt._anderson_problem.sample_gradients(1, 1.0)
         generator = torch.Generator().manual_seed(comm.rank)
         target, path = torch.arange(6.0, dtype=DOUBLE), []

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from problems import SEVERAL, TEXTBOOK, Problem, counts, flat, parameters_of
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
+from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import SimulatedCommunicator, run_ranks
-from aadl_hvd.core.accelerator import Accelerator
 
 P = 3
 SETTINGS = TEXTBOOK | {"history_depth": 4, "frequency": P, "safeguard": "none"}
@@ -50,7 +50,7 @@ def built(name, comm=None, dtype=torch.float32, **more):
         OPTIMIZERS[name](parameters(dtype)), anderson=AndersonConfig(**SETTINGS | more)
     )
     if comm is not None:
-        opt.anderson = Accelerator(opt.anderson.config, comm)
+        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
     return opt
 
 
@@ -154,7 +154,7 @@ def test_several_calls_count_as_their_mean():
         step(opt, k, 1.0)
     assert opt.anderson.stats.rejected["loss"] == 0
     opt.observe(torch.tensor(2.0, requires_grad=True))
-    assert not opt.anderson._losses._given[0].requires_grad, "holds on to the graph"
+    assert not opt.anderson._acceptance.losses._given[0].requires_grad, "holds on to the graph"
     for last, rejected in ((1.0, 0), (1.1, 1)):
         opt = built("SGD")
         for k in range(3):
@@ -243,7 +243,7 @@ def test_noisy_losses_are_given_the_benefit_of_the_doubt(rise):
         stats, judged, random = opt.anderson.stats, 0, np.random.default_rng(0)
         for k in range(600):
             loss = 10.0 - 0.01 * k + noise * random.standard_normal()
-            on_trial = opt.anderson._losses.verdict_due
+            on_trial = opt.anderson._acceptance.losses.verdict_due
             judged += on_trial
             step(opt, k, loss + rise * on_trial)
         rejected.append(stats.rejected["loss"] / judged)
@@ -275,9 +275,9 @@ def test_a_rejected_point_s_loss_is_no_spread():
     """Nothing is learnt of the losses' noise from the way up to a bad point, nor back."""
     opt = built("SGD", frequency=1)
     for k in range(60):
-        on_trial = opt.anderson._losses.verdict_due
+        on_trial = opt.anderson._acceptance.losses.verdict_due
         step(opt, k, BAD if on_trial else GOOD)
-        assert max(opt.anderson._losses._variances, default=0.0) == 0.0
+        assert max(opt.anderson._acceptance.losses._variances, default=0.0) == 0.0
     assert opt.anderson.stats.rejected["loss"] > 2
 
 
@@ -424,12 +424,12 @@ def test_step_that_goes_back_leaves_nothing_behind():
     opt = built("SGD", safeguard="residual", frequency=2)
     rejected = opt.anderson.stats.rejected
     for k in range(60):
-        on_trial = opt.anderson._losses.verdict_due
+        on_trial = opt.anderson._acceptance.losses.verdict_due
         before = dict(rejected)
         step(opt, k, BAD if on_trial else GOOD)
         if on_trial:
             assert rejected["loss"] == before["loss"] + 1
-            assert opt.anderson._trial is None
+            assert opt.anderson._acceptance.trial is None
         assert rejected["residual"] == 0
     assert rejected["loss"] > 1
 

@@ -137,12 +137,12 @@ def test_a_rejected_point_is_not_averaged():
             average_threshold=1e9,
         ),
     )
-    average = opt.anderson._average
+    average = opt.anderson._moving_average
     rejected = 0
     for _ in range(40):
         p.grad = torch.randn(6) + p.detach() * torch.linspace(0.5, 3.0, 6)
         opt.step()
-        average = opt.anderson._average
+        average = opt.anderson._moving_average
         newest = average._iterates[(average._pushed - 1) % 3]
         assert torch.equal(newest, p.detach())
         rejected = opt.anderson.stats.rejected["residual"]
