@@ -27,11 +27,16 @@ class RanksFailed(Exception):
 
 
 def parser(module: str, description: str | None, out: Path) -> argparse.ArgumentParser:
-    """A command line with `--out`, a file, and what `run` needs."""
+    """A command line with what `run` needs; `out`: default of `--out`, a file."""
     made = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    made.add_argument("--out", type=Path, default=out, help="default: %(default)s")
-    made.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
+    add_options(made, out)
     return made
+
+
+def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Adds `--out`, a file, and what `run` needs."""
+    parser.add_argument("--out", type=Path, default=out, help="default: %(default)s")
+    parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
 
 
 def run(
@@ -70,7 +75,7 @@ def at_least(low: int, options: argparse.Namespace, *names: str) -> None:
         UserError: one is too small.
     """
     for name in names:
-        value = getattr(options, name)
+        value = getattr(options, name.replace("-", "_"))
         for number in value if isinstance(value, list) else [value]:
             if number < low:
                 raise UserError(f"--{name} is {number}, must be at least {low}")

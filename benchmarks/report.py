@@ -64,9 +64,14 @@ def prepare(folder: Path) -> None:
         raise UserError(f"--out is in {folder}, must be a folder that can be written to")
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON, with date, machine and versions, whole or not at all."""
+def write(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Writes results as JSON, with date, machine and versions, whole or not at all.
+
+    Returns:
+        What was written.
+    """
     everything = {"date": str(datetime.date.today()), "machine": describe_machine(), **results}
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(everything, indent=2) + "\n")
     os.replace(unfinished, path)
+    return everything

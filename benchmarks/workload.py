@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from models import networks
 from models.errors import UserError
 
 CPU = torch.device("cpu")
-# What the library's own timers see of an accelerated step, in its order; nothing is judged where
-# every point is taken.
-EVENT_PARTS = (
+# What the library's timers see of an acceleration step and the stores before it, in its order.
+# "safeguard" is left out: nothing is judged where every point is taken.
+CYCLE_PARTS = (
     "read",
     "replicas",
     "noise",
@@ -37,7 +37,7 @@ EVENT_PARTS = (
 
 
 class Clock:
-    """Times work on a device: on a GPU by events in its stream, which make nobody wait."""
+    """Times work on a device; on a GPU by events in its stream, for which the host goes on."""
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
@@ -50,7 +50,7 @@ class Clock:
         event.record()
         return event
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits until the device has done all there is; `seconds` is for marks made before."""
         if self._gpu:
             torch.cuda.synchronize()
@@ -64,15 +64,16 @@ class Clock:
         start = self.mark()
         work()
         end = self.mark()
-        self.synchronise()
+        self.synchronize()
         return self.seconds(start, end)
 
 
 @contextlib.contextmanager
-def gpu_waits(part: Callable[[], str | None]) -> Iterator[dict[str, int]]:
-    """Counts, by the part under way, calls in which the host waits for the GPU; None: not counted.
+def gpu_synchronizations(part: Callable[[], str | None]) -> Iterator[dict[str, int]]:
+    """Counts calls in which the host synchronizes with the GPU, by the part under way.
 
-    Those that torch warns of; empty where there is no GPU.
+    `part` says which that is; None: not counted. Those that torch warns of; empty where there is
+    no GPU.
     """
     found: dict[str, int] = {}
 
@@ -102,7 +103,7 @@ def copy_bandwidth(
     source, target = torch.ones(numbers, device=device), torch.zeros(numbers, device=device)
     clock = Clock(device)
     target.copy_(source)
-    clock.synchronise()
+    clock.synchronize()
     times = [clock.time(lambda: target.copy_(source)) for _ in range(repeats)]
     return spread([2 * 4 * numbers / seconds for seconds in times])
 
@@ -137,7 +138,7 @@ class Workload:
         parameters: of the shapes given, float32 on the CPU.
     """
 
-    def __init__(self, shapes: list[torch.Size], seed: int = 0) -> None:
+    def __init__(self, shapes: Sequence[torch.Size], seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.parameters = [
             nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -20,7 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 TRAIN_IMAGES = 1_500
 

@@ -21,15 +21,20 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from aadl_hvd import DistributedAndersonOptimizer
-from aadl_hvd.elastic import TorchState
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+
+    from aadl_hvd.elastic import TorchState
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 TRAIN_IMAGES = 1_500
 

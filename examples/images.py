@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import datasets, models, transforms
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 RANDOM_CLASSES = 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -12,14 +12,18 @@ import argparse
 import timeit
 from collections.abc import Sequence
 
-import horovod.torch as hvd
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

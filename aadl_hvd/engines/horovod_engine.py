@@ -125,7 +125,7 @@ class HorovodEngine(Engine):
             if self._reduces and not self._adasum:
                 self._begin_reductions()
             if not ended:
-                comm.attend(self._all_reduced())
+                comm.poll_until(self._all_reduced())
             self.horovods["synchronize"](self._distributed)
             self._joined = False
         except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
@@ -226,7 +226,7 @@ class HorovodEngine(Engine):
             return
         self._register_new_parameters()
         self._begin_reductions()  # others may wait for these
-        self.accelerator.comm.attend(self._all_reduced(every_one=True))
+        self.accelerator.comm.poll_until(self._all_reduced(every_one=True))
         self._ended = True
         self._noted = self._reduces_in_place()
         if self._noted:

@@ -215,7 +215,7 @@ class AcceleratedOptimizer(_Optimizer):
 
         Loads into any number of ranks, any layout and depth. The ranks' shards travel through host
         memory, one rank's at a time. Rank `to` needs memory for the whole, 2 m n numbers and what
-        else there is (2 n for the last pair, 2 n or 4 n for each average); the others need it for
+        else there is (2 n for the last pair, 2 n for each average); the others need it for
         one tensor of their own. Until the next step, load, reset or new parameter group
         `state_dict` on rank `to` holds it, too. Hooks of `state_dict` fire on rank `to` alone,
         when nobody waits for it any more: they may raise, and must not be collective.
@@ -233,7 +233,7 @@ class AcceleratedOptimizer(_Optimizer):
         """This rank's shard of the history, copied to host memory, without the base's state.
 
         Not collective. For one file a rank, written in parallel, and for a rank that may outlive
-        others: 2 m n/P numbers, 2 n/P for the last pair, 2 n/P or 4 n/P for each average. Where a
+        others: 2 m n/P numbers, 2 n/P for the last pair, 2 n/P for each average. Where a
         step is on trial that may have to be undone, the base optimizer's state is in it, too (with
         `safeguard="residual"`). No hooks of `state_dict` fire: they are about the base's state.
 
@@ -244,7 +244,7 @@ class AcceleratedOptimizer(_Optimizer):
             `aadl_hvd.checkpoint.merge_shards` joins the shards of all ranks.
         """
         state = loading.anderson_state(self.anderson_engine)
-        state["history"] = self.anderson.part(self._anderson_problem)
+        state["history"] = self.anderson.shard_state(self._anderson_problem).to_dict()
         return {"anderson": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ class AcceleratedOptimizer(_Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the history is reset in the next step."""
         self.anderson_engine.base.add_param_group(param_group)
-        self.anderson.consolidated = None
+        self.anderson.full_state = None
 
     def __repr__(self) -> str:
         return f"{self.anderson_engine.base.__repr__()}\n{self.anderson.config}"

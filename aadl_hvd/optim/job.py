@@ -107,12 +107,7 @@ def check_started(hvd: Any) -> None:
 
 def horovod_missing(error: Exception) -> HorovodMissingError:
     """The error to raise where `horovod.torch` cannot be imported, and why."""
-    return HorovodMissingError(
-        "DistributedAndersonOptimizer and aadl_hvd.elastic need Horovod, built for this torch "
-        f"({type(error).__name__}: {error}). `make setup` or launch/setup_env.py in a checkout of "
-        "aadl_hvd builds it (launch/README.md); on a cluster, load the centre's module. pip alone "
-        "does not build it. AndersonOptimizer trains in one process without Horovod."
-    )
+    return HorovodMissingError.because(error)
 
 
 def _horovod_size() -> int:

@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from aadl_hvd import checkpoint
-from aadl_hvd.checkpoint import base_state
-from aadl_hvd.core import replicas
+from aadl_hvd.checkpoint import base_state, transfer
+from aadl_hvd.checkpoint.format import FORMAT, readable
+from aadl_hvd.checkpoint.shard_state import TrialState
+from aadl_hvd.checkpoint.state_dict import Examined, examine, parameter_table
+from aadl_hvd.core.reduction import compared, equal
 from aadl_hvd.errors import ConfigError
 from aadl_hvd.optim.engine import Engine
 from aadl_hvd.stats import Reset
@@ -21,11 +23,11 @@ def anderson_state(engine: Engine) -> dict[str, Any]:
     """What a state_dict holds beside the base optimizer's, without the history."""
     accelerator, problem = engine.accelerator, engine.problem
     return {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "config": accelerator.config.to_dict(),
         "counters": accelerator.stats.counters(),
         "measured": accelerator.stats.measured(),
-        "parameters": checkpoint.described(engine.optimizer),
+        "parameters": parameter_table(engine.optimizer),
         "settings": problem.settings,
         "last_rates": list(problem.last_rates),
     }
@@ -38,8 +40,8 @@ def state_dict(engine: Engine) -> dict[str, Any]:
     def add(_: Any, state: dict[str, Any]) -> None:
         if "anderson" not in state:
             state["anderson"] = anderson_state(engine)
-            if engine.accelerator.consolidated is not None:
-                state["anderson"]["history"] = engine.accelerator.consolidated
+            if (full := engine.accelerator.full_state) is not None:
+                state["anderson"]["history"] = full.to_dict()
 
     handle = optimizer.register_state_dict_post_hook(add, prepend=True)
     try:
@@ -54,12 +56,12 @@ def state_dict(engine: Engine) -> dict[str, Any]:
 
 
 def consolidate(engine: Engine, to: int) -> bool:
-    """Brings the whole history to rank `to`; True there, False elsewhere. Collective."""
+    """Brings the full state to rank `to`; True there, False elsewhere. Collective."""
     accelerator = engine.accelerator
     comm = accelerator.comm
     # Small and first: a rank that calls this alone is found out in a second (MPI).
-    asked = comm.allreduce(replicas.payload(zlib.crc32(repr(to).encode())))
-    if not replicas.equal(asked, comm.size):
+    asked = comm.allreduce(compared(zlib.crc32(repr(to).encode())))
+    if not equal(asked, comm.size):
         everybody = comm.allgather_object(to)
         raise ConfigError(f"Invalid to={everybody}, by rank. Must be the same on all.")
     if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < comm.size:
@@ -67,27 +69,27 @@ def consolidate(engine: Engine, to: int) -> bool:
     problem = engine.problem
     accelerator.agree(problem)
     needed = accelerator.group.index == 0
-    history = checkpoint.consolidate(comm, lambda: accelerator.part(problem), to, needed)
-    accelerator.consolidated = history
-    return history is not None
+    full = transfer.consolidate(comm, lambda: accelerator.shard_state(problem), to, needed)
+    accelerator.full_state = full
+    return full is not None
 
 
 def load(engine: Engine, state_dict: dict[str, Any]) -> None:
     """See `AcceleratedOptimizer.load_state_dict`."""
     accelerator, problem, optimizer = engine.accelerator, engine.problem, engine.optimizer
     hooked = isinstance(state_dict, dict) and state_dict.keys() != {"anderson"}
-    part, left_out = None, ""
+    found = Examined()
     with _all_or_nothing(engine):
         if hooked:
             state_dict = _adapted(optimizer, state_dict)
         groups, state = optimizer.param_groups, optimizer.state
-        with checkpoint.readable("state_dict"):
+        with readable("state_dict"):
             hash(problem.signature)  # up to date with the parameter groups
             saved: Any = state_dict.get("anderson")
             if "anderson" in state_dict:
-                part, left_out = checkpoint.examined(
+                found = examine(
                     saved,
-                    checkpoint.described(optimizer),
+                    parameter_table(optimizer),
                     accelerator.config.to_dict(),
                     accelerator.share(problem.n),
                     accelerator.comm.size,
@@ -99,23 +101,24 @@ def load(engine: Engine, state_dict: dict[str, Any]) -> None:
         if hooked:
             for hook in [*vars(optimizer)["_optimizer_load_state_dict_post_hooks"].values()]:
                 hook(optimizer)
-        with checkpoint.readable("state_dict"):
+        with readable("state_dict"):
             if with_base:
                 base_state.check_loaded(optimizer, groups, state)
                 engine.given.param_groups = optimizer.param_groups
                 engine.given.state = optimizer.state
-            if part is not None:
+            shard, left_out = found.shard, found.left_out
+            if shard is not None:
                 problem.last_rates = tuple(saved["last_rates"])
                 if problem.settings == saved["settings"]:
-                    _check_undo(engine, part["undo"])
+                    _check_undo(engine, shard.trial)
                 else:
-                    part, left_out = None, "learning rates or weight decays are others"
+                    shard, left_out = None, "learning rates or weight decays are others"
             accelerator.reset(Reset.LOADED)
-            if part is not None:
-                accelerator.load(problem, part, checkpoint.fingerprint_of(saved["history"]))
+            if shard is not None:
+                accelerator.load_state(problem, shard, found.fingerprint)
             if saved is not None:
                 accelerator.stats.load_counters(saved["counters"])
-                accelerator.stats.load_measured(saved.get("measured", {}))
+                accelerator.stats.load_measured(saved["measured"])
             if left_out:
                 rebuilt = ", which rebuilds itself" if accelerator.config.enabled else ""
                 warnings.warn(
@@ -129,7 +132,7 @@ def _all_or_nothing(engine: Engine) -> Iterator[None]:
     problem = engine.problem
     attributes = [(o, dict(vars(o))) for o in (engine.optimizer, engine.given)]
     groups = [(group, dict(group)) for group in engine.optimizer.param_groups]
-    rates, put_back = problem.last_rates, engine.accelerator.hold()
+    rates, put_back = problem.last_rates, engine.accelerator.backup()
     try:
         yield
     except BaseException:
@@ -168,8 +171,8 @@ def _load_base(engine: Engine, state_dict: dict[str, Any]) -> None:
         attributes.update(hooks)
 
 
-def _check_undo(engine: Engine, undo: dict[str, Any]) -> None:
-    if "residual" in undo:
-        entries = undo["residual"]["undo"]["entries"]
-        what = "history['undo']['residual']"
+def _check_undo(engine: Engine, trial: TrialState | None) -> None:
+    if trial is not None and trial.residual is not None:
+        entries = trial.residual.undo["entries"]
+        what = "history['trial']['residual']"
         base_state.check_entries(entries, engine.optimizer, what, True, engine.optimizer.state)

@@ -15,7 +15,7 @@ from benchmarks.convergence.aadl import Aadl
 from models.problems import Problem
 
 # Contenders that differ from the default in nothing else.
-HISTORY_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HISTORY_DTYPES = {"bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

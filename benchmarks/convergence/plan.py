@@ -19,7 +19,6 @@ CONTENDERS = {
     "paper+average": "the paper's algorithm",
     "default": "DistributedAndersonOptimizer as it comes",
     "bfloat16": "the same with its history in bfloat16",
-    "float16": "the same with its history in float16",
 }
 USUAL_CONTENDERS = ("base", "aadl", "paper", "paper+average", "default")
 # Seeds where none are asked for, so that all problems together take about 40 minutes on 2 cores.

@@ -1,9 +1,9 @@
 """What Anderson acceleration costs on one GPU: `python -m benchmarks.gpu --help`.
 
-First one rank's parts of an event, P simulated, in torch alone: each against the bytes it has to
-move over the copy bandwidth of the same run. Then a network's training step with and without
-acceleration: with torch alone, fed by DALI where that is installed, and through Horovod with one
-rank where that is built with NCCL. Times on a GPU are between events in its stream.
+First one rank's parts of an acceleration step, P simulated, in torch alone: each against the bytes
+it has to move over the copy bandwidth of the same run. Then a network's training step with and
+without acceleration: with torch alone, fed by DALI where that is installed, and through Horovod
+with one rank where that is built with NCCL. Times on a GPU are taken in its stream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from models.errors import UserError
 MODULE = "benchmarks.gpu"
 DEVICE = "DEVICE"  # in --out, stands for the device's name
 OUT = report.RESULTS / f"gpu-{DEVICE}.json"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 SMALL = "--parameters=100000 --model=resnet8 --image-size=32 --batch=8 --depth=3"
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--ranks", type=int, nargs="+", default=[1, 6, 96, 1536], help="P; default: 1 6 96 1536")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     add("--depth", type=int, default=20, help="m; default: %(default)s")
-    add("--events", type=int, default=20, help="that are timed; default: %(default)s")
+    add("--cycles", type=int, default=20, help="that are timed; default: %(default)s")
     add("--model", default="resnet50", help="of the training step; default: %(default)s")
     add("--batch", type=int, default=64, help="images in a step; default: %(default)s")
     add("--image-size", type=int, default=224, help="pixels; default: %(default)s")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _launch(options: argparse.Namespace) -> None:
     device = _device(options.device)
-    command.at_least(1, options, "ranks", "depth", "events", "batch")
+    command.at_least(1, options, "ranks", "depth", "cycles", "batch")
     if options.image_size < 32:
         raise UserError(f"--image-size is {options.image_size}, must be at least 32")
     if version("torchvision") is None:
@@ -73,7 +73,7 @@ def _launch(options: argparse.Namespace) -> None:
                     depth=options.depth,
                     ranks=ranks,
                     dtype=dtype,
-                    events=options.events,
+                    cycles=options.cycles,
                     device=device,
                 )
             runs.append(run)
@@ -115,7 +115,7 @@ def _steps(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
     if lack := step.horovod_lacks(device):
         yield name, lack
     else:
-        names = ("device", "depth", "events", "model", "batch", "image_size")
+        names = ("device", "depth", "cycles", "model", "batch", "image_size")
         words = [f"--{word.replace('_', '-')}={getattr(options, word)}" for word in names]
         yield name, command.collect(MODULE, *words, ranks=1)
 
@@ -185,7 +185,9 @@ def _plot(runs: list[dict[str, Any]], name: str, path: Path) -> None:
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         floors = [1000 * sum(run["floor_s"].values()) for run in chosen]
         axes.plot(labels, floors, "k_", markersize=25, label="floor")
-        axes.set(title=f"{name}, {dtype}", xlabel="P", ylabel="ms of an event", yscale="log")
+        axes.set(
+            title=f"{name}, {dtype}", xlabel="P", ylabel="ms of an acceleration step", yscale="log"
+        )
     panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -1,4 +1,4 @@
-"""One rank's parts of an event on a device, for several P and dtypes, against the floor."""
+"""One rank's parts of an acceleration step, for several P and dtypes, against the floor."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from aadl_hvd import AndersonConfig
+from benchmarks.gpu import one_rank
 from benchmarks.report import table
-from benchmarks.simulate import work
-from benchmarks.simulate.predictions import GROUPS, MESSAGES
+from benchmarks.simulate.predictions import GROUPS as PARTS
 
-PARTS = {name: parts for name, parts in GROUPS.items() if name not in MESSAGES}
 FREQUENCY = 5  # p = q, as in the paper
 
 
@@ -22,17 +21,17 @@ def measure(
     depth: int,
     ranks: int,
     dtype: str,
-    events: int,
+    cycles: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What `work.share` returns, with the floor of each part in seconds.
+    """What `one_rank.share` returns, with the floor of each part in seconds.
 
     Args:
         shapes: of the parameters.
         depth: m.
         ranks: P, of which this is one; the others are simulated.
         dtype: of the history.
-        events: that are timed.
+        cycles: acceleration steps that are timed.
         device: where.
     """
     config = AndersonConfig(
@@ -43,7 +42,7 @@ def measure(
         # One rank would have to guess the noise, which takes no time.
         noise_gate=None if ranks == 1 else AndersonConfig.noise_gate,
     )
-    found = work.share(shapes, config, ranks, events, device)
+    found = one_rank.share(shapes, config, ranks, cycles, device)
     itemsize = getattr(torch, dtype).itemsize
     sizes = floor_bytes(
         found["parameters"], found["rows"], depth, itemsize, averages=len(config.averages)
@@ -77,7 +76,7 @@ def floor_bytes(n: int, rows: int, m: int, itemsize: int, averages: int) -> dict
 
 
 def seconds_of(found: dict[str, Any]) -> dict[str, float]:
-    """Median seconds of an event and what led up to it, by the parts of the table."""
+    """Median seconds of an acceleration step and what led up to it, by the table's parts."""
     medians = {part: value["median"] for part, value in found["seconds"].items()}
     return {name: sum(medians[part] for part in parts) for name, parts in PARTS.items()}
 
@@ -100,8 +99,8 @@ def parts_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def costs_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Kernels, waits of the host for the device by step, and bytes against 2 m n/P numbers."""
-    head = ["P, dtype", "kernels", "waits by step, the event last"]
+    """Kernels, synchronizations by step, and bytes against 2 m n/P numbers."""
+    head = ["P, dtype", "kernels", "synchronizations by step, the acceleration step last"]
     head += ["2 m n/P / MB", "history and averages", "peak", "peak over 2 m n/P"]
     rows = []
     for run in runs:
@@ -110,7 +109,7 @@ def costs_table(runs: Sequence[dict[str, Any]]) -> str:
             [
                 f"{run['ranks']}, {run['history_dtype']}",
                 str(sum(run["launches"].values())),
-                " ".join(map(str, run["synchronisations_by_step"])),
+                " ".join(map(str, run["synchronizations_by_step"])),
                 f"{formula / 1e6:.1f}",
                 f"{run['bytes'] / 1e6:.1f}",
                 "-" if peak is None else f"{peak / 1e6:.1f}",

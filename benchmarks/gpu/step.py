@@ -1,8 +1,8 @@
 """A network's training step on one device, with and without acceleration, turn and turn about.
 
 Mixed precision with a GradScaler, images (and weights, where Horovod need not send them) in
-channels_last. Every accelerated point is taken, so that no event is cut short: what the network
-learns is of no interest here.
+channels_last. Every accelerated point is taken, so that no acceleration step is cut short. What the
+network learns is of no interest here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aadl_hvd import AndersonConfig, AndersonOptimizer
 from benchmarks.gpu.parts import FREQUENCY
 from benchmarks.report import spread, table
 from benchmarks.simulate.model import history_bytes
-from benchmarks.workload import Clock, gpu_waits
+from benchmarks.workload import Clock, gpu_synchronizations
 from models import networks
 from models.errors import UserError
 
@@ -106,8 +106,9 @@ def measure(
             rank.
 
     Returns:
-        Seconds of both steps and their ratio, over cycles of p steps; seconds of an event beyond
-        the base's step; waits of the host by step of a cycle, the event last; peak bytes.
+        Seconds of both steps and their ratio, over cycles of p steps; seconds of an acceleration
+        step beyond the base's; synchronizations by step of a cycle, the acceleration step last;
+        peak bytes.
     """
     p, m = FREQUENCY, options.depth
     config = AndersonConfig(
@@ -120,12 +121,12 @@ def measure(
         for _ in range(steps):
             training.step(*next(batches))
             marks.append(clock.mark())
-        clock.synchronise()
+        clock.synchronize()
         return [clock.seconds(a, b) for a, b in itertools.pairwise(marks)]
 
-    def waits(training: Training) -> list[int]:
+    def synchronizations(training: Training) -> list[int]:
         counts = []
-        with gpu_waits(lambda: "step") as found:
+        with gpu_synchronizations(lambda: "step") as found:
             for _ in range(p):
                 before = sum(found.values())
                 run_one = next(batches)
@@ -143,12 +144,12 @@ def measure(
         # GradScaler leaves out steps whose gradients overflow, at the start.
         run(accelerated, -stats.steps % p)
         peak, had = accelerated.peak_bytes, stats.accelerated
-        own_s, cycles_s, events_s, ratios = [], [], [], []
-        for _ in range(options.events):
+        own_s, cycles_s, beyond_s, ratios = [], [], [], []
+        for _ in range(options.cycles):
             turn, mine = run(own, p), run(accelerated, p)
             own_s.append(sum(turn) / p)
             cycles_s.append(sum(mine) / p)
-            events_s.append(mine[-1] - sum(turn) / p)
+            beyond_s.append(mine[-1] - sum(turn) / p)
             ratios.append(sum(mine) / sum(turn))
         taken = stats.accelerated - had
         gpu = device.type == "cuda"
@@ -159,11 +160,11 @@ def measure(
             "own_step_s": spread(own_s),
             "step_s": spread(cycles_s),
             "step_over_own": spread(ratios),
-            "event_s": spread(events_s),
-            "events": options.events,
+            "acceleration_step_s": spread(beyond_s),
+            "cycles": options.cycles,
             "accelerated": taken,
-            "own_waits": waits(own) if gpu else None,
-            "waits": waits(accelerated) if gpu else None,
+            "own_synchronizations": synchronizations(own) if gpu else None,
+            "synchronizations": synchronizations(accelerated) if gpu else None,
             "own_peak_bytes": own_peak,
             "peak_bytes": peak,
             "history_bytes": accelerated.optimizer.anderson.history_bytes,
@@ -225,8 +226,16 @@ def horovod_lacks(device: torch.device) -> str | None:
 
 def steps_table(runs: dict[str, Any]) -> str:
     """One row for each way to feed and to reduce; a text in place of what could not be run."""
-    head = ["", "base / ms", "accelerated", "ratio", "quartiles", "event beyond", "taken"]
-    head += ["waits, base", "waits", "extra MB", "formula"]
+    head = [
+        "",
+        "base / ms",
+        "accelerated",
+        "ratio",
+        "quartiles",
+        "acceleration step beyond",
+        "taken",
+    ]
+    head += ["synchronizations, base", "synchronizations", "extra MB", "formula"]
     rows = []
     for name, run in runs.items():
         if isinstance(run, str):
@@ -243,9 +252,12 @@ def steps_table(runs: dict[str, Any]) -> str:
                 f"{1000 * run['step_s']['median']:.3g}",
                 f"{ratio['median']:.3f}",
                 f"{ratio['first_quartile']:.3f} to {ratio['third_quartile']:.3f}",
-                f"{1000 * run['event_s']['median']:.3g}",
-                f"{run['accelerated']} of {run['events']}",
-                *(" ".join(map(str, run[k])) if run[k] else "-" for k in ("own_waits", "waits")),
+                f"{1000 * run['acceleration_step_s']['median']:.3g}",
+                f"{run['accelerated']} of {run['cycles']}",
+                *(
+                    " ".join(map(str, run[key])) if run[key] else "-"
+                    for key in ("own_synchronizations", "synchronizations")
+                ),
                 "-" if peak is None else f"{peak / 1e6:.0f}",
                 f"{run['formula_bytes'] / 1e6:.0f}",
             ]

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from benchmarks.simulate.machines import Machine
 
-LAUNCH = 5e-6  # seconds to start a kernel from torch; assumed
-SYNCHRONISATION = 10e-6  # seconds that the host loses when it waits for a number; assumed
 CYCLE = 1e-3  # seconds between two negotiations of Horovod, as the machine files set it
 FLOAT64 = 8
-# What rides along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the weights 4,
-# r^T r and four tokens 5.
+# What is sent along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the
+# weights 4, r^T r and four numbers that say whether ranks have stored the same 5.
 PAYLOAD = 20
 OBSERVED = 4  # numbers in the verdict on an observed loss
 
@@ -25,21 +24,6 @@ OBSERVED = 4  # numbers in the verdict on an observed loss
 def lg(ranks: int) -> int:
     """Rounds of an exchange among P ranks, log2 P rounded up."""
     return (ranks - 1).bit_length()
-
-
-def recursive_doubling(n: float, ranks: int, a: float, b: float) -> float:
-    """Allreduce of n bytes, for short messages: lg P a + n lg P b (section 4.4)."""
-    return lg(ranks) * (a + n * b)
-
-
-def rabenseifner(n: float, ranks: int, a: float, b: float) -> float:
-    """Allreduce of n bytes, for long ones: 2 lg P a + 2 n (P-1)/P b (section 4.4)."""
-    return 2 * lg(ranks) * a + 2 * n * (ranks - 1) / ranks * b
-
-
-def ring_allreduce(n: float, ranks: int, a: float, b: float) -> float:
-    """Allreduce of n bytes round a ring: 2 (P-1) a + 2 n (P-1)/P b (sections 4.1 and 4.3)."""
-    return 2 * ring_allgather(n, ranks, a, b)
 
 
 def ring_allgather(n: float, ranks: int, a: float, b: float) -> float:
@@ -126,49 +110,40 @@ class Network:
             n, self.on_node, machine.intranode_latency, 1.0 / machine.intranode_bandwidth
         )
 
-    def allreduce(self, n: float) -> float:
-        """Seconds of an allreduce of n bytes, the cheaper one of ring and Rabenseifner."""
-        arguments = n, self.ranks, self.latency, self.per_byte
-        return min(ring_allreduce(*arguments), rabenseifner(*arguments))
-
     def negotiation(self) -> float:
         """Seconds until Horovod starts a large message: its cycle, two reductions of a few bits."""
         return CYCLE + 2 * self.reduce_and_broadcast(FLOAT64)
 
 
 def gram_message(m: int, averages: int) -> int:
-    """Bytes of the allreduce of an accelerated step."""
+    """Bytes of the allreduce of an acceleration step."""
     return FLOAT64 * ((m + 1) * m + PAYLOAD + averages)
 
 
-def talk(
-    network: Network, n: int, m: int, averages: int, layout: str, itemsize: int = 4
-) -> dict[str, float]:
-    """Seconds of an accelerated step's messages, by part; nothing overlaps.
+def talk(network: Network, n: int, m: int, averages: int, itemsize: int = 4) -> dict[str, float]:
+    """Seconds of an acceleration step's messages, in rows; nothing overlaps.
 
     Args:
         network: the ranks that share the history.
         n: number of parameters.
         m: history depth.
         averages: number of running averages.
-        layout: "rows" or "columns".
         itemsize: bytes of a parameter.
 
     Returns:
-        "tiny": Gram matrix, coefficients, slope, verdict on the loss. "large": the new weights.
-        "negotiation": until Horovod starts the latter.
+        "tiny messages": Gram matrix, coefficients, slope, verdict on the loss. "large message":
+        the new weights. "negotiation": until Horovod starts the latter.
     """
     if network.ranks == 1:
-        return {"tiny": 0.0, "large": 0.0, "negotiation": 0.0}
+        return {"tiny messages": 0.0, "negotiation": 0.0, "large message": 0.0}
     tiny = sum(
         network.reduce_and_broadcast(k)
         for k in (gram_message(m, averages), FLOAT64, FLOAT64 * OBSERVED)
     )
-    large = network.allgather if layout == "rows" else network.allreduce
     return {
-        "tiny": tiny + network.tree(FLOAT64 * m),
-        "large": large(itemsize * n),
+        "tiny messages": tiny + network.tree(FLOAT64 * m),
         "negotiation": network.negotiation(),
+        "large message": network.allgather(itemsize * n),
     }
 
 
@@ -181,7 +156,6 @@ def history_bytes(
     itemsize: int = 4,
     work: int = 4,
     averages: int = 0,
-    windows: int = 0,
 ) -> int:
     """Bytes of history and averages on the rank that holds most.
 
@@ -192,75 +166,39 @@ def history_bytes(
         layout: "rows": 2 m n/P numbers of the history; "columns": 2 n ceil(m/P).
         itemsize: bytes of a number of the history.
         work: bytes of a number of pairs (4 n/P) and averages.
-        averages: exponential ones, 2 n/P numbers each.
-        windows: 4 n/P numbers each.
+        averages: 2 n/P numbers each.
     """
     rows = -(-n // ranks) if layout == "rows" else n
     columns = m if layout == "rows" else -(-m // ranks)
-    return rows * (2 * columns * itemsize + (4 + 2 * averages + 4 * windows) * work)
+    return rows * (2 * columns * itemsize + (4 + 2 * averages) * work)
 
 
-def foreach_launches(tensors: int, numbers: int) -> int:
-    """Kernels of one torch._foreach_copy_ on a GPU.
-
-    Pieces of 65,536 numbers, 320 of them in a launch, of at most 64 tensors (two lists), as in
-    torch's MultiTensorApply.cuh; a launch ends at the limit that is met first.
-    """
-    return math.ceil(tensors / 64) + numbers // (65536 * 320)
+# Passes over this rank's rows.
+ROW_PARTS = ("read", "store", "gram", "update", "average")
+# Passes over all n weights, whatever P: bytes for each, float32. "write" copies the point into the
+# tensors, "replicas" is a checksum.
+WHOLE_PARTS = {"write": 8, "replicas": 4}
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A rank's own work for one accelerated step and the stores since the last, part by part.
-
-    Attributes:
-        seconds: measured here, by part.
-        fixed: what of it does not depend on the number of rows: measured on next to none.
-        launches: kernels a GPU would start, counted.
-        synchronisations: times the host would wait for a GPU, counted.
-    """
-
-    seconds: dict[str, float]
-    fixed: dict[str, float]
-    launches: dict[str, int]
-    synchronisations: dict[str, int]
-
-
-# On the host, whatever holds the weights.
-HOST_PARTS = ("solve",)
-# Passes over all n weights, whatever P: they have no row-free remainder to take off.
-WHOLE_PARTS = ("write", "replicas")
-
-
-def on_gpu(work: Work, ratio: float, launch: float = LAUNCH) -> dict[str, float]:
-    """Seconds of a rank's own work on a GPU, by part.
-
-    What was measured here beyond the row-free remainder is streaming, and is scaled by the ratio of
-    memory bandwidths; the remainder is the host's and is replaced by counted launches and waits.
-    The small solve stays on the host as measured.
+def streaming(
+    bytes_per_row: Mapping[str, float], rows: int, n: int, bandwidth: float
+) -> dict[str, float]:
+    """Seconds that a rank's own passes over memory take, by part.
 
     Args:
-        work: measured here.
-        ratio: memory bandwidth here over that of the GPU.
-        launch: seconds of a launch.
+        bytes_per_row: of ROW_PARTS.
+        rows: of the rank.
+        n: number of parameters.
+        bandwidth: bytes/s, read and written.
     """
-    found = {}
-    for part, seconds in work.seconds.items():
-        if part in HOST_PARTS:
-            found[part] = seconds
-            continue
-        fixed = 0.0 if part in WHOLE_PARTS else work.fixed.get(part, 0.0)
-        streaming = max(seconds - fixed, 0.0) * ratio
-        host = launch * work.launches.get(part, 0)
-        host += SYNCHRONISATION * work.synchronisations.get(part, 0)
-        found[part] = streaming + host
-    return found
+    whole = {part: size * n / bandwidth for part, size in WHOLE_PARTS.items()}
+    return {part: bytes_per_row[part] * rows / bandwidth for part in ROW_PARTS} | whole
 
 
 def offloaded(
     n: int, m: int, *, stack_and_solve: float, bandwidth: float, link: float, itemsize: int = 4
 ) -> dict[str, float]:
-    """Seconds of one event where every rank keeps all of the history on its host, as AADL does.
+    """Seconds of an acceleration step as AADL does it, with all of the history on every host.
 
     Args:
         n: number of parameters.
@@ -272,7 +210,7 @@ def offloaded(
 
     Returns:
         "transfer": the new iterate to the host and the result back. "least squares": on the host,
-        by every rank. "transfer of all": of m iterates, where they cross the link at every event.
+        by every rank. "transfer of all": of m iterates, where they cross the link each time.
     """
     return {
         "transfer": 2 * n * itemsize / link,

@@ -1,4 +1,4 @@
-"""From what was measured here and a machine's figures to seconds, shares of a step, and bytes."""
+"""From what was measured and a machine's figures to seconds, shares of a step, and bytes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from benchmarks.simulate import model
 from benchmarks.simulate.machines import Machine
-from benchmarks.simulate.model import Network, Work
+from benchmarks.simulate.model import Network
+from benchmarks.simulate.sources import Kernels, Timers
 
-# Columns of the tables, and the parts of an event that each adds up.
+# Columns of the tables, and the parts of an acceleration step that each adds up: the library's
+# timers, and those that benchmarks.gpu has beside them.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "store": ("read", "residual", "store"),
     "gram": ("gram",),
@@ -20,9 +22,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "rest": ("other", "replicas", "safeguard", "gather"),
     "noise gate": ("noise", "sample", "backward"),
     "averages": ("average",),
-    "tiny messages": ("tiny",),
-    "negotiation": ("negotiation",),
-    "large message": ("large",),
 }
 MESSAGES = ("tiny messages", "negotiation", "large message")
 SWITCHABLE = ("noise gate", "averages")
@@ -60,33 +59,27 @@ def steps_of(machine: Machine, batch: int, rates: dict[str, float]) -> Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The cost of one accelerated step, and of the stores since the last, on one machine.
+    """The cost of one acceleration step, and of the stores since the last, on one machine.
 
     Attributes:
-        variant: "rows", "columns", "rows in a node" or "offload".
         ranks: P.
         p: acceleration's frequency.
         seconds: by the columns of the tables.
         bytes: of history and averages on a GPU.
-        launches: kernels, counted.
+        kernels: that are started.
         in_backward: those of them in backward passes, where a host that is ahead hides them.
-        synchronisations: waits, counted.
-        host_time: seconds if host work took what it takes here, in place of launches and waits.
     """
 
-    variant: str
     ranks: int
     p: int
     seconds: dict[str, float]
     bytes: int
-    launches: int
+    kernels: int
     in_backward: int
-    synchronisations: int
-    host_time: float
 
     @property
     def total(self) -> float:
-        """Seconds of the event."""
+        """Seconds of the acceleration step."""
         return sum(self.seconds.values())
 
     @property
@@ -103,113 +96,58 @@ class Prediction:
         return {**dataclasses.asdict(self), "total": self.total, "bare": self.bare}
 
 
-def as_work(measured: Mapping[str, Any], floor: Mapping[str, Any]) -> Work:
-    """A measured share; `floor` is the same for next to no rows."""
-    seconds, fixed = (
-        {part: value["median"] for part, value in found["seconds"].items()}
-        for found in (measured, floor)
-    )
-    return Work(seconds, fixed, measured["launches"], measured["synchronisations"])
-
-
 def predict(
     machine: Machine,
-    measured: Mapping[str, Any],
-    floor: Mapping[str, Any],
-    *,
-    m: int,
-    averages: int,
-    launch: float = model.LAUNCH,
-) -> Prediction:
-    """One rank of P on a machine, its history shared by all P.
-
-    Args:
-        machine: its figures.
-        measured: `work.share` of this P.
-        floor: `work.share` of next to no rows.
-        m: history depth.
-        averages: number of running averages.
-        launch: seconds of a kernel's launch.
-    """
-    network = Network(machine, measured["ranks"])
-    messages = model.talk(network, measured["parameters"], m, averages, measured["layout"])
-    return _prediction(
-        measured["layout"], machine, measured, floor, messages, launch, measured["ranks"]
-    )
-
-
-def predict_in_node(
-    machine: Machine,
-    measured: Mapping[str, Any],
-    group: Mapping[str, Any],
-    floor: Mapping[str, Any],
-    *,
-    m: int,
-    averages: int,
-    launch: float = model.LAUNCH,
-) -> Prediction:
-    """One rank of P, its history shared by the ranks of its node (`shard_group="node"`).
-
-    The weights are gathered within the node. All P sum up the Gram matrix, each over a piece of
-    its rows, as long as if all P shared one history.
-
-    Args:
-        machine: its figures.
-        measured: `work.share` of P ranks.
-        group: `work.share` of as many ranks as a node has.
-        floor: `work.share` of next to no rows.
-        m: history depth.
-        averages: number of running averages.
-        launch: seconds of a kernel's launch.
-    """
-    n, ranks = measured["parameters"], measured["ranks"]
-    node = model.talk(Network(machine, group["ranks"]), n, m, averages, "rows")
-    world = model.talk(Network(machine, ranks), n, m, averages, "rows")
-    shared = {
-        kind: {**group[kind], **{k: v for k, v in measured[kind].items() if k == "gram"}}
-        for kind in ("seconds", "launches", "synchronisations")
-    }
-    return _prediction(
-        "rows in a node",
-        machine,
-        {**group, **shared},
-        floor,
-        node | {"tiny": world["tiny"]},
-        launch,
-        ranks,
-    )
-
-
-def _prediction(
-    variant: str,
-    machine: Machine,
-    measured: Mapping[str, Any],
-    floor: Mapping[str, Any],
-    messages: dict[str, float],
-    launch: float,
     ranks: int,
+    timers: Timers,
+    kernels: Kernels,
+    *,
+    n: int,
+    p: int,
+    q: int,
+    node: bool = False,
 ) -> Prediction:
-    work = as_work(measured, floor)
-    ratio = measured["bandwidth"] / machine.memory_bandwidth
-    parts = model.on_gpu(work, ratio, launch) | messages
-    seconds = {
-        group: sum(parts.get(part, 0.0) for part in members) for group, members in GROUPS.items()
-    }
-    streaming = model.on_gpu(dataclasses.replace(work, launches={}, synchronisations={}), ratio)
-    slow = sum(streaming.values()) + sum(messages.values())
-    slow += sum(
-        v for k, v in work.fixed.items() if k not in (*model.HOST_PARTS, *model.WHOLE_PARTS)
+    """One rank of P on a machine.
+
+    Streaming scales with memory bandwidth; every kernel costs the host its time beside it; nothing
+    overlaps.
+
+    Args:
+        machine: its figures.
+        ranks: P.
+        timers: the work on a row.
+        kernels: that are started.
+        n: number of parameters.
+        p: acceleration's frequency.
+        q: a pair is stored every q steps, q <= p.
+        node: the ranks of a node share the history (`shard_group="node"`), not all P. The weights
+            are gathered within the node. The Gram matrix is summed up by all P, each over n/P rows.
+    """
+    m, averages = timers.m, timers.averages
+    group = min(machine.gpus_per_node, ranks) if node else ranks
+    bandwidth = machine.memory_bandwidth
+    own, all_ranks = (
+        model.streaming(timers.bytes_per_row, -(-n // P), n, bandwidth) for P in (group, ranks)
     )
+    parts = own | {"gram": all_ranks["gram"], "solve": timers.solve_s}
+    counts = kernels.of(ranks)
+    for part, count in counts.items():
+        parts[part] = parts.get(part, 0.0) + count * kernels.seconds
+    for part in GROUPS["store"]:  # the sources have p = q
+        parts[part] = parts.get(part, 0.0) * (p // q)
+        counts[part] = counts.get(part, 0) * (p // q)
+    messages = model.talk(Network(machine, group), n, m, averages)
+    messages["tiny messages"] = model.talk(Network(machine, ranks), n, m, averages)["tiny messages"]
     return Prediction(
-        variant=variant,
         ranks=ranks,
-        p=measured["p"],
-        seconds=seconds,
-        bytes=measured["bytes"],
-        launches=sum(work.launches.values()),
-        in_backward=work.launches.get("backward", 0),
-        synchronisations=sum(work.synchronisations.values()),
-        host_time=slow,
+        p=p,
+        seconds={
+            name: sum(parts.get(part, 0.0) for part in members) for name, members in GROUPS.items()
+        }
+        | messages,
+        bytes=model.history_bytes(n, m, group, averages=averages),
+        kernels=sum(counts.values()),
+        in_backward=counts.get("backward", 0),
     )
 
 

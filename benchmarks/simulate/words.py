@@ -1,13 +1,13 @@
-"""Tables, answers and the plot."""
+"""Tables from the results that were written, answers, and the plot."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import table
+from benchmarks.report import save, table
 from benchmarks.simulate.machines import Machine
 from benchmarks.simulate.model import Network
 from benchmarks.simulate.predictions import (
@@ -20,87 +20,90 @@ from benchmarks.simulate.predictions import (
 )
 
 TARGET = 0.015  # of a float32 step, at 1,536 V100s with p = q = 5
-VARIANTS = {
-    "rows": "rows",
-    "rows in a node": "rows in a node",
-    "columns": "columns",
-    "offload": "AADL, offloaded",
-}
+ROWS, NODE, DEFAULT = "rows", "rows in a node", "p = 2, q = 1"
+AT = 1536  # ranks that the summary is for
 
 
-def measured_table(shares: Sequence[dict[str, Any]]) -> str:
-    """What was measured here: milliseconds of an event's parts on one rank, kernels counted."""
-    groups = {name: parts for name, parts in GROUPS.items() if name not in MESSAGES}
-    head = ["P, layout, p, q", "rows", *groups, "MB", "kernels", "waits"]
+def measured_table(results: Mapping[str, Any]) -> str:
+    """Bytes moved for a row, by part."""
+    timers = results["timers"]
+    rows = timers["bytes_per_row"]
+    cells = [f"{x:.0f}" for x in (*rows.values(), sum(rows.values()))]
+    return table(
+        ["", *rows, "sum", "solve / ms"], [["bytes a row", *cells, _ms(timers["solve_s"])]]
+    )
+
+
+def parts_table(results: Mapping[str, Any], machine: str) -> str:
+    """Predicted milliseconds of an acceleration step, by part."""
+    head = ["P", *GROUPS, *MESSAGES, "sum", "kernels"]
+    rows = [
+        [
+            str(x["ranks"]),
+            *(_ms(x["seconds"][name]) for name in (*GROUPS, *MESSAGES)),
+            _ms(x["total"]),
+            str(x["kernels"]),
+        ]
+        for x in results["machines"][machine]["predicted"][ROWS]
+    ]
+    return table(head, rows)
+
+
+def shares_table(results: Mapping[str, Any], machine: str) -> str:
+    """Predicted share of a training step in %, with and without noise gate and averages."""
+    found = results["machines"][machine]
+    steps = found["steps"]["seconds"]
+    head = ["P", "every p", "MB per GPU"]
+    head += [f"{name}{how}" for name in steps for how in ("", ", bare")]
+    head += [f"float32, {NODE}"]
+    node = {x["ranks"]: x for x in found["predicted"][NODE]}
     rows = []
-    for share in shares:
-        seconds = {part: value["median"] for part, value in share["seconds"].items()}
+    for x in (*found["predicted"][ROWS], *found["predicted"][DEFAULT]):
+        row = [str(x["ranks"]), str(x["p"]), f"{x['bytes'] / 1e6:.1f}"]
+        for step in steps.values():
+            row += [_share(x, step), _share(x, step, "bare")]
+        same = node[x["ranks"]]
+        row.append(_share(same, steps["float32"]) if same["p"] == x["p"] else "-")
+        rows.append(row)
+    return table(head, rows)
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """All machines at AT ranks, or at the most there are."""
+    head = ["GPU", "ms an acceleration step", "% of a float32 step, p = q = 5", "bare"]
+    head += ["% of a mixed one", "% of a float32 step, p = 2, q = 1", "p = q = 5, a node's groups"]
+    rows = []
+    for found in results["machines"].values():
+        at = {kind: _at(found["predicted"][kind]) for kind in (ROWS, NODE, DEFAULT)}
+        step, mixed = (found["steps"]["seconds"][name] for name in ("float32", "mixed"))
         rows.append(
             [
-                f"{share['ranks']}, {share['layout']}, {share['p']}, {share['q']}",
-                f"{share['rows']:,}",
-                *(_ms(sum(seconds[part] for part in parts)) for parts in groups.values()),
-                f"{share['bytes'] / 1e6:.1f}",
-                str(sum(share["launches"].values())),
-                str(sum(share["synchronisations"].values())),
+                found["figures"]["gpu"],
+                _ms(at[ROWS]["total"]),
+                _share(at[ROWS], step),
+                _share(at[ROWS], step, "bare"),
+                _share(at[ROWS], mixed),
+                _share(at[DEFAULT], step),
+                _share(at[NODE], step),
             ]
         )
     return table(head, rows)
 
 
-def parts_table(predictions: Sequence[Prediction]) -> str:
-    """Predicted milliseconds of an event, by part."""
-    head = ["P", *GROUPS, "sum", "kernels"]
-    rows = [
-        [str(x.ranks), *map(_ms, x.seconds.values()), _ms(x.total), str(x.launches)]
-        for x in predictions
-    ]
-    return table(head, rows)
-
-
-def shares_table(predictions: Sequence[Prediction], steps: Steps) -> str:
-    """Predicted share of a training step, with and without noise gate and averages."""
-    head = ["P", "every p", "MB per GPU"]
-    head += [f"{name}{how}" for name in steps.seconds for how in ("", ", bare")]
-    rows = []
-    for x in predictions:
-        row = [str(x.ranks), str(x.p), f"{x.bytes / 1e6:.1f}"]
-        for step in steps.seconds.values():
-            row += [_percent(x.share(step)), _percent(x.share(step, bare=True))]
-        rows.append(row)
-    return table(head, rows)
-
-
-def variants_table(
-    variants: dict[str, dict[int, Prediction]], offload: float, p: int, step: float
-) -> str:
-    """Predicted share of a float32 step, by who holds what."""
-    ranks = sorted(variants["rows"])
-    names = [name for name in VARIANTS if name in variants]
-    head = ["P", *(VARIANTS[name] for name in names), VARIANTS["offload"]]
-    theirs = _percent(offload / (p * step))
-    rows = [
-        [str(P), *(_percent(variants[name][P].share(step)) for name in names), theirs]
-        for P in ranks
-    ]
-    return table(head, rows)
-
-
 def answers(
     machine: Machine,
-    variants: dict[str, dict[int, Prediction]],
-    default: dict[int, Prediction],
+    variants: Mapping[str, Mapping[int, Prediction]],
     steps: Steps,
     *,
     n: int,
     m: int,
     averages: int,
-    offload: dict[str, float],
+    offload: Mapping[str, float],
 ) -> list[str]:
     """The questions of the benchmark, answered from the predictions."""
-    rows, step = variants["rows"], steps.seconds["float32"]
-    at = 1536 if 1536 in rows else max(rows)
-    x, y = rows[at], default[at]
+    rows, step = variants[ROWS], steps.seconds["float32"]
+    at = AT if AT in rows else max(rows)
+    x, y, z = rows[at], variants[DEFAULT][at], variants[NODE][at]
     parts = sorted(x.seconds.items(), key=lambda item: -item[1])[:4]
     costs = ", ".join(f"{name} {_ms(value)}" for name, value in parts)
     shares = ", ".join(
@@ -110,92 +113,75 @@ def answers(
     )
     longest = math.ceil(x.total / (TARGET * step))
     met = "met" if x.share(step) <= TARGET else "missed"
-    lines = [
-        f"At {at} GPUs, p = q = {x.p}: {_ms(x.total)} ms an event; {shares}. Largest parts, ms: "
-        f"{costs}. At most {100 * TARGET:g} % of a float32 step: {met}; "
+    total = offload["transfer"] + offload["least squares"]
+    last = max(rows)
+    worst = max(rows[last].seconds, key=lambda name: rows[last].seconds[name])
+    two_level = Network(machine, last).allgather_two_level(4.0 * n)
+    return [
+        f"At {at} GPUs, p = q = {x.p}: {_ms(x.total)} ms an acceleration step; {shares}. Largest "
+        f"parts, ms: {costs}. At most {100 * TARGET:g} % of a float32 step: {met}; "
         f"p = q = {longest} would do.",
-        f"{x.in_backward} of the {x.launches} kernels are started in backward passes, behind work "
-        "that the host is ahead of: counted in full, which errs on the high side.",
+        f"With the history shared by the ranks of a node: {_percent(z.share(step))} %, for "
+        f"{z.bytes / 1e6:.0f} MB a GPU in place of {x.bytes / 1e6:.1f} MB.",
+        f"{x.in_backward} of the {x.kernels} kernels are started in backward passes, where a host "
+        "that is ahead of the GPU hides them. They are counted in full.",
         f"With p = {y.p}, q = 1: {_percent(y.share(step))} % of a float32 step, "
         f"{_percent(y.share(steps.seconds['mixed']))} % of a mixed one.",
-        f"If host work took as long there as it takes here, instead of an assumed time for "
-        f"each kernel and each of {x.synchronisations} waits: {_ms(x.host_time)} ms, "
-        f"{_percent(x.host_time / (x.p * step))} %.",
-    ]
-    lines += _layouts(variants)
-    total = offload["transfer"] + offload["least squares"]
-    worst = total - offload["transfer"] + offload["transfer of all"]
-    lines.append(
-        f"AADL with its history on the host: {total:.2f} s an event ({worst:.2f} s if all m "
-        f"iterates cross the link), so that a step takes {1 + total / (x.p * step):.1f} "
-        f"({1 + worst / (x.p * step):.1f}) times as long at p = {x.p}, "
-        f"{1 + total / step:.0f} times at p = 1, at any P; the paper says 10 at 1,536 V100s."
-    )
-    last = max(rows)
-    worst_part = max(rows[last].seconds, key=lambda name: rows[last].seconds[name])
-    two_level = Network(machine, last).allgather_two_level(4.0 * n)
-    lines.append(
+        f"AADL with its history on the host: {total:.2f} s an acceleration step, so that a step "
+        f"takes {1 + total / (x.p * step):.1f} times as long at p = {x.p}, "
+        f"{1 + total / step:.0f} times at p = 1, at any P; the paper says 10 at 1,536 V100s.",
         f"Beyond: at {last} ranks {_percent(rows[last].share(step))} %, most of it "
-        f"{worst_part} ({_ms(rows[last].seconds[worst_part])} ms). The latency of the ring "
+        f"{worst} ({_ms(rows[last].seconds[worst])} ms). The latency of the ring "
         f"outgrows its bytes from P = {latency_break_even(machine, n)} on; an allgather in two "
         f"levels would take {_ms(two_level)} ms there. Memory: history and averages take a tenth "
         f"of a GPU's from P = {memory_break_even(machine, n, m, averages, 0.1)} on, and fit "
-        f"into it at all from P = {memory_break_even(machine, n, m, averages, 1.0)} on."
-    )
-    return lines
+        f"into it at all from P = {memory_break_even(machine, n, m, averages, 1.0)} on.",
+    ]
 
 
-def _layouts(variants: dict[str, dict[int, Prediction]]) -> list[str]:
-    lines = []
-    for names, what in (
-        (("rows", "columns"), "Of the layouts there are"),
-        (tuple(name for name in VARIANTS if name in variants), "With shards within nodes, too"),
-    ):
-        winners: dict[str, list[str]] = {}
-        for P in sorted(variants["rows"]):
-            present = [name for name in names if name in variants and P in variants[name]]
-            best = min(present, key=lambda name, P=P: variants[name][P].total)  # type: ignore[misc]
-            winners.setdefault(VARIANTS[best], []).append(str(P))
-        found = "; ".join(f"{name} at P = {', '.join(at)}" for name, at in winners.items())
-        lines.append(f"{what}, the cheapest: {found}.")
-    return lines
-
-
-def validation_table(predicted: dict[str, float], measured: dict[str, float]) -> str:
-    """Predicted beside measured milliseconds of an event's parts on real ranks."""
+def validation_table(results: Mapping[str, Any]) -> str:
+    """Predicted beside measured milliseconds of a rank's own work, on real ranks."""
+    found = results["timers"]
+    predicted, measured = found["predicted"], found["measured"]
     rows = [
         [part, _ms(predicted[part]), _ms(measured[part]), _ratio(predicted[part], measured[part])]
         for part in predicted
     ]
     total = sum(predicted.values()), sum(measured.values())
     rows.append(["sum", _ms(total[0]), _ms(total[1]), _ratio(*total)])
-    head = ["part", "predicted / ms", "measured / ms", "predicted / measured"]
-    return table(head, rows)
+    return table(["part", "predicted / ms", "measured / ms", "predicted / measured"], rows)
 
 
-def plot(path: Path, machines: dict[str, tuple[dict[str, dict[int, Prediction]], Steps]]) -> None:
+def plot(path: Path, machines: Mapping[str, Mapping[str, Any]]) -> None:
     """Share of a float32 step against P, both logarithmic, one panel a machine."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(machines), 3.8), layout="constrained")
     axes = figure.subplots(1, len(machines), sharey=True, squeeze=False)[0]
-    for ax, (name, (variants, steps)) in zip(axes, machines.items(), strict=True):
-        step = steps.seconds["float32"]
-        for variant, found in variants.items():
-            style = "o--" if variant == "rows in a node" else "o-"
-            y = [100 * x.share(step) for x in found.values()]
-            ax.loglog(list(found), y, style, markersize=3, label=VARIANTS[variant])
-        bare = [100 * x.share(step, bare=True) for x in variants["rows"].values()]
-        ax.loglog(
-            list(variants["rows"]), bare, "o:", markersize=3, label="rows, no gate, no averages"
-        )
+    for ax, (name, found) in zip(axes, machines.items(), strict=True):
+        step = found["steps"]["seconds"]["float32"]
+        for variant, key, style, label in (
+            (ROWS, "total", "o-", ROWS),
+            (NODE, "total", "o--", NODE),
+            (ROWS, "bare", "o:", "rows, no gate, no averages"),
+        ):
+            xs = found["predicted"][variant]
+            y = [100 * x[key] / (x["p"] * step) for x in xs]
+            ax.loglog([x["ranks"] for x in xs], y, style, markersize=3, label=label)
         ax.axhline(100 * TARGET, color="grey", linewidth=0.8)
         ax.set(xlabel="P, ranks", title=f"{name} (predicted)")
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("acceleration / % of a float32 step")
     axes[0].legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
+
+
+def _at(predictions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((x for x in predictions if x["ranks"] == AT), predictions[-1])
+
+
+def _share(x: Mapping[str, Any], step: float, key: str = "total") -> str:
+    return _percent(x[key] / (x["p"] * step))
 
 
 def _ms(seconds: float) -> str:

@@ -10,36 +10,38 @@ from unittest import mock
 import pytest
 import torch
 
+from aadl_hvd import AndersonConfig
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import parts, step
-from benchmarks.workload import Clock, gpu_waits
+from benchmarks.gpu import one_rank, parts, step
+from benchmarks.simulate.model import history_bytes
+from benchmarks.workload import Clock, gpu_synchronizations
 from tests.pretend_gpu import PretendGpu
 
-SMALL = ["--device=cpu", "--parameters=3000", "--depth=3", "--events=1", "--ranks", "1", "4"]
+SMALL = ["--device=cpu", "--parameters=3000", "--depth=3", "--cycles=1", "--ranks", "1", "4"]
 
 
 def test_parts(tmp_path, capsys):
-    words = ["--no-steps", "--dtypes", "float32", "float16", f"--out={tmp_path}/gpu-DEVICE.json"]
+    words = ["--no-steps", "--dtypes", "float32", "bfloat16", f"--out={tmp_path}/gpu-DEVICE.json"]
     assert gpu.main([*SMALL, *words]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"gpu-cpu.json", "gpu-cpu.png"}
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
     assert found["device"]["name"] == "cpu" and "torch" in found["machine"]
     runs = {(run["ranks"], run["history_dtype"]): run for run in found["parts"]}
-    assert list(runs) == [(P, dtype) for P in (1, 4) for dtype in ("float32", "float16")]
+    assert list(runs) == [(P, dtype) for P in (1, 4) for dtype in ("float32", "bfloat16")]
     for (P, dtype), run in runs.items():
         itemsize = 4 if dtype == "float32" else 2
         assert run["rows"] == 3000 // P
         assert run["formula_bytes"] == 2 * 3 * run["rows"] * itemsize < run["bytes"]
         assert run["floor_s"]["write"] == pytest.approx(8 * 3000 / run["bandwidth"])
-        # The verdict on the loss, nothing, and the event.
-        first, *between, last = run["synchronisations_by_step"]
+        # The verdict on the loss, nothing, and the acceleration step.
+        first, *between, last = run["synchronizations_by_step"]
         assert (first, between) == (1, [0, 0, 0]) and last > 0
         assert run["peak_bytes"] is None  # nobody counts them here
         seconds = parts.seconds_of(run)
         assert set(seconds) == set(parts.PARTS) > set(run["floor_s"])
         assert min(seconds[part] for part in run["floor_s"]) > 0
     printed = capsys.readouterr().out
-    assert "4, float16" in printed and "peak over 2 m n/P" in printed
+    assert "4, bfloat16" in printed and "peak over 2 m n/P" in printed
 
 
 class PretendEvent:
@@ -81,7 +83,7 @@ def test_parts_on_a_pretended_gpu(tmp_path, monkeypatch, capsys):
     assert [run["peak_bytes"] for run in found["parts"]] == [100, 200]
     for run in found["parts"]:
         assert min(parts.seconds_of(run)[part] for part in run["floor_s"]) > 0
-        assert run["synchronisations"] == {}, "torch was asked, and warned of none"
+        assert run["synchronizations"] == {}, "torch was asked, and warned of none"
     assert "NVIDIA H100" in capsys.readouterr().out
 
 
@@ -94,7 +96,7 @@ def test_steps(tmp_path, capsys):
         assert "not installed" in dali
         dali = alone
     for run in (alone, dali, horovod):
-        assert run["accelerated"] == run["events"] == 1, "an event was cut short"
+        assert run["accelerated"] == run["cycles"] == 1, "an acceleration step was cut short"
         assert run["history_bytes"] == run["formula_bytes"] > 2 * 3 * run["n"] * 4
         assert run["own_step_s"]["median"] > 0 and run["step_over_own"]["median"] > 0
     assert "through Horovod, one rank" in capsys.readouterr().out
@@ -116,6 +118,48 @@ def test_floor_by_hand():
     }
 
 
+@pytest.mark.parametrize(("p", "q", "layout"), [(5, 5, "rows"), (2, 1, "rows"), (5, 5, "columns")])
+def test_one_rank_of_many_does_all_of_its_work(p, q, layout):
+    shapes = [torch.Size([300, 10]), torch.Size([40]), torch.Size([7, 3, 3])]
+    config = AndersonConfig(history_depth=4, frequency=p, store_every=q, layout=layout)
+    # Raises where an acceleration step is rejected.
+    found = one_rank.share(shapes, config, 6, 2, torch.device("cpu"))
+    n = found["parameters"]
+    assert n == 3103 and found["rows"] == (-(-n // 6) if layout == "rows" else n)
+    assert found["bytes"] == history_bytes(n, 4, 6, layout=layout, averages=4)
+    for part in ("read", "store", "gram", "update", "write", "average", "noise", "backward"):
+        assert found["launches"][part] > 0
+        assert found["seconds"][part]["median"] > 0
+    # All that is summed up over the ranks, the slope, the loss after it.
+    assert found["synchronizations"] == {"gram": 1, "update": 1, "safeguard": 1}
+    if layout == "rows":
+        assert found["launches"]["store"] == 3 * p // q
+    again = one_rank.share(shapes, config, 6, 1, torch.device("cpu"))
+    assert again["launches"] == found["launches"]
+
+
+def _share(shapes):
+    config = AndersonConfig(history_depth=3, frequency=2, noise_gate=None, averages=())
+    return one_rank.share(shapes, config, 2, 1, torch.device("cpu"))["launches"]
+
+
+def test_kernels_are_counted_in_chunks_of_a_gpu():
+    """300,000 numbers are three chunks of a processor, and one of a GPU, in every part."""
+    few, many = _share([torch.Size([1000])]), _share([torch.Size([300_000])])
+    assert few == many
+    assert few["replicas"] > 0
+
+
+def test_nothing_is_sampled_without_a_gate():
+    assert not {"backward", "sample", "noise", "average"} & set(_share([torch.Size([100])] * 3))
+
+
+def test_kernels_of_a_list():
+    launches = one_rank.foreach_launches
+    assert launches(1, 1000) == launches(64, 1000) == 1 and launches(65, 1000) == 2
+    assert launches(1, 65536 * 320 + 1) == 2
+
+
 def test_clock_on_the_processor():
     clock = Clock(torch.device("cpu"))
     start = clock.mark()
@@ -128,15 +172,15 @@ def test_without_a_gpu(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "there is no GPU" in said and "--device=cpu" in said
     assert not any(tmp_path.iterdir())
-    with gpu_waits(lambda: "step") as found:
+    with gpu_synchronizations(lambda: "step") as found:
         torch.ones(1).item()
     assert found == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_waits_for_a_gpu_are_counted():
+def test_synchronizations_are_counted():
     x = torch.ones(3, device="cuda")
-    with gpu_waits(lambda: "step") as found:
+    with gpu_synchronizations(lambda: "step") as found:
         x.add_(1.0)
         assert found == {}
         x.sum().item()
@@ -150,7 +194,7 @@ def test_waits_for_a_gpu_are_counted():
         (["--device=tpu"], "--device"),
         (["--parameters=nothing"], "--parameters"),
         (["--model=nothing"], "--model"),
-        (["--events=0"], "--events"),
+        (["--cycles=0"], "--cycles"),
         (["--image-size=8"], "--image-size"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The cost model: formulas, what is measured here, and the benchmark from end to end."""
+"""The cost model: formulas, what they are fed with, and the program from end to end."""
 
 import dataclasses
 import json
@@ -12,10 +12,12 @@ from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.optim.problem import OptimizerFixedPoint
+from benchmarks.cost import overhead
 from benchmarks.simulate import __main__ as simulate
-from benchmarks.simulate import model, predictions, validate, words, work
+from benchmarks.simulate import model, predictions, sources
 from benchmarks.simulate.machines import Machine, read_machine
-from benchmarks.workload import copy_bandwidth, shapes_of
+from benchmarks.tables import RESULTS
+from benchmarks.workload import shapes_of
 from models.errors import UserError
 
 TOML = """
@@ -50,9 +52,6 @@ SUMMIT = Machine(
 )
 RESNET50 = 25_557_032
 COLLECTIVES = (
-    model.recursive_doubling,
-    model.rabenseifner,
-    model.ring_allreduce,
     model.ring_allgather,
     model.doubling_allgather,
     model.tree_broadcast,
@@ -71,7 +70,7 @@ def toml(tmp_path):
 
 def test_by_hand():
     found = [f(16, 8, 1.0, 0.5) for f in COLLECTIVES]
-    assert found == [3 * (1 + 8), 6 + 14, 14 + 14, 7 + 7, 3 + 7, 3 * (1 + 8)]
+    assert found == [7 + 7, 3 + 7, 3 * (1 + 8)]
     assert [model.lg(P) for P in (1, 2, 3, 4, 1024, 1536)] == [0, 1, 2, 2, 10, 11]
 
 
@@ -94,14 +93,11 @@ def test_more_is_never_cheaper(collective, n, more, ranks, further):
 
 
 @given(n=st.integers(0, 10**9), ranks=st.integers(1, 30000))
-def test_a_ring_moves_what_rabenseifner_moves(n, ranks):
+def test_both_allgathers_move_the_same_bytes(n, ranks):
     b = 1e-9
-    assert model.ring_allreduce(n, ranks, 0.0, b) == pytest.approx(
-        model.rabenseifner(n, ranks, 0.0, b), rel=1e-12
-    )
     assert model.ring_allgather(n, ranks, 0.0, b) == model.doubling_allgather(n, ranks, 0.0, b)
     # Nothing shorter than n (P-1)/P bytes can bring n bytes to every rank.
-    assert model.recursive_doubling(n, ranks, 0.0, b) >= model.ring_allgather(n, ranks, 0.0, b)
+    assert model.tree_broadcast(n, ranks, 0.0, b) >= model.ring_allgather(n, ranks, 0.0, b)
 
 
 def test_published_figures():
@@ -119,7 +115,7 @@ def test_within_a_node_the_network_does_not_count():
     slow = dataclasses.replace(SUMMIT, injection_bandwidth=1.0, network_latency=1.0)
     for P in (2, 6):
         inside, outside = model.Network(slow, P), model.Network(SUMMIT, P)
-        for name in ("tree", "allgather", "allgather_two_level", "allreduce"):
+        for name in ("tree", "allgather", "allgather_two_level"):
             assert getattr(inside, name)(1e6) == getattr(outside, name)(1e6)
     assert model.Network(slow, 7).allgather(1e6) > 1.0
     assert model.Network(SUMMIT, 6).allgather(6e6) == pytest.approx(5 * 2e-6 + 5e6 / 50e9)
@@ -128,24 +124,17 @@ def test_within_a_node_the_network_does_not_count():
 def test_messages():
     assert model.gram_message(20, 4) == 8 * (21 * 20 + 20 + 4)
     network = model.Network(SUMMIT, 1536)
-    rows = model.talk(network, RESNET50, 20, 4, "rows")
-    columns = model.talk(network, RESNET50, 20, 4, "columns")
-    assert rows["large"] == network.allgather(4 * RESNET50)
-    assert columns["large"] == network.allreduce(4 * RESNET50)
-    assert rows["tiny"] == columns["tiny"] < 1e-3
-    alone = model.talk(model.Network(SUMMIT, 1), RESNET50, 20, 4, "rows")
+    found = model.talk(network, RESNET50, 20, 4)
+    assert set(found) == set(predictions.MESSAGES)
+    assert found["large message"] == network.allgather(4 * RESNET50)
+    assert 0 < found["tiny messages"] < 1e-3
+    alone = model.talk(model.Network(SUMMIT, 1), RESNET50, 20, 4)
     assert set(alone.values()) == {0.0}
 
 
 def test_offloaded():
     found = model.offloaded(100, 5, stack_and_solve=3e9, bandwidth=1e9, link=200.0)
     assert found == {"transfer": 4.0, "least squares": 3.0, "transfer of all": 10.0}
-
-
-def test_kernels_of_a_list():
-    assert model.foreach_launches(1, 1000) == 1
-    assert model.foreach_launches(64, 1000) == 1 and model.foreach_launches(65, 1000) == 2
-    assert model.foreach_launches(1, 65536 * 320 + 1) == 2
 
 
 # Bytes and work
@@ -167,61 +156,104 @@ def _bytes_on_ranks(n, m, ranks, config):
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize(("dtype", "itemsize"), [(None, 4), ("bfloat16", 2), ("float64", 8)])
-@pytest.mark.parametrize("averages", [(), (0.9, 0.99, 100)])
+@pytest.mark.parametrize("averages", [(), (0.9, 0.99)])
 def test_bytes_are_those_of_the_library(layout, dtype, itemsize, averages):
     for n, m, ranks in ((1000, 5, 3), (997, 4, 4), (6, 3, 4)):
         config = AndersonConfig(
             history_depth=m, layout=layout, history_dtype=dtype, averages=averages
         )
-        windows = sum(kind >= 2 for kind in averages)
-        assert model.history_bytes(
-            n,
-            m,
-            ranks,
-            layout=layout,
-            itemsize=itemsize,
-            averages=len(averages) - windows,
-            windows=windows,
-        ) == _bytes_on_ranks(n, m, ranks, config)
+        found = model.history_bytes(
+            n, m, ranks, layout=layout, itemsize=itemsize, averages=len(averages)
+        )
+        assert found == _bytes_on_ranks(n, m, ranks, config)
 
 
-@pytest.mark.parametrize(("p", "q", "layout"), [(5, 5, "rows"), (2, 1, "rows"), (5, 5, "columns")])
-def test_one_rank_of_many_does_all_of_its_work(p, q, layout):
-    shapes = [torch.Size([300, 10]), torch.Size([40]), torch.Size([7, 3, 3])]
-    config = AndersonConfig(history_depth=4, frequency=p, store_every=q, layout=layout)
-    found = work.share(shapes, config, 6, cycles=2)  # raises where an event is rejected
-    n = found["parameters"]
-    assert n == 3103 and found["rows"] == (-(-n // 6) if layout == "rows" else n)
-    assert found["bytes"] == model.history_bytes(n, 4, 6, layout=layout, averages=4)
-    for part in ("read", "store", "gram", "update", "write", "average", "noise", "backward"):
-        assert found["launches"][part] > 0
-        assert found["seconds"][part]["median"] > 0
-    # All that is summed up over the ranks, the slope, the loss after it.
-    assert found["synchronisations"] == {"gram": 1, "update": 1, "safeguard": 1}
-    if layout == "rows":
-        assert found["launches"]["store"] == 3 * p // q
-    again = work.share(shapes, config, 6, cycles=1)
-    assert again["launches"] == found["launches"]
+def _overhead_file(path, ranks=(1, 2), dense=True):
+    """One rank: 1 ms a part at 2 GB/s; two: 2 ms at 1 GB/s. 100,000 numbers."""
+    parts = (*model.ROW_PARTS, "write", "replicas", "solve")
+    runs = [
+        {
+            "name": overhead.AVERAGED,
+            "ranks": P,
+            "n": 100_000,
+            "m": 20,
+            "averages": 4,
+            "copy_bytes_per_s": 2e9 / P,
+            "parts_s": {part: {"median": P * 1e-3} for part in parts},
+        }
+        for P in ranks
+    ]
+    if dense:
+        bandwidth = {"ranks": 1, "copy_bytes_per_s": 2e9}
+        runs.append({"name": overhead.DENSE, "stack_s": 1.0, "qr_s": 2.0, **bandwidth})
+    path.write_text(json.dumps({"runs": runs}))
+    return path
 
 
-def test_kernels_are_counted_in_chunks_of_a_gpu():
-    """300,000 numbers are three chunks of a processor, and one of a GPU, in every part."""
-    config = AndersonConfig(history_depth=3, frequency=2, noise_gate=None, averages=())
-    found = [work.share([torch.Size([n])], config, 2, cycles=1) for n in (1000, 300_000)]
-    assert found[0]["launches"] == found[1]["launches"]
-    assert found[0]["launches"]["replicas"] > 0
+def test_timers_are_read(tmp_path):
+    found = sources.read_timers(_overhead_file(tmp_path / "x.json"))
+    assert (found.source, found.n, found.m, found.averages) == ("x.json", 100_000, 20, 4)
+    assert found.bytes_per_row == pytest.approx(dict.fromkeys(model.ROW_PARTS, 20.0))
+    assert (found.solve_s, found.dense_bytes) == (1e-3, 6e9)
+    # Half of the rows at half of the bandwidth; what is written stays n numbers.
+    rows = dict.fromkeys(model.ROW_PARTS, 1e-3)
+    assert found.predicted == pytest.approx(rows | {"write": 8 * 100_000 / 1e9})
+    assert found.measured == dict.fromkeys((*model.ROW_PARTS, "write"), 2e-3)
 
 
-def test_nothing_is_sampled_without_a_gate():
-    shapes = [torch.Size([100])] * 3
-    config = AndersonConfig(history_depth=3, frequency=2, noise_gate=None, averages=())
-    found = work.share(shapes, config, 2, cycles=1)
-    assert not {"backward", "sample", "noise", "average"} & set(found["launches"])
+@pytest.mark.parametrize("changes", [{"ranks": (1,)}, {"ranks": (2, 4)}, {"dense": False}])
+def test_another_file_has_no_timers(tmp_path, changes):
+    with pytest.raises(UserError, match="--overhead"):
+        sources.read_timers(_overhead_file(tmp_path / "x.json", **changes))
+    with pytest.raises(UserError, match="--overhead"):
+        sources.read_timers(tmp_path / "nothing.json")
 
 
-def test_bandwidth_and_least_squares_are_measured():
-    assert copy_bandwidth(1000, 2)["median"] > 0
-    assert work.least_squares(200, 3, 1)["median"] > 0
+def test_the_sweep_writes_what_is_read():
+    """The run by its name, with averages and without a moving average."""
+    for ranks in (1, 2):
+        (chosen,) = (x for x in overhead.settings(20, ranks) if x.name == overhead.AVERAGED)
+        assert chosen.config.averages and chosen.config.average_window is None
+        assert chosen.config.frequency == chosen.config.store_every == 5
+
+
+def _gpu_file(path, **changes):
+    runs = [
+        {
+            "ranks": ranks,
+            "history_dtype": dtype,
+            "launches": {"gram": count, "noise": 2 * count},
+            "synchronizations": {"gram": 1, "update": 1},
+            "seconds": {"gram": {"median": count * 1e-5}, "noise": {"median": count * 5e-5}},
+        }
+        | changes
+        for ranks, dtype, count in (
+            (1, "float32", 7),
+            (6, "float32", 10),
+            (96, "float32", 5),
+            (96, "bfloat16", 6),
+        )
+    ]
+    path.write_text(json.dumps({"parts": runs}))
+    return path
+
+
+def test_kernels_are_read(tmp_path):
+    """One rank has no gate; time is taken where kernels are all there is."""
+    path = _gpu_file(tmp_path / "gpu.json")
+    found = sources.read_kernels(path)
+    assert (found.source, found.synchronizations) == ("gpu.json", 2)
+    assert found.seconds == pytest.approx(2e-5)
+    assert [found.of(P)["gram"] for P in (2, 6, 95, 96, 1536)] == [10, 10, 10, 5, 5]
+    assert sources.read_kernels(path, 1e-6).seconds == 1e-6
+
+
+@pytest.mark.parametrize("changes", [{"ranks": 1}, {"history_dtype": "bfloat16"}, {"seconds": 3}])
+def test_another_file_is_no_gpu_file(tmp_path, changes):
+    with pytest.raises(UserError, match="--gpu"):
+        sources.read_kernels(_gpu_file(tmp_path / "gpu.json", **changes))
+    with pytest.raises(UserError, match="--gpu"):
+        sources.read_kernels(tmp_path / "nothing.json")
 
 
 def test_shapes():
@@ -229,41 +261,57 @@ def test_shapes():
     assert sum(shape.numel() for shape in shapes_of("12345")) == 12345
 
 
-def _measured(ranks, rows, milliseconds):
-    seconds = dict.fromkeys(("read", "gram", "solve", "write", "noise"), milliseconds * 1e-3)
-    return {
-        "parameters": RESNET50,
-        "ranks": ranks,
-        "layout": "rows",
-        "p": 5,
-        "q": 5,
-        "rows": rows,
-        "bytes": 100,
-        "bandwidth": 9e9,
-        "seconds": {part: {"median": value} for part, value in seconds.items()},
-        "launches": {"read": 10, "gram": 20, "noise": 100},
-        "synchronisations": {"gram": 1},
-    }
+COUNTED = {"read": 10, "gram": 20, "noise": 60, "backward": 40, "write": 4}
+KERNELS = sources.Kernels("x.json", 1e-5, {6: COUNTED}, 3)
+TIMERS = sources.Timers(
+    source="y.json",
+    n=RESNET50,
+    m=20,
+    averages=4,
+    bytes_per_row=dict.fromkeys(model.ROW_PARTS, 90.0),
+    solve_s=10e-3,
+    dense_bytes=1e9,
+    predicted={},
+    measured={},
+)
+
+
+def _predict(ranks, p=5, q=5, **how):
+    return predictions.predict(SUMMIT, ranks, TIMERS, KERNELS, n=RESNET50, p=p, q=q, **how)
 
 
 def test_what_is_scaled_and_what_is_not():
-    many, floor = _measured(96, 266220, 10.0), _measured(28000, 900, 1.0)
-    setting = {"m": 20, "averages": 4, "launch": 1e-5}
-    found = predictions.predict(SUMMIT, many, floor, **setting)
-    assert found.seconds["store"] == pytest.approx(9e-3 / 100 + 10e-5)
-    assert found.seconds["gram"] == pytest.approx(9e-3 / 100 + 20e-5 + model.SYNCHRONISATION)
+    found = _predict(96)
+    row = 90 / 900e9 * 266_220
+    assert found.seconds["store"] == pytest.approx(2 * row + 10e-5)  # read, and stored
+    assert found.seconds["gram"] == pytest.approx(row + 20e-5)
     assert found.seconds["solve"] == 10e-3  # on the host, as measured
-    assert found.seconds["write"] == pytest.approx(10e-3 / 100)  # n numbers at any P
-    assert found.launches == 130 and found.synchronisations == 1
-    assert found.total - found.bare == pytest.approx(found.seconds["noise gate"])
+    assert found.seconds["write"] == pytest.approx(8 * RESNET50 / 900e9 + 4e-5)  # at any P
+    assert found.seconds["rest"] == pytest.approx(4 * RESNET50 / 900e9)
+    assert found.seconds["noise gate"] == pytest.approx(100e-5)
+    assert (found.kernels, found.in_backward) == (134, 40)
+    switchable = found.seconds["noise gate"] + found.seconds["averages"]
+    assert found.total - found.bare == pytest.approx(switchable)
     assert found.share(0.1) == pytest.approx(found.total / 0.5)
-    group = _measured(6, 4259506, 30.0) | {"bytes": 1600}
-    node = predictions.predict_in_node(SUMMIT, many, group, floor, **setting)
+
+
+def test_every_store_is_counted():
+    once, twice = _predict(96), _predict(96, p=2, q=1)
+    assert twice.seconds["store"] == pytest.approx(2 * once.seconds["store"])
+    assert twice.kernels == once.kernels + 10
+    others = set(once.seconds) - {"store"}
+    assert all(twice.seconds[name] == once.seconds[name] for name in others)
+    assert KERNELS.of(96) == COUNTED, "changed by a prediction"
+
+
+def test_a_history_shared_by_the_ranks_of_a_node():
+    found, node = _predict(96), _predict(96, node=True)
     assert node.seconds["large message"] < found.seconds["large message"]
     for part in ("gram", "tiny messages"):  # of all ranks
         assert node.seconds[part] == found.seconds[part]
-    assert node.seconds["store"] == pytest.approx(29e-3 / 100 + 10e-5)  # of the node's
-    assert (node.ranks, node.bytes) == (96, 1600)
+    assert node.seconds["update"] == pytest.approx(90 / 900e9 * 4_259_506)  # of the node's
+    assert node.bytes == model.history_bytes(RESNET50, 20, 6, averages=4) > 10 * found.bytes
+    assert _predict(6, node=True) == _predict(6)
 
 
 def test_steps():
@@ -284,16 +332,6 @@ def test_where_something_breaks():
     assert fits <= 1.6e9 < below
     ranks = predictions.latency_break_even(SUMMIT, RESNET50)
     assert ranks == pytest.approx(4 * RESNET50 / 23e9 / 2e-6, abs=2)
-
-
-def test_predicted_here_is_positive():
-    calibration = {"copy": 5e9, "tiny": 4e-6, "negotiation": 1e-3, "large": 0.03}
-    here = validate.here(calibration)
-    assert here.machine.intranode_latency == 2e-6
-    found = validate.predict(here, 2, 3000, 3, 1)
-    assert set(found) == set(validate.PARTS) and min(found.values()) > 0
-    assert found["gather"] > here.negotiation
-    assert words.validation_table(found, found).count("1.00") == len(found) + 1
 
 
 # Machine files
@@ -320,7 +358,7 @@ def test_wrong_machine_file(toml, old, new, named, capsys):
     toml.write_text(TOML.replace(old, new))
     with pytest.raises(UserError, match=named):
         read_machine(str(toml))
-    assert simulate.main(["--machine", str(toml), "--no-validate"]) == 2
+    assert simulate.main(["--machine", str(toml), f"--out={toml.parent / 'x.json'}"]) == 2
     assert named in capsys.readouterr().err
 
 
@@ -334,38 +372,44 @@ def test_wrong_machine_file(toml, old, new, named, capsys):
         ["--machine", "nowhere.toml"],
         ["--ranks", "8", "1"],
         ["--parameters", "3"],
-        ["--history-depth", "1"],
+        ["--gpu", "nowhere.json"],
+        ["--overhead", "nowhere.json"],
         ["--batch", "0"],
-        ["--cycles", "0"],
         ["--images-per-second", "0", "1"],
         ["--images-per-second", "inf", "1"],
-        ["--launch-microseconds", "-1"],
-        ["--validate-ranks", "1"],
-        ["--validate-parameters", "5000"],
-        ["--validate-parameters", "inf", "inf"],
+        ["--kernel-microseconds", "-1"],
+        ["--kernel-microseconds", "inf"],
     ],
 )
-def test_bad_arguments(arguments, capsys):
-    assert simulate.main(arguments) == 2
+def test_bad_arguments(arguments, tmp_path, capsys):
+    assert simulate.main([*arguments, f"--out={tmp_path / 'x.json'}"]) == 2
     assert arguments[0] in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
-def test_a_small_run(toml, tmp_path, capfd):
-    out = tmp_path / "found"
-    sizes = ["--ranks", "3", "6", "1536", "--parameters=60000", "--history-depth=3", "--cycles=2"]
-    real = ["--validate-ranks", "2", "--validate-parameters", "20000"]
-    assert simulate.main(["--machine", str(toml), *sizes, *real, f"--out={out}"]) == 0
-    printed = capfd.readouterr().out
-    found = json.loads((out / "simulate.json").read_text())
-    assert (out / "simulate.png").stat().st_size > 1000
-    assert found["parameters"] == 60000 and found["machine"]["cores"] > 0
+def test_a_run(toml, tmp_path, capsys):
+    out = tmp_path / "found" / "simulate.json"
+    words = ["--machine", str(toml), "--ranks", "3", "6", "1536", "--parameters=60000"]
+    assert simulate.main([*words, f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert found["parameters"] == 60000 and found["timers"]["source"] == "overhead.json"
     predicted = found["machines"]["machine"]["predicted"]
-    assert set(predicted) == {"rows", "rows in a node", "columns", "p = 2, q = 1"}
+    assert set(predicted) == {"rows", "rows in a node", "p = 2, q = 1"}
     for kind in predicted.values():
         assert [x["ranks"] for x in kind] == [3, 6, 1536]
         assert all(x["total"] > x["bare"] > 0 for x in kind)
-    assert predicted["rows"][2]["bytes"] == model.history_bytes(60000, 3, 1536, averages=4)
-    run = found["validation"]["ranks"]["2"]
-    assert set(run["measured"]) == set(run["predicted"]) == set(validate.PARTS)
-    for text in ("At 1536 GPUs", "assumed", "measured", "rows in a node", "Beyond"):
+    assert predicted["rows"][2]["bytes"] == model.history_bytes(60000, 20, 1536, averages=4)
+    for text in ("At 1536 GPUs", "Measured", "predicted", "Memory: history", "Beyond"):
         assert text in printed
+
+
+def test_the_predictions_are_those_of_the_results(tmp_path):
+    """benchmarks/results/simulate.json is what the other results give today."""
+    out = tmp_path / "simulate.json"
+    assert simulate.main([f"--out={out}"]) == 0
+    found, kept = (json.loads(path.read_text()) for path in (out, RESULTS / "simulate.json"))
+    for key in ("date", "machine"):
+        found.pop(key), kept.pop(key)
+    assert found == kept, "python -m benchmarks.simulate"

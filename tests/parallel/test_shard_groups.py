@@ -29,7 +29,7 @@ def test_groups_take_the_path_of_the_world(name, own_group):
         assert_same_on_all_ranks(path, counts(opt), "groups")
         assert counts(opt)["accelerated"] > 1
         paths[str(group)] = path, counts(opt)
-        share = opt.anderson._sharding.size
+        share = opt.anderson._shard.sharding.size
         rows, window = -(-problem.n // share), config.average_window or 0
         assert share == (hvd.size() if group == "world" else own_group.size())
         assert opt.anderson.history_bytes <= 8 * rows * (2 * config.history_depth + 4 + window)
@@ -79,8 +79,8 @@ def test_nodes(nodes, monkeypatch):
     world, _ = problem.run_here(AndersonConfig(**TEXTBOOK | CASES["default"]), 6, torch.float64)
     for _ in range(2):  # the second time Horovod has the process sets already
         path, opt = problem.run_here(config, 6, torch.float64)
-        assert opt.anderson._sharding.groups == nodes
-        assert opt.anderson._sharding.size == hvd.size() // nodes
+        assert opt.anderson._shard.sharding.groups == nodes
+        assert opt.anderson._shard.sharding.size == hvd.size() // nodes
         assert_same_on_all_ranks(path, counts(opt), "nodes")
         assert np.abs(path - world).max() < 1e-11 * np.abs(world).max()
 

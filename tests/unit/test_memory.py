@@ -9,15 +9,16 @@ from problems import PLAIN, Problem
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, HistoryMemoryError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import accelerator, memory
-from aadl_hvd.core.history import CHUNK, CHUNK_WIDE, working_bytes
+from aadl_hvd.core import memory
+from aadl_hvd.core.chunking import CHUNK, CHUNK_WIDE
+from aadl_hvd.core.products import working_bytes
 from aadl_hvd.core.sharding import Sharding
 
 CASES = {
     "default": {},
     "columns": {"layout": "columns"},
-    "narrow": {"history_dtype": "float16"},
-    "averages": {"averages": (0.9, 6)},
+    "narrow": {"history_dtype": "bfloat16"},
+    "averages": {"averages": (0.9, 0.7)},
     "moving average": {"averages": (), "average_window": 3},
 }
 
@@ -53,8 +54,8 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch):
     config = AndersonConfig(history_depth=5)
     here = threading.local()
     most = 8 * 8 * (2 * 5 + 4 + 8)  # 8 of 23 rows
-    monkeypatch.setattr(accelerator.memory, "place", lambda device: here.node)
-    monkeypatch.setattr(accelerator.memory, "free_bytes", lambda device: here.free)
+    monkeypatch.setattr(memory, "place", lambda device: here.node)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: here.free)
 
     def program(comm):
         here.node = "a node" if comm.rank < 2 else "another"
@@ -163,7 +164,7 @@ def test_what_the_solve_takes_is_in_the_forecast():
     peak = tracemalloc.get_traced_memory()[1]  # of NumPy's arrays; not of what LAPACK works in
     tracemalloc.stop()
     assert opt.anderson.stats.accelerated == 1 and opt.anderson.columns == m
-    beside = opt.anderson._forecast(problem)[host] - opt.anderson.history_bytes
+    beside = opt.anderson.forecast(problem)[host] - opt.anderson.history_bytes
     assert beside / 3 < peak < beside
 
 

@@ -93,10 +93,7 @@ def moved(found, other):
 
 
 CASES = [(name, {}) for name in OPTIMIZERS]
-CASES += [(name, {"momentum": "reset"}) for name in ("Nesterov", "Adam", "AdamW", "RMSprop")]
-CASES += [("Nesterov", {"residual": residual}) for residual in ("step", "state")]
-CASES += [("SGD", {"residual": "state"}), ("Adam", {"residual": "step", "layout": "columns"})]
-CASES += [("Nesterov", {"residual": "state", "layout": "columns"})]
+CASES += [("Nesterov", {"residual": "step"}), ("Adam", {"residual": "step", "layout": "columns"})]
 CASES += [("Adam", {"average_window": 2, "average_threshold": 1e9})]  # there, but never used
 CASES += [("Nesterov", {"safeguard": "descent"}), ("Nesterov", {"noise_gate": 0.0})]
 
@@ -119,18 +116,10 @@ def test_a_bad_loss_puts_the_base_step_back_bit_for_bit(case, dtype, schedule):
             step(opt, 5, GOOD)
             assert stats.accelerated == before + 1, "nothing was tried out"
             assert moved(contents(opt), expected)
-            if more.get("momentum") == "reset":
-                for entry in opt.state.values():
-                    for key in ("momentum_buffer", "exp_avg"):
-                        assert key not in entry or not entry[key].any()
             if schedule:  # as a scheduler does between two steps
                 for group in opt.param_groups:
                     group["lr"] *= 0.3
             stored = stats.stored
-            if schedule and more.get("residual") == "state":
-                step(opt, 6, BAD)  # another problem: rows of lr v are in other units now
-                assert stats.rejected["loss"] == 0
-                return flat(opt)
             step(opt, 6, BAD)
             same(contents(opt), expected)
             assert stats.rejected["loss"] == 1
@@ -165,7 +154,7 @@ def test_several_calls_count_as_their_mean():
         step(opt, k, 1.0)
     assert opt.anderson.stats.rejected["loss"] == 0
     opt.observe(torch.tensor(2.0, requires_grad=True))
-    assert not opt.anderson._losses._given[0].requires_grad, "holds on to the graph"
+    assert not opt.anderson._acceptance.losses._given[0].requires_grad, "holds on to the graph"
     for last, rejected in ((1.0, 0), (1.1, 1)):
         opt = built("SGD")
         for k in range(3):
@@ -254,7 +243,7 @@ def test_noisy_losses_are_given_the_benefit_of_the_doubt(rise):
         stats, judged, random = opt.anderson.stats, 0, np.random.default_rng(0)
         for k in range(600):
             loss = 10.0 - 0.01 * k + noise * random.standard_normal()
-            on_trial = opt.anderson._losses.verdict_due
+            on_trial = opt.anderson._acceptance.losses.verdict_due
             judged += on_trial
             step(opt, k, loss + rise * on_trial)
         rejected.append(stats.rejected["loss"] / judged)
@@ -286,9 +275,9 @@ def test_a_rejected_point_s_loss_is_no_spread():
     """Nothing is learnt of the losses' noise from the way up to a bad point, nor back."""
     opt = built("SGD", frequency=1)
     for k in range(60):
-        on_trial = opt.anderson._losses.verdict_due
+        on_trial = opt.anderson._acceptance.losses.verdict_due
         step(opt, k, BAD if on_trial else GOOD)
-        assert max(opt.anderson._losses._variances, default=0.0) == 0.0
+        assert max(opt.anderson._acceptance.losses._variances, default=0.0) == 0.0
     assert opt.anderson.stats.rejected["loss"] > 2
 
 
@@ -388,7 +377,7 @@ def test_one_rank_loads_a_checkpoint_in_between(when):
     assert results[0][2] >= 4
 
 
-def test_restart_and_changed_parameters_in_between():
+def test_reset_and_changed_parameters_in_between():
     """What a trial was about is gone: nothing is put back."""
     for event in ("reset", "frozen", "added"):
         opt = built("SGD")
@@ -435,12 +424,12 @@ def test_step_that_goes_back_leaves_nothing_behind():
     opt = built("SGD", safeguard="residual", frequency=2)
     rejected = opt.anderson.stats.rejected
     for k in range(60):
-        on_trial = opt.anderson._losses.verdict_due
+        on_trial = opt.anderson._acceptance.losses.verdict_due
         before = dict(rejected)
         step(opt, k, BAD if on_trial else GOOD)
         if on_trial:
             assert rejected["loss"] == before["loss"] + 1
-            assert opt.anderson._trial is None
+            assert opt.anderson._acceptance.trial is None
         assert rejected["residual"] == 0
     assert rejected["loss"] > 1
 

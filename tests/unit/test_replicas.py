@@ -9,7 +9,7 @@ from problems import PLAIN, TEXTBOOK, Group, Problem, flat, parameters_of
 
 from aadl_hvd import AndersonConfig, ReplicaMismatchError
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import replicas
+from aadl_hvd.core import reduction, replicas
 
 CPU = torch.device("cpu")
 MOMENTUM = (Group(((4, 3), (5,)), lr=0.05, momentum=0.8),)
@@ -70,14 +70,14 @@ def test_chunks_do_not_commute(monkeypatch):
 def test_sums_tell_equal_from_different(numbers, times, data):
     """Also 2^16 ranks of which one differs by 1."""
     number = numbers[0]
-    same = replicas.payload(number) * (2 * times)
-    assert replicas.equal(same, 2 * times)
+    same = reduction.compared(number) * (2 * times)
+    assert reduction.equal(same, 2 * times)
     off = number + data.draw(st.sampled_from([-1, 1, 2**18]))
     if 0 <= off < 2**36:
-        one_off = replicas.payload(number) * (2 * times - 1) + replicas.payload(off)
-        assert not replicas.equal(one_off, 2 * times)
+        one_off = reduction.compared(number) * (2 * times - 1) + reduction.compared(off)
+        assert not reduction.equal(one_off, 2 * times)
     if len(numbers) > 1:
-        assert not replicas.equal(sum(map(replicas.payload, numbers)), len(numbers))
+        assert not reduction.equal(sum(map(reduction.compared, numbers)), len(numbers))
 
 
 def test_who_differs():
@@ -116,7 +116,7 @@ def test_a_flipped_bit_is_an_error_within_an_interval(layout, shard_groups):
     assert run_ranks(3, program) == [9, 9, 9]
 
 
-@pytest.mark.parametrize("residual", ["gradient", "state"])
+@pytest.mark.parametrize("residual", ["gradient", "step"])
 def test_resync_makes_weights_and_state_equal(residual):
     problem = Problem(MOMENTUM)
     settings = config(on_desync="resync", residual=residual, safeguard="none")

@@ -1,8 +1,9 @@
-"""What one rank of P does by itself: run here for real, timed, and its kernels counted.
+"""What one rank of P does by itself on a device, timed, with its kernels counted.
 
-The rank is alone, behind a communicator that answers as P ranks would and talks to nobody. The
-weights have the shapes of the network; gradients are those of a quadratic, at a new random point
-in every step, so that no event is rejected and every one does all of its work.
+The rank is alone. Its communicator answers as P ranks would and talks to nobody. The weights have
+the shapes of the network. Gradients are those of a quadratic, at a new random point in every step,
+so that no acceleration step is rejected and each does all of its work. This looks into the library,
+because parts on a GPU are timed in its stream.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from unittest import mock
@@ -21,30 +21,27 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import aadl_hvd.core.chunking as chunking
 import aadl_hvd.core.gram as gram
-import aadl_hvd.core.history as history
 import aadl_hvd.core.replicas as replicas
-import aadl_hvd.kernels as fused
+import aadl_hvd.kernels as library_kernels
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.base import Communicator, Values
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.noise import GradientSamples
+from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from aadl_hvd.stats import Stats
 from benchmarks.report import spread
-from benchmarks.simulate.model import foreach_launches
-from benchmarks.workload import CPU, Clock, copy_bandwidth, gpu_waits
+from benchmarks.workload import Clock, copy_bandwidth, gpu_synchronizations
 
 # Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
 # their mean after it; this rank's rows of the gradient; what the library does between its parts.
 BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
-FLOOR_ROWS = 900
-NETWORK = "resnet50"
 _NO_KERNEL = (
     *("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local"),
     "promote_types",
 )
-_WAITS = ("cpu", "tolist", "item", "__float__")
+_SYNCHRONIZING = ("cpu", "tolist", "item", "__float__")
 
 
 class OneOfMany(Communicator):
@@ -82,8 +79,8 @@ class OneOfMany(Communicator):
 class _Timers(Stats):
     """Stats whose parts exclude one another, and which know what part is under way.
 
-    On a GPU a part takes from when the GPU comes to its start to when it comes to its end, waits
-    for the host included; `seconds` is brought up to date by `settle`.
+    On a GPU a part takes from when the GPU comes to its start to when it comes to its end, idle
+    time included; `settle` brings `seconds` up to date.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,7 +108,7 @@ class _Timers(Stats):
 
     def settle(self) -> dict[str, float]:
         """Waits for the device; a copy of `seconds`."""
-        self._clock.synchronise()
+        self._clock.synchronize()
         for part, start, end in self._spans:
             self.seconds[part] += self._clock.seconds(start, end)
         self._spans.clear()
@@ -143,6 +140,15 @@ class _TimedSamples:
         return timed
 
 
+def foreach_launches(tensors: int, numbers: int) -> int:
+    """Kernels of one torch._foreach_copy_ on a GPU.
+
+    Pieces of 65,536 numbers, 320 of them in a launch, of at most 64 tensors (two lists), as in
+    torch's MultiTensorApply.cuh; a launch ends at the limit that is met first.
+    """
+    return math.ceil(tensors / 64) + numbers // (65536 * 320)
+
+
 class _Kernels(TorchDispatchMode):
     """Counts operations that start a kernel on a GPU, by part; one for each but for lists."""
 
@@ -171,8 +177,8 @@ class _Kernels(TorchDispatchMode):
         return counted
 
 
-class _Waits(TorchFunctionMode):
-    """Counts places where the host would wait for a GPU's numbers, by part."""
+class _Synchronizations(TorchFunctionMode):
+    """Counts places where the host would synchronize with a GPU, by part."""
 
     def __init__(self, timers: _Timers) -> None:
         super().__init__()
@@ -181,7 +187,7 @@ class _Waits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         part = self._timers.part
-        if part is not None and getattr(func, "__name__", "") in _WAITS:
+        if part is not None and getattr(func, "__name__", "") in _SYNCHRONIZING:
             self.found[part] = self.found.get(part, 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -191,9 +197,9 @@ def share(
     config: AndersonConfig,
     ranks: int,
     cycles: int,
-    device: torch.device = CPU,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """One rank's own work for an accelerated step and what led up to it.
+    """One rank's own work for an acceleration step and what led up to it.
 
     Args:
         shapes: of the parameters.
@@ -205,9 +211,10 @@ def share(
     Returns:
         Rows of this rank, its bytes, the bandwidth of a copy just before and after, in bytes/s
         (what else this machine does meets both), and by part: seconds (median and quartiles over
-        cycles), kernels and waits of one cycle, and its waits by step, the accelerated one last.
-        On a GPU waits are those that torch warns of, and `peak_bytes` is what was allocated there
-        at most beyond weights and gradients; the vector that an allgather would bring is not in it.
+        cycles), kernels and synchronizations of one cycle, and synchronizations by step, the
+        acceleration step last. On a GPU synchronizations are those that torch warns of, and
+        `peak_bytes` is what was allocated there at most beyond weights and gradients; the vector
+        that an allgather would bring is not in it.
     """
     n = sum(shape.numel() for shape in shapes)
     p, m, q = config.frequency, config.history_depth, config.store_every
@@ -228,14 +235,19 @@ def share(
     peak_bytes = torch.cuda.max_memory_allocated() - own_bytes if gpu else None
     bandwidth = (before_all + copy_bandwidth(repeats=5, device=device)["median"]) / 2
     by_step = []
-    with rank.counting() as (kernels, seen), gpu_waits(lambda: rank.timers.part) as warned:
-        waits = warned if gpu else seen.found
+    with (
+        rank.counting() as (kernels, seen),
+        gpu_synchronizations(lambda: rank.timers.part) as warned,
+    ):
+        found = warned if gpu else seen.found
         for _ in range(p):
-            so_far = sum(waits.values())
+            so_far = sum(found.values())
             rank.run(1)
-            by_step.append(sum(waits.values()) - so_far)
+            by_step.append(sum(found.values()) - so_far)
     if rank.timers.accelerated - accepted != cycles + 1:
-        raise RuntimeError(f"an event was rejected, its cost is not the whole: {rank.timers}")
+        raise RuntimeError(
+            f"an acceleration step was rejected and did not do all of its work: {rank.timers}"
+        )
     return {
         "parameters": n,
         "ranks": ranks,
@@ -247,8 +259,8 @@ def share(
         "bandwidth": bandwidth,
         "seconds": {part: spread([cycle[part] for cycle in seconds]) for part in seconds[0]},
         "launches": kernels.found,
-        "synchronisations": waits,
-        "synchronisations_by_step": by_step,
+        "synchronizations": found,
+        "synchronizations_by_step": by_step,
         "peak_bytes": peak_bytes,
     }
 
@@ -261,7 +273,7 @@ class _Rank:
         shapes: Sequence[torch.Size],
         config: AndersonConfig,
         ranks: int,
-        device: torch.device = CPU,
+        device: torch.device,
     ) -> None:
         n = sum(shape.numel() for shape in shapes)
         generator = torch.Generator().manual_seed(0)
@@ -307,16 +319,17 @@ class _Rank:
                 self._step()
 
     @contextlib.contextmanager
-    def counting(self) -> Iterator[tuple[_Kernels, _Waits]]:
-        """Within, kernels and waits are counted, in chunks of a GPU's length."""
-        kernels, waits = _Kernels(self.timers), _Waits(self.timers)
+    def counting(self) -> Iterator[tuple[_Kernels, _Synchronizations]]:
+        """Within, kernels and synchronizations are counted, in chunks of a GPU's length."""
+        kernels, synchronizations = _Kernels(self.timers), _Synchronizations(self.timers)
         with contextlib.ExitStack() as stack:
-            for module in (history, replicas):
+            for module in (chunking, replicas):
                 stack.enter_context(mock.patch.object(module, "CHUNK", module.CHUNK_GPU))
-            stack.enter_context(mock.patch.object(fused, "_on", kernels.started(fused._on)))
-            stack.enter_context(waits)
+            started = kernels.started(library_kernels._on)
+            stack.enter_context(mock.patch.object(library_kernels, "_on", started))
+            stack.enter_context(synchronizations)
             stack.enter_context(kernels)
-            yield kernels, waits
+            yield kernels, synchronizations
 
     def _step(self) -> None:
         accelerator, problem, config = self.accelerator, self._problem, self._config
@@ -344,29 +357,3 @@ class _Rank:
         with self.timers.timed(OTHER):
             accelerator.step(problem)
         problem.forget_gradient()
-
-
-def floor_ranks(n: int) -> int:
-    """P at which a rank has next to no rows: all that is left is the host's time."""
-    return -(-n // min(FLOOR_ROWS, n // 2))
-
-
-def least_squares(n: int, m: int, repeats: int = 5) -> dict[str, float]:
-    """An event as AADL has it on every rank, stacking m columns and solving by QR; measured.
-
-    In bytes that could be copied in that time: both are measured one after the other, so that
-    whatever else this machine does meets both.
-    """
-    generator = torch.Generator().manual_seed(0)
-    iterates = [torch.randn(n, generator=generator) for _ in range(m + 1)]
-    r = torch.randn(n, generator=generator)
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        stacked = torch.stack(iterates, dim=1)
-        differences = stacked[:, 1:] - stacked[:, :-1]
-        q, upper = torch.linalg.qr(differences)
-        torch.linalg.solve_triangular(upper, (q.T @ r)[:, None], upper=True)
-        seconds = time.perf_counter() - started
-        found.append(seconds * copy_bandwidth(repeats=3)["median"])
-    return spread(found)

@@ -1,0 +1,1 @@
+"""What Anderson acceleration costs on real ranks: three sweeps of one measurement."""
