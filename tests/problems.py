@@ -110,7 +110,7 @@ class Problem:
         opt = AndersonOptimizer(torch.optim.SGD(groups, lr=1.0), anderson=config, independent=True)
         if comm is not None:
             group = comm.shard_group(shard_groups) if shard_groups > 1 else None
-            opt.anderson = Accelerator(config, comm, group)
+            opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm, group)
         return opt
 
     def set_gradient(self, opt, gradient):

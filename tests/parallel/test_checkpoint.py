@@ -129,7 +129,7 @@ def simulated(size, settings):
         config = AndersonConfig(noise_gate=None, **settings)
         opt = OPTIMIZERS["SGD"](model.parameters())
         opt = AndersonOptimizer(opt, anderson=config, independent=True)
-        opt.anderson = Accelerator(config, comm)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
         generator = torch.Generator().manual_seed(3)
         for _ in range(23):
             opt.zero_grad()

@@ -37,7 +37,9 @@ class Run:
         self.opt = AndersonOptimizer(base, anderson=config, backward_passes_per_step=passes)
         group = comm.shard_group(groups) if comm is not None and groups > 1 else None
         if comm is not None:
-            self.opt.anderson = Accelerator(config, comm, group)
+            self.opt.anderson = self.opt.anderson_engine.accelerator = Accelerator(
+                config, comm, group
+            )
         self.passes, self.noisy, self.k = passes, noisy, 0
 
     def train(self, until, observe=False):

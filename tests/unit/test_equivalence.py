@@ -11,7 +11,7 @@ from reference import anderson
 
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core.methods import residual
+from aadl_hvd.core.methods import residual as residual_method
 
 RANKS = [1, 2, 3, 4]
 STEPS = 20
@@ -281,11 +281,11 @@ def test_all_ranks_use_the_coefficients_of_one(layout, monkeypatch):
     expected, _, result = on_ranks(problem, config, 3)
     here = threading.local()
 
-    class Elsewhere(accelerator.Factorization):
+    class Elsewhere(residual_method.Factorization):
         def solve(self, b):
             return super().solve(b) * (1 + 1e-12 * here.rank)
 
-    monkeypatch.setattr(residual, "Factorization", Elsewhere)
+    monkeypatch.setattr(residual_method, "Factorization", Elsewhere)
 
     def program(comm):
         here.rank = comm.rank

@@ -85,7 +85,7 @@ def train(
             opt = AndersonOptimizer(opt, backward_passes_per_step=passes, anderson=config)
             problem = opt._anderson_problem
             if comm is not None:
-                opt.anderson = Accelerator(config, comm)
+                opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
                 if config.noise_gate is not None:
                     problem.sample_gradients(1, 1.0)
         for _ in range(STEPS):

@@ -89,7 +89,9 @@ class Training:
             opt.add_param_group({"params": [tensor]})
         self.opt = AndersonOptimizer(opt, anderson=self.config)
         if self.comm is not None:
-            self.opt.anderson = Accelerator(self.config, self.comm)
+            self.opt.anderson = self.opt.anderson_engine.accelerator = Accelerator(
+                self.config, self.comm
+            )
 
     def weight(self, i):
         values = START[length(i) : length(i + 1)].reshape(SHAPES[i])

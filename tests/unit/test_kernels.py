@@ -228,7 +228,7 @@ def test_not_where_weights_lie_otherwise_on_a_rank(alike):
         weight = torch.nn.Parameter(weight)
         config = AndersonConfig(frequency=2, history_depth=3, noise_gate=None)
         opt = AndersonOptimizer(torch.optim.SGD([weight], lr=0.1), anderson=config)
-        opt.anderson = Accelerator(config, comm)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
         for _ in range(6):
             weight.grad = weight.detach() * torch.linspace(0.1, 1.0, 6, device=DEVICE)
             opt.step()

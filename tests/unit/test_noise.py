@@ -225,7 +225,7 @@ def test_full_batch_of_unlike_ranks_stays_open():
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((10, 64), (10,))]
         base = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, nesterov=True)
         opt = AndersonOptimizer(base)
-        opt.anderson = Accelerator(opt.anderson.config, comm)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
         problem = opt._anderson_problem
         problem.sample_gradients(1, 1.0)
         for _ in range(200):

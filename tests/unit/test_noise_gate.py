@@ -251,7 +251,9 @@ def test_simulated_ranks_decide_alike():
     def program(comm):
         p = torch.nn.Parameter(torch.zeros(6, dtype=DOUBLE))
         opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
-        opt.anderson = Accelerator(AndersonConfig(safeguard="none"), comm)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(
+            AndersonConfig(safeguard="none"), comm
+        )
         opt._anderson_problem.sample_gradients(1, 1.0)
         generator = torch.Generator().manual_seed(comm.rank)
         target, path = torch.arange(6.0, dtype=DOUBLE), []

@@ -50,7 +50,7 @@ def built(name, comm=None, dtype=torch.float32, **more):
         OPTIMIZERS[name](parameters(dtype)), anderson=AndersonConfig(**SETTINGS | more)
     )
     if comm is not None:
-        opt.anderson = Accelerator(opt.anderson.config, comm)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
     return opt
 
 

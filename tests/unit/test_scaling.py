@@ -81,7 +81,7 @@ def adam(problem, name, comm=None, **more):
     base = cls(groups, betas=(0.9, 0.99), eps=1e-3, **settings)
     opt = AndersonOptimizer(base, anderson=AndersonConfig(**SETTINGS | more))
     if comm is not None:
-        opt.anderson = Accelerator(opt.anderson.config, comm)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
     sizes = [int(np.prod(shape)) for shape in SHAPES]
     return opt, Adam(
         problem,
