@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from aadl_hvd import AndersonOptimizer
-from aadl_hvd.comm.base import ShardGroup
+from aadl_hvd.core.accelerator import Accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Problem:
         opt = AndersonOptimizer(torch.optim.SGD(groups, lr=1.0), anderson=config, independent=True)
         if comm is not None:
             group = comm.shard_group(shard_groups) if shard_groups > 1 else None
-            opt.anderson.connect(comm, group or ShardGroup(comm), calls=0)
+            opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm, group)
         return opt
 
     def set_gradient(self, opt, gradient):

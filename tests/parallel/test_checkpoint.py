@@ -24,8 +24,8 @@ from aadl_hvd import (
     DistributedAndersonOptimizer,
     checkpoint,
 )
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -129,7 +129,7 @@ def simulated(size, settings):
         config = AndersonConfig(noise_gate=None, **settings)
         opt = OPTIMIZERS["SGD"](model.parameters())
         opt = AndersonOptimizer(opt, anderson=config, independent=True)
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
         generator = torch.Generator().manual_seed(3)
         for _ in range(23):
             opt.zero_grad()

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, NeumannOptimizer, checkpoint
-from aadl_hvd.comm.base import ShardGroup
+from aadl_hvd.core.accelerator import Accelerator
 
 STEPS, P = 40, 3
 
@@ -37,7 +37,9 @@ class Run:
         self.opt = AndersonOptimizer(base, anderson=config, backward_passes_per_step=passes)
         group = comm.shard_group(groups) if comm is not None and groups > 1 else None
         if comm is not None:
-            self.opt.anderson.connect(comm, group or ShardGroup(comm), calls=0)
+            self.opt.anderson = self.opt.anderson_engine.accelerator = Accelerator(
+                config, comm, group
+            )
         self.passes, self.noisy, self.k = passes, noisy, 0
 
     def train(self, until, observe=False):

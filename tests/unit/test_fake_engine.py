@@ -108,7 +108,7 @@ def test_ranks_get_what_one_process_gets_from_all_data(ranks, base, settings):
         assert torch.equal(flat(other), flat(found[0][0])), "replicas differ"
         assert opt.anderson.stats.accelerated == stats.accelerated
         assert opt.anderson.stats.rejected == stats.rejected
-        torch.testing.assert_close(flat(other), flat(model), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(flat(other), flat(model), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -149,7 +149,7 @@ def test_a_checkpoint_goes_from_two_ranks_to_one_process():
     opt = AndersonOptimizer(BASES["Adam"](straight.parameters()), anderson=config())
     train(straight, opt, *data())
     assert alone.anderson.stats.accelerated == opt.anderson.stats.accelerated > 0
-    torch.testing.assert_close(flat(model), flat(straight), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(flat(model), flat(straight), rtol=1e-7, atol=1e-9)
 
 
 def test_a_distributed_optimizer_is_not_copied():

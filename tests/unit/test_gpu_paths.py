@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import chunking, gram, products
+from aadl_hvd.core.accelerator import Accelerator
 from tests.pretend_gpu import GPU, PretendGpu
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def train(
             opt = AndersonOptimizer(opt, backward_passes_per_step=passes, anderson=config)
             problem = opt._anderson_problem
             if comm is not None:
-                opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+                opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
                 if config.noise_gate is not None:
                     problem.sample_gradients(1, 1.0)
         for _ in range(STEPS):

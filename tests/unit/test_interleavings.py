@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 SHAPES = ((4,), (2, 3), (3,), (5,))  # the last two join later
 GROUPS = 2
@@ -89,7 +89,9 @@ class Training:
             opt.add_param_group({"params": [tensor]})
         self.opt = AndersonOptimizer(opt, anderson=self.config)
         if self.comm is not None:
-            self.opt.anderson.connect(self.comm, ShardGroup(self.comm), calls=0)
+            self.opt.anderson = self.opt.anderson_engine.accelerator = Accelerator(
+                self.config, self.comm
+            )
 
     def weight(self, i):
         values = START[length(i) : length(i + 1)].reshape(SHAPES[i])

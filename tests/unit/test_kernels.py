@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, kernels
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import replicas
+from aadl_hvd.core.accelerator import Accelerator
 from tests.unit.test_gpu_paths import CPU, on_two_ranks
 
 pytest.importorskip("triton", reason="Triton, which has no wheel for this platform")
@@ -228,7 +228,7 @@ def test_not_where_weights_lie_otherwise_on_a_rank(alike):
         weight = torch.nn.Parameter(weight)
         config = AndersonConfig(frequency=2, history_depth=3, noise_gate=None)
         opt = AndersonOptimizer(torch.optim.SGD([weight], lr=0.1), anderson=config)
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
         for _ in range(6):
             weight.grad = weight.detach() * torch.linspace(0.1, 1.0, 6, device=DEVICE)
             opt.step()

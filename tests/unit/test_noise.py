@@ -13,8 +13,8 @@ from problems import PLAIN, Problem
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.core.noise import NoiseMeter, stands_out
 from aadl_hvd.optim import gradient_samples
 from aadl_hvd.optim.gradient_samples import GradientSamples
@@ -225,7 +225,7 @@ def test_full_batch_of_unlike_ranks_stays_open():
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((10, 64), (10,))]
         base = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, nesterov=True)
         opt = AndersonOptimizer(base)
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
         problem = opt._anderson_problem
         problem.sample_gradients(1, 1.0)
         for _ in range(200):

@@ -250,9 +250,10 @@ def test_simulated_ranks_decide_alike():
 
     def program(comm):
         p = torch.nn.Parameter(torch.zeros(6, dtype=DOUBLE))
-        config = AndersonConfig(safeguard="none")
-        opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1), anderson=config)
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(
+            AndersonConfig(safeguard="none"), comm
+        )
         opt._anderson_problem.sample_gradients(1, 1.0)
         generator = torch.Generator().manual_seed(comm.rank)
         target, path = torch.arange(6.0, dtype=DOUBLE), []

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from problems import SEVERAL, TEXTBOOK, Problem, counts, flat, parameters_of
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError, UnsupportedError
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import SimulatedCommunicator, run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 P = 3
 SETTINGS = TEXTBOOK | {"history_depth": 4, "frequency": P, "safeguard": "none"}
@@ -50,7 +50,7 @@ def built(name, comm=None, dtype=torch.float32, **more):
         OPTIMIZERS[name](parameters(dtype)), anderson=AndersonConfig(**SETTINGS | more)
     )
     if comm is not None:
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
     return opt
 
 

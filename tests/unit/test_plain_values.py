@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError, checkpoint
 from aadl_hvd.checkpoint import plain
 from aadl_hvd.checkpoint.shard_state import ShardState
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(TypedStorage|sparse tensor invariants|quantized):UserWarning"  # torch's own
@@ -547,7 +547,7 @@ def test_what_a_step_on_trial_would_restore_travels_between_ranks(entry, monkeyp
         p = torch.nn.Parameter(torch.arange(1.0, 9.0))
         config = AndersonConfig(frequency=3, safeguard="residual", noise_gate=None)
         opt = AndersonOptimizer(Remembering([p], lr=0.01), anderson=config)
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
         while not opt.sharded_state_dict()["anderson"]["history"]["trial"]:
             opt.zero_grad()
             (p * torch.arange(8.0)).square().sum().backward()

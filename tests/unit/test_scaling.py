@@ -11,8 +11,8 @@ from reference import anderson
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
-from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 
 M, P, STEPS = 4, 3, 18
@@ -81,7 +81,7 @@ def adam(problem, name, comm=None, **more):
     base = cls(groups, betas=(0.9, 0.99), eps=1e-3, **settings)
     opt = AndersonOptimizer(base, anderson=AndersonConfig(**SETTINGS | more))
     if comm is not None:
-        opt.anderson.connect(comm, ShardGroup(comm), calls=0)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
     sizes = [int(np.prod(shape)) for shape in SHAPES]
     return opt, Adam(
         problem,
