@@ -79,7 +79,7 @@ def train(
         diagonal = [0.1 + torch.rand(shape, generator=generator, dtype=dtype) for shape in SHAPES]
         diagonal = [part.to(device) for part in diagonal]
         opt = make(weights)
-        problem = None
+        problem, means = None, []
         if config is not None:
             config = dataclasses.replace(config, history_depth=3, frequency=p)
             opt = AndersonOptimizer(opt, backward_passes_per_step=passes, anderson=config)
@@ -88,18 +88,23 @@ def train(
                 opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
                 if config.noise_gate is not None:
                     problem.sample_gradients(1, 1.0)
+
+                def reduce():
+                    for w, mean in means:
+                        w.grad = mean
+
+                opt.anderson_engine.reduce = reduce  # samples are taken before and after it
         for _ in range(STEPS):
             sampled = comm is not None and config.noise_gate is not None
             sampled = sampled and opt.anderson.measures_noise
+            means.clear()
             with torch.no_grad():
                 for w, part in zip(weights, diagonal, strict=True):
                     gradient = part * w
+                    w.grad = gradient
                     if sampled:  # this rank's own is off by a little that stays
                         w.grad = gradient + 0.01 * (comm.rank - 0.5)
-                        problem.samples.take(w)
-                    w.grad = gradient
-                if sampled:
-                    problem.samples.take_mean()
+                        means.append((w, gradient))
                 losses = [(w.square() * d).sum() for w, d in zip(weights, diagonal, strict=True)]
             if observe:
                 opt.observe(0.5 * torch.stack(losses).sum())
