@@ -32,7 +32,6 @@ SETTINGS = {
     "averages": {"averages": (0.5, 0.8, 0.9), "layout": "columns"},
     "bfloat16, columns": {"history_dtype": "bfloat16", "layout": "columns"},
     "bfloat16": {"history_dtype": "bfloat16"},
-    "refine": {"refine": 1, "regularization": 1e-8},
     "gate": {"noise_gate": 0.01},
 }
 
