@@ -219,12 +219,12 @@ def test_errors_on_every_rank(folder):
         if hvd.rank():
             with pytest.raises(CheckpointError, match=f"rank 0 of {hvd.size()}, rows 0 to"):
                 opt.load_state_dict(part)
-        broken = opt.anderson.part
+        broken = opt.anderson.shard_state
         if hvd.rank() == hvd.size() - 1:
-            opt.anderson.part = lambda problem: 1 / 0
+            opt.anderson.shard_state = lambda problem: 1 / 0
         with pytest.raises(CheckpointError, match=r"Rank \d could not.*ZeroDivisionError"):
             opt.consolidate_state_dict(0)
-        opt.anderson.part = broken
+        opt.anderson.shard_state = broken
     train(model, opt, 10, 20)
     assert_replicas_equal(model)
 

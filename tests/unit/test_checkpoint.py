@@ -340,7 +340,7 @@ def test_a_rank_that_cannot_hand_out_its_part_is_an_error_on_all():
     def program(comm):
         run = Run(comm).train(10)
         if comm.rank == 2:
-            run.opt.anderson.part = lambda problem: 1 / 0
+            run.opt.anderson.shard_state = lambda problem: 1 / 0
         with pytest.raises(CheckpointError, match=r"Rank 2 could not.*ZeroDivisionError"):
             run.opt.consolidate_state_dict(0)
         run.train(20)  # and all are still in step

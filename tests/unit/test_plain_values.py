@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError, checkpoint
 from aadl_hvd.checkpoint import plain
+from aadl_hvd.checkpoint.files import FORMAT, MARK
 from aadl_hvd.checkpoint.shard_state import ShardState
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
@@ -323,7 +324,7 @@ def test_where_torch_reads_no_complex_numbers(tmp_path, monkeypatch):
 
 def test_a_file_that_holds_more_says_in_one_line_how_to_rescue_it(tmp_path):
     path = tmp_path / "state.pt"
-    torch.save({"aadl_hvd_file": 1, "lr": np.float64(0.1)}, path)  # as save did before
+    torch.save({MARK: FORMAT, "lr": np.float64(0.1)}, path)  # as save did before
     with pytest.raises(CheckpointError) as raised:
         checkpoint.load(path)
     message = str(raised.value)
@@ -331,7 +332,7 @@ def test_a_file_that_holds_more_says_in_one_line_how_to_rescue_it(tmp_path):
     assert "\n" not in message and "\x1b" not in message
     checkpoint.save(path, torch.load(path, weights_only=False))
     assert checkpoint.load(path) == {"lr": 0.1}
-    torch.save({"aadl_hvd_file": 1, "n": 2**3000}, path)
+    torch.save({MARK: FORMAT, "n": 2**3000}, path)
     with pytest.raises(CheckpointError, match=r"state\.pt: Unsupported operand 139"):
         checkpoint.load(path)
 

@@ -119,7 +119,7 @@ def test_parts_of_another_moment_are_of_no_use():
 
 def test_a_rank_that_cannot_hand_out_its_part_ends_nothing():
     parts = shards_of(trained("rows", 2))
-    columns = dataclasses.replace(parts[1].columns, y=None)
+    columns = dataclasses.replace(parts[1].columns, y="no tensor")
     damaged = dataclasses.replace(parts[1], columns=columns)
 
     def program(comm):
