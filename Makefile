@@ -1,17 +1,16 @@
 # "make test" and "make demo" need nothing before them: both set up .venv first.
-# PYTHON=python3.12 make test   picks a Python; launch/setup_env.py --help names the other settings.
+# PYTHON=python3.12 make test   picks a Python; launch/README.md names the other settings.
 
 VENV := $(CURDIR)/.venv
 TEST_ARGS ?=
 
-# A Python that was asked for is asked for; otherwise set-up takes what it finds.
+# A Python that was asked for is taken or refused. Otherwise that of .venv or the first that fits is.
 ifeq ($(origin PYTHON),undefined)
-  FIND_PYTHON := python3
-  SETUP = python3 launch/setup_env.py
+  PYTHONS = "$(VENV)/bin/python" python3 python3.13 python3.12 python3.11
 else
-  FIND_PYTHON := $(PYTHON)
-  SETUP = "$(PYTHON)" launch/setup_env.py --python "$(PYTHON)"
+  PYTHONS = "$(PYTHON)"
 endif
+FITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # As an activated environment, whatever other one is active. OMP_NUM_THREADS and the like are left to
 # the programs. mpirun refuses to run as root unless told twice.
@@ -21,26 +20,44 @@ ifeq ($(shell id -u),0)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format clean
+.PHONY: help setup test test-long soak demo lint format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv: pinned packages, Horovod, the project (once; then it starts at once)
-	@command -v "$(FIND_PYTHON)" >/dev/null || { echo "set-up stopped: $(FIND_PYTHON) is not there"; \
-	    echo "          mend: PYTHON=/path/to/python3.11 make setup   (3.11 to 3.13)"; exit 1; } >&2
-	@$(SETUP)
+	@for python in $(PYTHONS); do \
+	    if "$$python" -c "$(FITS)" >/dev/null 2>&1; then \
+	        exec env -u PYTHONHOME -u PYTHONPATH "$$python" -u -m launch.setup_env; \
+	    fi; \
+	done; \
+	{ echo "set-up stopped: no Python 3.11 to 3.13 that runs:" $(PYTHONS); \
+	echo "           fix: PYTHON=/path/to/python3.12 make setup   (or install one)"; exit 1; } >&2
 
-# What only computes goes two files at a time; what starts ranks needs both cores for itself.
-test: setup ## all tests (TEST_ARGS="-k word" for some)
+PYTEST = $(IN_VENV) "$(VENV)/bin/python" -m pytest
+# Two at a time; what starts ranks needs both cores for itself.
+COMPUTES = $(PYTEST) -n 2 --dist loadfile
+RANKS = $(PYTEST) --ignore tests/unit
+
+test: setup ## the tests, in 15 minutes on two cores (TEST_ARGS="-k word" for some)
 ifeq ($(strip $(TEST_ARGS)),)
 	@failed=0; \
-	$(IN_VENV) "$(VENV)/bin/python" -m pytest -n 2 --dist loadfile tests/unit || failed=1; \
-	$(IN_VENV) "$(VENV)/bin/python" -m pytest --ignore tests/unit || failed=1; \
+	$(COMPUTES) -m "not (ranks or long or soak)" || failed=1; \
+	$(RANKS) -m "ranks and not (long or soak)" || failed=1; \
 	exit $$failed
 else
-	@$(IN_VENV) "$(VENV)/bin/python" -m pytest $(TEST_ARGS)
+	@$(PYTEST) $(TEST_ARGS)
 endif
+
+test-long: setup ## statistics, and repetitions that make test leaves out
+	@failed=0; \
+	$(COMPUTES) -m "long and not ranks" || failed=1; \
+	$(RANKS) -m "long and ranks" || failed=1; \
+	exit $$failed
+
+soak: setup ## 10,000 steps of three ranks through random faults (half an hour)
+	@$(PYTEST) -m soak
+	@$(IN_VENV) "$(VENV)/bin/python" -m tests.soak.soak
 
 demo: setup ## the main job: Horovod's optimizer against the Anderson one, on real images
 	@$(IN_VENV) "$(VENV)/bin/python" -m models.demo

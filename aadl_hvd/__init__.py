@@ -9,6 +9,7 @@ from typing import Any
 
 from aadl_hvd import checkpoint
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.engines.horovod import DistributedAndersonOptimizer
 from aadl_hvd.errors import (
     AndersonError,
     CheckpointError,
@@ -19,8 +20,8 @@ from aadl_hvd.errors import (
     ReplicaMismatchError,
     UnsupportedError,
 )
-from aadl_hvd.optim.accelerated import AndersonOptimizer, DistributedAndersonOptimizer
 from aadl_hvd.optim.batch_norm import average_batch_norm, recalibrate_batch_norm
+from aadl_hvd.optim.local import AndersonOptimizer
 from aadl_hvd.optim.neumann import NeumannOptimizer
 
 __all__ = [

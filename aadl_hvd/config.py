@@ -8,17 +8,18 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal, Protocol, get_args
 
 import torch
 
 from aadl_hvd.errors import ConfigError
 
-SAFEGUARDS: Final = ("none", "residual", "loss", "descent")
-RESIDUALS: Final = ("step", "gradient")
-LAYOUTS: Final = ("rows", "columns")
-SHARD_GROUPS: Final = ("world", "node")
-DESYNC_REACTIONS: Final = ("error", "resync")
+Safeguard = Literal["none", "residual", "loss", "descent"]
+Method = Literal["residual"]
+Residual = Literal["step", "gradient"]
+Layout = Literal["rows", "columns"]
+ShardGroup = Literal["world", "node"]
+DesyncReaction = Literal["error", "resync"]
 MAX_DEPTH: Final = 1000
 HISTORY_DTYPES: Final = {
     "float64": torch.float64,
@@ -36,27 +37,43 @@ _PAPER: Final[dict[str, dict[str, Any]]] = {
 _PAPER_WINDOW: Final = {"admissions": 5, "burgers2d": 5, "burgers100d": 5, "resnet50": 4}
 _PAPER_THRESHOLD: Final = 0.1
 
-# Options of version 0.2 and before, and what to use in their place.
-_DROPPED: Final = {
+# Options that earlier versions had, and what to use in their place.
+DROPPED: Final = {
     "damping": "It is called mixing now: the mixing parameter of Anderson's method.",
     "refine": "Leave it out: no measured case has needed refinement. If the least-squares problem "
     "is ill-conditioned, use regularization=1e-10.",
     "momentum": "Leave it out: the base optimizer's momentum is always kept.",
-    "history_device": "Leave it out: the history is where the parameters are. If it does not fit, "
-    "use a smaller history_depth, history_dtype='bfloat16' or averages=().",
+    "history_device": "Leave it out: the history is on the device of the parameters. If it does "
+    "not fit, use a smaller history_depth, history_dtype='bfloat16' or averages=().",
 }
 
 
+class ProcessSet(Protocol):
+    """What `AndersonConfig` needs to know of a Horovod process set."""
+
+    ranks: Any
+
+    def included(self) -> bool:
+        """Whether this rank belongs to it."""
+
+
 def _refuses_dropped_options(cls: type[AndersonConfig]) -> type[AndersonConfig]:
-    """Has the constructor say what to use in place of an option that was dropped."""
+    """Makes the constructor raise a `ConfigError` for an option that earlier versions had.
+
+    Python's own error would be "unexpected keyword argument", without what to use instead. The
+    dropped names cannot be fields: they would be part of the signature. `functools.wraps` keeps
+    the signature that `help` shows. Only the constructor changes, so `pickle`, `copy` and
+    `dataclasses.replace` work as for any frozen dataclass.
+    """
     construct: Callable[..., None] = cls.__init__
 
     @functools.wraps(construct)
     def __init__(self: AndersonConfig, *args: Any, **settings: Any) -> None:
-        for name, advice in _DROPPED.items():
+        for name, advice in DROPPED.items():
             if name in settings:
                 raise ConfigError(
-                    f"Invalid {name}={settings[name]!r}. AndersonConfig has no such option. {advice}"
+                    f"Invalid {name}={settings[name]!r}. AndersonConfig has no such option. "
+                    f"{advice}"
                 )
         construct(self, *args, **settings)
 
@@ -74,65 +91,71 @@ class AndersonConfig:
     the combination that was measured to be safe with a full batch (README, "When does it
     pay?"). The paper's own settings are `AndersonConfig.paper(name)`.
 
+    The training program makes its options from the fields and from this section: see
+    `models.anderson_options`.
+
     Args:
         enabled: False trains with the base optimizer alone, bit for bit: no history, no averages,
             no samples of gradients, no collectives in a step. `observe` is ignored, and
             `averaged_weights` yields the weights as they are. The other settings must be valid all
-            the same. The same on all ranks.
+            the same. The value must be the same on all ranks.
+        method: what makes a point of the history. "residual": the point of the smallest residual
+            in the span of the history (Anderson acceleration, type II; the paper's).
         history_depth: m, the number of columns of W and R (Eq. 2, 3); from 1 to 1000. Every
-            attempt sends a message of 8 m^2 bytes and decomposes an m x m matrix on each rank.
-            With m = 1000 that is 8 MB and 0.4 s on one core; time grows with m^3.
-        frequency: p, accelerate on every p-th step, where k mod p = 0 (Eq. 8), steps after the
-            warm-up being counted from k = 1; at least 1.
+            acceleration step sends a message of 8 m^2 bytes and decomposes an m x m matrix on each
+            rank. With m = 1000 that is 8 MB and 0.4 s on one core; time grows with m^3.
+        frequency: p, accelerate on every p-th step, where k mod p = 0 (Eq. 8); at least 1. Steps
+            are counted from k = 1 after the warm-up.
         store_every: q, store the pair (w, r) where k mod q = 0, before accelerating; at least 1.
-        relaxation: beta in (0, 1], the step taken towards the accelerated point (Eq. 6).
-        mixing: weight of the residual term r - R gamma; 1 is Eq. 4, 0 drops it. In [0, 10].
-            What the history leaves of r lies in directions of low curvature, in which the base
-            optimizer's step is short: measured, 3 is better than 1.
+        relaxation: beta, above 0 and up to 1: the step taken towards the accelerated point (Eq. 6).
+        mixing: weight of the residual term r - R gamma, from 0 to 10; 1 is Eq. 4, 0 drops the
+            term. What the history leaves of r lies in directions of low curvature, in which the
+            base optimizer's step is short. Measured, 3 is better than 1.
         warmup_steps: plain steps of the base optimizer before the first pair is stored.
         regularization: ridge of the least-squares problem, relative to the diagonal of the Gram
-            matrix (so the result does not depend on the scale of the problem, nor of a column);
-            at least 0.
+            matrix; at least 0. The result does not depend on the scale of the problem, nor on that
+            of a column.
         average_window: t, number of iterates in the moving average (Eq. 11), at least 2;
             None switches the moving average off.
         average_threshold: epsilon of the criterion of Eq. 16, greater than 0. The average replaces
             the weights only while max sqrt(S) >= epsilon * max |r|.
+        averages: decay factors per step, above 0 and below 1, of the running averages of the
+            weights that are kept for evaluation (`averaged_weights`). They do not change the
+            training. Each costs 2 n/P numbers; () for no averages.
         noise_gate: c of the noise gate: a point is accepted only where ||r||^2 - s > c s, with s
-            the variance of the residual's noise as the ranks measure it, and a column is used only
-            where the square of its norm is above 2 c s. None opens the gate: for full batches on
-            one rank, where noise has to be estimated from the residuals alone.
-        averages: running averages of the iterates kept for evaluation (`averaged_weights`), beside
-            training, by their decay factors per step, in (0, 1). Each costs 2 n/P numbers.
-            () for none.
+            the variance of the residual's noise as the ranks measure it. A column is used only
+            where the square of its norm is above 2 c s. None opens the gate. That is for full
+            batches on one rank, where noise has to be estimated from the residuals alone.
         safeguard: when an accelerated point is taken. "none": always. "descent": only if
             <w+ - w, r> > 0; no extra pass; after a rejection the older half of the columns is
-            dropped. "residual": the paper's, judged in the next step: if
-            the norm of the residual has not fallen, weights and base-optimizer state go back
-            (costs a copy of the base optimizer's state and one wasted step per rejection).
-            "loss": the closure given to `step` is evaluated at the base and at the accelerated
-            point (two extra passes per accelerated step).
+            dropped. "residual": the paper's, judged in the next step: if the norm of the residual
+            has not fallen, weights and base-optimizer state go back (costs a copy of the base
+            optimizer's state and one wasted step per rejection). "loss": the closure given to
+            `step` is evaluated at the base and at the accelerated point (two extra passes per
+            acceleration step).
         residual: what r is. "step": G(w) - w, the paper's; wrong for optimizers with momentum.
             "gradient": -(gradient + weight_decay * w), turned into a step by the base optimizer's
             own scaling: lr / (1 - momentum), lr / (sqrt(v) + eps) for Adam and its kin.
-        layout: "rows": every rank holds n/P rows of all columns. "columns": every rank holds whole
+        layout: "rows": every rank holds n/P rows of all columns. "columns": every rank holds full
             columns; uses at most m ranks.
-        shard_group: P, the ranks that share one history. "world": all that train together; least
-            memory. "node": those of one node; n/P numbers a column and rank with P the ranks of a
-            node, and the one large message of an accelerated step stays inside the node. Or a
-            Horovod process set that includes this rank; the ranks' sets must split the world into
-            groups of one size. Every group holds a whole history; with layout="rows" only.
-        history_dtype: dtype of the stored columns, as a `torch.dtype` or its name: float64,
-            float32, bfloat16. None: float64 if a parameter is float64, else float32.
-        on_desync: what follows when ranks no longer hold the same weights, which every attempt
-            checks: "error" on all ranks, that names those that differ from most, or "resync": these
-            get weights and optimizer state of the others, with a warning. Ranks that were never
-            equal are warned of, and not accelerated.
+        shard_group: the P ranks that share one history. "world": all that train together; least
+            memory. "node": those of one node; the one large message of an acceleration step stays
+            inside the node. Every group holds a full history; with layout="rows" only. In Python
+            also a Horovod process set that includes this rank; the ranks' sets must split the
+            world into groups of one size.
+        history_dtype: dtype of the stored columns: float64, float32 or bfloat16, in Python as a
+            `torch.dtype` or its name. None: float64 if a parameter is float64, else float32.
+        on_desync: what follows when ranks no longer hold the same weights, which every
+            acceleration step checks. "error": an error on all ranks that names the ranks that
+            differ from most. "resync": these get weights and optimizer state of the others, with a
+            warning. Ranks that were never equal are warned of, and not accelerated.
 
     Raises:
         ConfigError: a value is not allowed; the message names parameter, value and range.
     """
 
     enabled: bool = True
+    method: Method = "residual"
     history_depth: int = 15
     frequency: int = 2
     store_every: int = 1
@@ -144,12 +167,12 @@ class AndersonConfig:
     average_threshold: float = 0.1
     averages: tuple[float, ...] = (0.9, 0.97, 0.99, 0.997)
     noise_gate: float | None = 10.0
-    safeguard: str = "descent"
-    residual: str = "gradient"
-    layout: str = "rows"
-    shard_group: Any = "world"
+    safeguard: Safeguard = "descent"
+    residual: Residual = "gradient"
+    layout: Layout = "rows"
+    shard_group: ShardGroup | ProcessSet = "world"
     history_dtype: torch.dtype | None = None
-    on_desync: str = "error"
+    on_desync: DesyncReaction = "error"
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
@@ -166,16 +189,18 @@ class AndersonConfig:
         self._check_real("regularization", 0.0, math.inf)
         self._check_real("average_threshold", 0.0, math.inf, low_open=True)
         self._check_averages()
-        self._check_choice("safeguard", SAFEGUARDS)
-        if self.residual == "state":
+        self._check_choice("method", get_args(Method))
+        self._check_choice("safeguard", get_args(Safeguard))
+        residual: Any = self.residual
+        if isinstance(residual, str) and residual == "state":
             raise ConfigError(
                 "Invalid residual='state', which AndersonConfig no longer has. Must be 'gradient', "
                 "which is right for optimizers with momentum, or 'step'."
             )
-        self._check_choice("residual", RESIDUALS)
-        self._check_choice("layout", LAYOUTS)
+        self._check_choice("residual", get_args(Residual))
+        self._check_choice("layout", get_args(Layout))
         self._check_shard_group()
-        self._check_choice("on_desync", DESYNC_REACTIONS)
+        self._check_choice("on_desync", get_args(DesyncReaction))
         self._check_history_dtype()
 
     @classmethod
@@ -259,10 +284,11 @@ class AndersonConfig:
         ok = isinstance(value, tuple | list) and len(set(value)) == len(value)
         for decay in value if ok else ():
             real = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
-            if real and decay >= 2 and decay == int(decay):
+            if real and 2 <= decay < math.inf and decay == int(decay):
                 raise ConfigError(
-                    f"Invalid averages={value!r}: {decay} is a window length, and only decay "
-                    f"factors are left. {1.0 - 2.0 / decay:.4g} averages over about {decay} steps."
+                    f"Invalid averages={value!r}. Must be decay factors, > 0 and < 1. In earlier "
+                    f"versions {decay:g} was the length of a window: "
+                    f"{1.0 - 2.0 / (decay + 1):.4g} weights the steps with the same mean age."
                 )
             ok = ok and real and 0.0 < decay < 1.0
         if not ok:
@@ -275,11 +301,11 @@ class AndersonConfig:
     def _check_shard_group(self) -> None:
         value = self.shard_group
         if isinstance(value, str):
-            self._check_choice("shard_group", SHARD_GROUPS)
+            self._check_choice("shard_group", get_args(ShardGroup))
         elif not (hasattr(value, "ranks") and hasattr(value, "included")):
             raise ConfigError(
-                f"Invalid shard_group={value!r}. Must be one of {SHARD_GROUPS} or a Horovod "
-                "process set."
+                f"Invalid shard_group={value!r}. Must be one of {get_args(ShardGroup)} or a "
+                "Horovod process set."
             )
         if self.layout == "columns" and value != "world":
             raise ConfigError(
@@ -289,7 +315,7 @@ class AndersonConfig:
 
     def _check_history_dtype(self) -> None:
         value: Any = self.history_dtype
-        if value in ("float16", torch.float16):
+        if value is torch.float16 or (isinstance(value, str) and value == "float16"):
             raise ConfigError(
                 f"Invalid history_dtype={value!r}, whose range is too small for a history. Must be "
                 "'bfloat16', which takes as much memory, or 'float32'."

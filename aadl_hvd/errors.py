@@ -1,5 +1,7 @@
 """Named exceptions. Every error names the parameter, its value, what is allowed, what to do."""
 
+from __future__ import annotations
+
 
 class AndersonError(Exception):
     """Base of all errors raised by aadl_hvd."""
@@ -34,3 +36,17 @@ class CommunicationError(AndersonError, RuntimeError):
 
 class HorovodMissingError(AndersonError, ImportError):
     """Horovod is not installed, was built without torch, or cannot be loaded."""
+
+    @classmethod
+    def because(cls, error: Exception) -> HorovodMissingError:
+        """The error to raise where `horovod.torch` could not be imported.
+
+        Args:
+            error: What the import raised.
+        """
+        return cls(
+            "DistributedAndersonOptimizer and aadl_hvd.elastic need Horovod, built for this torch "
+            f"({type(error).__name__}: {error}). `make setup` or launch/setup_env.py in a checkout "
+            "of aadl_hvd builds it (launch/README.md); on a cluster, load the centre's module. pip "
+            "alone does not build it. AndersonOptimizer trains in one process without Horovod."
+        )

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -28,7 +27,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 TRAIN_IMAGES = 1_500
 
@@ -64,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=0.9)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    optimizer = DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())
+    hvd.broadcast_optimizer_state(sgd, root_rank=0)
+    optimizer = DistributedAndersonOptimizer(sgd, named_parameters=model.named_parameters())
 
     scaler = torch.amp.GradScaler(device)
     found = []

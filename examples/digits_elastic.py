@@ -21,15 +21,20 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from aadl_hvd import DistributedAndersonOptimizer
-from aadl_hvd.elastic import TorchState
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+
+    from aadl_hvd.elastic import TorchState
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 TRAIN_IMAGES = 1_500
 
@@ -60,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
     loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum)
-    optimizer = DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())
+    sgd = torch.optim.SGD(model.parameters(), lr=args.lr * hvd.size(), momentum=args.momentum)
+    optimizer = DistributedAndersonOptimizer(sgd, named_parameters=model.named_parameters())
 
     def accuracy() -> float:
         with torch.no_grad():

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import datasets, models, transforms
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 RANDOM_CLASSES = 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -147,14 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
     train = loader(train_images, args.batch_size * args.batches_per_allreduce)
     val = loader(val_images, args.batch_size)
     model = models.get_model(args.model, weights=None, num_classes=classes).to(device)
-    optimizer = torch.optim.SGD(
+    sgd = torch.optim.SGD(
         model.parameters(),
         lr=args.base_lr * hvd.size() * args.batches_per_allreduce,
         momentum=args.momentum,
         weight_decay=args.wd,
     )
     optimizer = DistributedAndersonOptimizer(
-        optimizer,
+        sgd,
         named_parameters=model.named_parameters(),
         compression=hvd.Compression.fp16 if args.fp16_allreduce else hvd.Compression.none,
         backward_passes_per_step=args.batches_per_allreduce,

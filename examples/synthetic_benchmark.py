@@ -12,14 +12,18 @@ import argparse
 import timeit
 from collections.abc import Sequence
 
-import horovod.torch as hvd
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from aadl_hvd import DistributedAndersonOptimizer
+from aadl_hvd import DistributedAndersonOptimizer, HorovodMissingError
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise SystemExit(f"error: {HorovodMissingError.because(error)}") from None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -46,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[list[f
         torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
         torch.backends.cudnn.benchmark = True
     model = models.get_model(args.model, weights=None).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 * hvd.size())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01 * hvd.size())
     optimizer = DistributedAndersonOptimizer(
-        optimizer,
+        sgd,
         named_parameters=model.named_parameters(),
         compression=hvd.Compression.fp16 if args.fp16_allreduce else hvd.Compression.none,
     )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from models.anderson_options import PREFIX, advice_for
 from models.errors import UserError
-from models.settings import ANDERSON_PREFIX, NONE, OPTIONS, Settings, as_typed, dashed, shown
+from models.options import NONE, Option, as_typed, dashed, shown
+from models.settings import OPTIONS, OWN_OPTIONS, Settings
 
 _NULLS = ("", "~", "null")
 _NOT_WRITTEN = ("resume", "overwrite")  # of one run, not of the training
@@ -38,23 +38,28 @@ def parse(arguments: Sequence[str]) -> Settings:
     words, keys = ({}, {}) if file is None else _read_file(Path(file))
     keys = {name: key for name, key in keys.items() if name not in given}
     try:
-        values = {name: _value(name, text) for name, text in (words | given).items()}
-        return Settings(**values, origin=(file or "", keys))
+        values = {name: _value(OPTIONS[name], text) for name, text in (words | given).items()}
+        acceleration = {
+            name.removeprefix(PREFIX): values.pop(name)
+            for name in list(values)
+            if name not in OWN_OPTIONS
+        }
+        return Settings(**values, acceleration=acceleration, origin=(file or "", keys))
     except UserError as error:
         raise UserError(as_typed(str(error), file or "", keys)) from None
 
 
 def to_yaml(settings: Settings) -> str:
     """Writes settings so that ``--config`` reads them back, those of the acceleration in full."""
-    values = {name: getattr(settings, name) for name in OPTIONS if name not in _NOT_WRITTEN}
+    values = {name: getattr(settings, name) for name in OWN_OPTIONS if name not in _NOT_WRITTEN}
+    values = {name: value for name, value in values.items() if value is not None}
     config = settings.anderson_config()
     if config is not None:
-        own = {ANDERSON_PREFIX + name: value for name, value in config.to_dict().items()}
+        own = {PREFIX + name: value for name, value in config.to_dict().items()}
         values |= {name: value for name, value in own.items() if name in OPTIONS}
     plain = {
         dashed(name): list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
-        if value is not None or (config is not None and OPTIONS[name].metadata["none"] is not None)
     }
     return yaml.safe_dump(plain, sort_keys=False)
 
@@ -64,10 +69,11 @@ class _Parser(argparse.ArgumentParser):
         """Raises instead of exiting, so that all ranks can end together."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            option = message.removeprefix(prefix).split()[0].split("=")[0]
-            message = f"unknown option {option}" + _suggestion(
-                option, [name for action in self._actions for name in action.option_strings]
-            )
+            word = message.removeprefix(prefix).split()[0].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            message = _unknown("option", word, known)
+            if not word.startswith("-"):
+                message = f"{word!r} is not an option, nor the value of one"
         raise UserError(message.removeprefix("argument ") + " (see --help)")
 
 
@@ -87,77 +93,66 @@ def _build_parser() -> _Parser:
         "what the command line says wins",
     )
     groups: dict[str, Any] = {}
-    for name, field in OPTIONS.items():
-        meta = field.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        text = meta["help"]
-        if field.default not in (None, ""):
-            text += f" (default: {shown(field.default)})"
-        elif name.startswith(ANDERSON_PREFIX):
-            text += " (default: as --anderson says)"
-        keywords: dict[str, Any] = {"help": text}
-        kind = _kind(name)
-        if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        elif kind is tuple:
+    for name, option in OPTIONS.items():
+        group = groups.setdefault(option.group, parser.add_argument_group(option.group))
+        text = option.help
+        if option.default not in (None, ""):
+            text += f" (default: {shown(option.default)})"
+        keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
+        if option.kind is bool:
+            # With a word, too: that is how a YAML file has it.
+            keywords |= {"nargs": "?", "const": True, "metavar": "yes|no"}
+            group.add_argument(
+                f"--no-{dashed(name)}", dest=name, action="store_const", const=False,
+                help=f"the same as --{dashed(name)} no",
+            )  # fmt: skip
+        elif option.kind is tuple:
             keywords |= {"nargs": "*", "metavar": "X"}
-        elif meta["choices"]:
-            also = () if meta["none"] is None else (NONE,)
-            keywords["metavar"] = "{" + ",".join((*meta["choices"], *also)) + "}"
+        elif option.choices:
+            also = (NONE,) if option.takes_none else ()
+            keywords["metavar"] = "{" + ",".join((*option.choices, *also)) + "}"
         else:
-            keywords["metavar"] = {int: "N", float: "X", str: "PATH"}[kind]
+            keywords["metavar"] = {int: "N", float: "X", str: "PATH"}[option.kind]
         group.add_argument(f"--{dashed(name)}", **keywords)
     return parser
 
 
-def _kind(name: str) -> type:
-    """The type of an option's values: bool, int, float, str or tuple (of floats)."""
-    kind = typing.get_type_hints(Settings)[name]
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        kind = typing.get_args(kind)[0]  # the others stand for none
-    return typing.get_origin(kind) or kind
-
-
-def _value(name: str, words: Any) -> Any:
+def _value(option: Option, words: Any) -> Any:
     """Makes of an option's words its value.
 
     Args:
-        name: Of the option.
+        option: Whose value it is.
         words: A string, a list of strings, or a truth value.
     """
-    field, kind = OPTIONS[name], _kind(name)
-    takes_none = field.metadata["none"] is not None
-    if kind is bool:
+    typed = f"--{dashed(option.name)}"
+    if option.kind is bool:
         if isinstance(words, bool):
             return words
         if not isinstance(words, str) or words.lower() not in _TRUTH:
-            raise UserError(f"--{dashed(name)} is {words!r}, must be true or false")
+            raise UserError(f"{typed} is {words!r}, must be yes or no")
         return _TRUTH[words.lower()]
-    if kind is tuple:
+    if option.kind is tuple:
         words = [words] if isinstance(words, str) else words
-        if takes_none and words in ([NONE], []):
+        if option.takes_none and words in ([NONE], []):
             return ()
-        numbers = [_number(name, word, float) for word in words]
-        # Window lengths are whole numbers of steps; a command line has no such distinction.
-        whole = name == "anderson_averages"
-        return tuple(int(x) if whole and x.is_integer() else x for x in numbers)
+        return tuple(_number(option, word, float) for word in words)
     if not isinstance(words, str):
-        raise UserError(f"--{dashed(name)} is a list, must be a single value")
-    if takes_none and words == NONE:
-        return NONE if name.startswith(ANDERSON_PREFIX) else None
-    return words if kind is str else _number(name, words, kind)
+        raise UserError(f"{typed} is a list, must be a single value")
+    if option.takes_none and words == NONE:
+        return None
+    return words if option.kind is str else _number(option, words, option.kind)
 
 
 _TRUTH = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 
-def _number(name: str, word: str, kind: type) -> Any:
+def _number(option: Option, word: str, kind: type) -> Any:
     try:
         return kind(word)
     except ValueError:
-        also = " or none" if OPTIONS[name].metadata["none"] is not None else ""
+        also = f" or {NONE}" if option.takes_none else ""
         what = "a whole number" if kind is int else "a number"
-        raise UserError(f"--{dashed(name)} is {word!r}, must be {what}{also}") from None
+        raise UserError(f"--{dashed(option.name)} is {word!r}, must be {what}{also}") from None
 
 
 class _Loader(yaml.BaseLoader):
@@ -189,17 +184,15 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in OPTIONS:
-            known = [dashed(option) for option in OPTIONS]
-            raise UserError(f"{path}: unknown setting {key!r}" + _suggestion(key, known))
+            raise UserError(f"{path}: {_unknown('setting', key, list(map(dashed, OPTIONS)))}")
         if name in words:
             raise UserError(f"{path}: {keys[name]} and {key} are the same setting")
         if isinstance(value, dict) or (
             isinstance(value, list) and not all(isinstance(word, str) for word in value)
         ):
             raise UserError(f"{path}: {key} must be a single value or a list of values")
-        meta = OPTIONS[name].metadata
         if isinstance(value, str) and value.lower() in _NULLS:
-            if meta["none"] is None and NONE not in (meta["choices"] or ()):
+            if not OPTIONS[name].takes_none and NONE not in OPTIONS[name].choices:
                 raise UserError(
                     f"{path}: {key} is {value or 'empty'}, which it does not take: leave it out "
                     "for its default"
@@ -209,6 +202,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return words, keys
 
 
-def _suggestion(word: str, known: Sequence[str]) -> str:
+def _unknown(what: str, word: str, known: Sequence[str]) -> str:
+    """Says that there is no such option or setting, and what may have been meant."""
+    advice = advice_for(word.lstrip("-").replace("-", "_"))
+    shown_word = word if what == "option" else repr(word)
+    if advice is not None:
+        return f"unknown {what} {shown_word}, which earlier versions had. {advice}"
     close = difflib.get_close_matches(word.replace("_", "-"), known, n=1)
-    return f": did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {shown_word}" + (f": did you mean {close[0]!r}?" if close else "")

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import horovod.torch as hvd
 import torch
 
 from models.errors import UserError
+from models.horovod import hvd
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from aadl_hvd import recalibrate_batch_norm
 from models.data import Loader
 from models.dist import sum_over_ranks
 from models.errors import UserError
+from models.horovod import hvd
 from models.schedule import Schedule
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -101,6 +101,11 @@ class MetricsLog:
         if self._resume_step is not None and path.exists():
             rows, damaged = _rows(path)
             kept = [row for row in rows if float(row["step"]) <= self._resume_step]
+            if dropped := len(rows) - len(kept):
+                self._say(
+                    f"{path.name}: {dropped} rows after step {self._resume_step}, from which this "
+                    "training goes on, are removed"
+                )
             if damaged:
                 self._say(f"warning: damaged lines of {path} were left out: {damaged}")
         columns += [name for name in (kept[0] if kept else ()) if name not in columns]

@@ -56,6 +56,8 @@ def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
             "--overwrite is given in a job that was queued again: it would remove what the job has "
             "trained so far; give --resume auto"
         )
+    if overwrite:
+        _check_removable(there)
     if not there or overwrite:
         return None
     holds = f"--out {folder} holds a training already ({_named(folder, there)})"
@@ -75,10 +77,20 @@ def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
         return None
     if not names.isdisjoint(FINISHED):
         raise UserError(f"{holds}, but no {LAST} to go on from: give {afresh}")
+    _check_removable(there)
     return (
         f"{folder} holds no {LAST} to go on from: the training begins, and replaces what one that "
         f"ended before its first checkpoint left ({_named(folder, there)})"
     )
+
+
+def _check_removable(paths: list[Path]) -> None:
+    """Refuses at the start what `clear` could not remove after the first steps."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(
+                f"cannot replace {path}, which is a folder: remove it, or give another --out"
+            )
 
 
 def clear(folder: Path, known: Container[Path] | None = None) -> str:

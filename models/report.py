@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from models.data import ImageList
 from models.engine import Averaged, Interval, Trainer, Validation
+from models.metrics import read_csv
+from models.options import dashed, shown
 from models.output import SETTINGS, SUMMARY, SUMMARY_TEXT
-from models.settings import Settings, dashed, shown
+from models.settings import Settings
 
 IN_THE_OPENING = {"data", "model", "loader", "batch_size", "epochs", "optimizer", "anderson"}
 """Settings that have a line of their own there, whether they are defaults or not."""
@@ -143,24 +146,37 @@ def epoch_text(
 
 def average_name(kind: float) -> str:
     """Which average one of `AndersonConfig.averages` is."""
-    if kind < 1:
-        return f"running average, decay factor {kind:g}"
-    return f"mean of the last {kind:g} steps"
+    return f"running average, decay factor {kind:g}"
 
 
 def summarize(
     settings: Settings,
     trainer: Trainer,
-    totals: dict[str, Any],
-    interval: Interval,
+    totals: Mapping[str, float],
+    training_loss: float | None,
     validation: Validation,
     averaged: Averaged | None,
     best: float,
     *,
     ranks: int,
+    averages: bool,
     measured_anew: bool,
 ) -> dict[str, Any]:
-    """The numbers of a finished training."""
+    """The numbers of a finished training.
+
+    Args:
+        settings: Of the training.
+        trainer: At its end.
+        totals: Sums over the intervals: "seconds", "data_seconds", "steps" and "images". Zeros
+            where nothing is known.
+        training_loss: Of the last interval; None where it is not known.
+        validation: At the weights themselves.
+        averaged: At an average of them; None if none is better, or if it was not measured.
+        best: Largest top-1 accuracy of all validations.
+        ranks: How many trained.
+        averages: Whether averages of the weights were measured.
+        measured_anew: How the batch-norm statistics were found.
+    """
     summary: dict[str, Any] = {
         "model": settings.model,
         "optimizer": settings.optimizer,
@@ -170,7 +186,7 @@ def summarize(
         "device": trainer.device.type,
         "epochs": settings.epochs,
         "steps": trainer.step,
-        "training_loss": interval.loss,
+        "training_loss": training_loss,
         "batch_norm_statistics": "measured anew" if measured_anew else "running averages",
         "validation_loss": validation.loss,
         "validation_top1": validation.top1,
@@ -178,16 +194,19 @@ def summarize(
         "best_validation_top1": best,
         "training_seconds": totals["seconds"],
         "waiting_for_data_seconds": totals["data_seconds"],
-        "ms_per_step": 1000 * totals["seconds"] / totals["steps"],
-        "images_per_second": totals["images"] / totals["seconds"],
     }
+    if totals["steps"]:
+        summary |= {
+            "ms_per_step": 1000 * totals["seconds"] / totals["steps"],
+            "images_per_second": totals["images"] / totals["seconds"],
+        }
     if averaged is not None:
         summary |= {
             "averaged_weights": average_name(averaged[0]),
             "averaged_validation_loss": averaged[1].loss,
             "averaged_validation_top1": averaged[1].top1,
         }
-    elif trainer.has_averages:
+    elif averages:
         summary["averaged_weights"] = "none is better on the training images"
     stats = trainer.stats
     if stats is not None:
@@ -199,11 +218,27 @@ def summarize(
             "rejected": dict(stats.rejected),
             "resets": dict(stats.resets),
             "history_bytes_on_rank_0": trainer.optimizer.anderson.history_bytes,
-            "seconds": seconds,
-            "seconds_of": dict(stats.seconds),
-            "percent_of_training_time": 100 * seconds / totals["seconds"],
         }
+        if seconds:  # they are not in a checkpoint
+            summary["acceleration"] |= {
+                "seconds": seconds,
+                "seconds_of": dict(stats.seconds),
+                "percent_of_training_time": 100 * seconds / totals["seconds"],
+            }
     return summary
+
+
+def totals_of(folder: Path) -> tuple[float | None, dict[str, float]]:
+    """What the rows of steps.csv say: the last training loss, and the sums for `summarize`."""
+    path = folder / "steps.csv"
+    rows = read_csv(path) if path.exists() else []
+    totals = {"seconds": 0.0, "data_seconds": 0.0, "steps": 0.0, "images": 0.0}
+    for row in rows:
+        totals["seconds"] += row["seconds"]
+        totals["data_seconds"] += row["data_seconds"]
+        totals["steps"] = row["step"]
+        totals["images"] += row["images_per_s"] * row["seconds"]
+    return (rows[-1]["loss"] if rows else None), totals
 
 
 def summary_text(summary: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from models import checkpoint
@@ -17,6 +16,7 @@ from models.data import ImageList, Loader
 from models.dist import fail_together, gather, on_rank0
 from models.engine import Trainer
 from models.errors import UserError
+from models.horovod import hvd
 from models.output import BEST, LAST
 from models.settings import Settings
 

@@ -172,13 +172,13 @@ def check_sum_tensor(comm):
             same_on_all(comm, result)
 
 
-def check_deliver(comm):
+def check_send(comm):
     """From any rank to any other, and to no third one."""
     for source in range(comm.size):
         for to in range(comm.size):
             for k in (0, 1, 100_000):
                 data = torch.arange(k, dtype=torch.int64).to(torch.uint8) + source
-                result = comm.deliver(data if comm.rank == source else None, source, to)
+                result = comm.send(data if comm.rank == source else None, source, to)
                 if comm.rank == to:
                     assert torch.equal(result, data)
                 else:
@@ -186,7 +186,7 @@ def check_deliver(comm):
     for wrong in (torch.zeros(3), None):
         if comm.rank == 0:
             with pytest.raises(CommunicationError, match="uint8"):
-                comm.deliver(wrong, 0, comm.size - 1)
+                comm.send(wrong, 0, comm.size - 1)
     check_ranks(comm)
 
 
@@ -219,7 +219,7 @@ def check_many_in_a_row(comm):
         assert gathered[-1] == i + comm.size - 1
 
 
-def check_exchange(comm):
+def check_all_to_all(comm):
     """Bytes of any length to some of the ranks, itself included, and none to others."""
 
     def data(source, to):
@@ -230,19 +230,19 @@ def check_exchange(comm):
         sources = range(hops == 2, comm.size)
         targets = {rank: {(rank + h) % comm.size for h in {hops, 0}} for rank in sources}
         outgoing = {to: data(comm.rank, to) for to in targets.get(comm.rank, ())}
-        arrived = comm.exchange(outgoing)
+        arrived = comm.all_to_all(outgoing)
         assert arrived.keys() == {rank for rank in sources if comm.rank in targets[rank]}
         for source, found in arrived.items():
             assert torch.equal(found, data(source, comm.rank))
-    assert comm.exchange({}) == {}
+    assert comm.all_to_all({}) == {}
     nothing = torch.empty(0, dtype=torch.uint8)
-    assert comm.exchange({comm.size - 1: nothing}) == {}
+    assert comm.all_to_all({comm.size - 1: nothing}) == {}
 
 
-def check_exchange_in_several_messages(comm):
+def check_all_to_all_in_several_messages(comm):
     """Longer ones than the transport can take at once."""
     everything = {to: torch.arange(10 * to + comm.rank).byte() for to in range(comm.size)}
-    for source, found in comm.exchange(everything, most=3).items():
+    for source, found in comm.all_to_all(everything, most=3).items():
         assert torch.equal(found, torch.arange(10 * comm.rank + source).byte())
 
 

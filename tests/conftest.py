@@ -15,5 +15,17 @@ if not torch.cuda.is_available():
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("default")
 
+MARKERS = {
+    "ranks": "starts ranks, and needs the cores for itself: not beside other tests",
+    "long": "statistics, or a repetition of what a shorter test shows: make test-long",
+    "soak": "many steps through random faults: make soak",
+}
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
 UNDER_LAUNCHER = any(v in os.environ for v in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
 collect_ignore = [] if UNDER_LAUNCHER else ["parallel"]

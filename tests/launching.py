@@ -1,11 +1,13 @@
 """Starts programs as users do: plainly, under horovodrun or under mpirun."""
 
 import ast
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,29 @@ def documented(example):
     text = ast.get_docstring(ast.parse((ROOT / "examples" / f"{example}.py").read_text()))
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith("    ")]
+
+
+@functools.cache
+def warm():
+    """What stands for `python` in a command, to have its program forked; see warm.py.
+
+    The process that is forked lives as long as this one.
+    """
+    path = Path(tempfile.mkdtemp(prefix="warm")) / "socket"
+    program = str(ROOT / "tests" / "warm.py")
+    server = subprocess.Popen(
+        [sys.executable, program, "serve", path],
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert server.stdout.readline() == b"ready\n", "there is no warm process"
+    _alive.append(server)
+    return [sys.executable, "-I", "-S", program, "run", str(path)]
+
+
+_alive = []
 
 
 def run_command(command, limit, environment=None, errors=subprocess.STDOUT):
@@ -54,7 +79,16 @@ def run_command(command, limit, environment=None, errors=subprocess.STDOUT):
     return process.returncode, *found
 
 
-def start(program, *arguments, ranks=1, controller=None, hosts=None, limit=150, **environment):
+def start(
+    program,
+    *arguments,
+    ranks=1,
+    controller=None,
+    hosts=None,
+    limit=150,
+    forked=True,
+    **environment,
+):
     """Runs a Python program on some ranks; its exit code and all its output.
 
     Args:
@@ -65,16 +99,27 @@ def start(program, *arguments, ranks=1, controller=None, hosts=None, limit=150, 
             one rank, else "gloo".
         hosts: as for horovodrun -H.
         limit: see `run_command`.
+        forked: from a process that has imported torch and Horovod, the launcher too; False: as
+            users start it.
         environment: variables to add.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     words = [] if program.startswith("-") or program.endswith(".py") else ["-m"]
-    command = [sys.executable, *words, program, *arguments]
+    python = warm() if forked else [sys.executable]
+    command = [*python, *words, program, *arguments]
     if controller == "mpirun":
         command = ["mpirun", "--oversubscribe", "-np", ranks, *command]
     elif controller is not None or ranks > 1:
         on = ["-H", hosts] if hosts else []
-        command = [*HOROVODRUN, "-np", ranks, f"--{controller or 'gloo'}", *on, *command]
+        command = [
+            *python,
+            *HOROVODRUN[1:],
+            "-np",
+            ranks,
+            f"--{controller or 'gloo'}",
+            *on,
+            *command,
+        ]
     variables = {"PYTHONPATH": str(ROOT), "PATH": path} | environment
     code, output, _ = run_command(command, limit, variables)
     return code, output

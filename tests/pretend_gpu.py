@@ -97,13 +97,13 @@ class PretendGpu(TorchDispatchMode):
     """Within, device "cuda" exists.
 
     Attributes:
-        waits: operations at which the host waited, in order.
+        synchronizations: operations at which the host waits for the GPU, in order.
         kernels: operations on the GPU that are no mere views, in order.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.kernels = [], []
+        self.synchronizations, self.kernels = [], []
 
     def __enter__(self):
         _DRIVER.start()
@@ -130,13 +130,15 @@ class PretendGpu(TorchDispatchMode):
             crosses = bool(mine and others) or to_gpu != bool(mine)
             free = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
             if crosses and not free:
-                self.waits.append(name)
+                self.synchronizations.append(name)
         elif mine and name in ASKING:
-            self.waits.append(name)
+            self.synchronizations.append(name)
         elif mine and name in ("index", "index_put_", "index_put"):
             indices = [x for x in args[1] if x is not None]
             if not all(isinstance(x, OnGpu) and x.dtype != torch.bool for x in indices):
-                self.waits.append(name)  # an index is copied to the GPU, or counted there
+                self.synchronizations.append(
+                    name
+                )  # an index is copied to the GPU, or counted there
         elif mine and others:
             numbers = all(x.dim() == 0 for x in others)
             assert numbers and torch.Tag.pointwise in func.tags, f"{func} on two devices"

@@ -80,12 +80,6 @@ class Problem:
         direction = np.where(nesterov, d + momentum * v, v)
         return w - factor(k) * self.rates * direction, v
 
-    def sgd_state(self, k, x, _):
-        """The same on x = (w, lr v), which is all of its state; v is zero without momentum."""
-        w, v = self.sgd(k, x[: self.n], x[self.n :] / self.rates)
-        v = np.where(self._per_number("momentum") > 0, v, 0.0)
-        return np.concatenate([w, self.rates * v]), None
-
     # As torch parameters
 
     def parameters(self, dtype=torch.float64):

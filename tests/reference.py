@@ -17,7 +17,7 @@ class Run:
 
     path: np.ndarray
     counts: Counter
-    reductions: list  # ||r - R gamma|| / ||r|| of each attempt
+    reductions: list  # ||r - R gamma|| / ||r|| of each acceleration step
 
 
 def anderson(

@@ -34,13 +34,24 @@ LAYERS = [
     {
         "optim",
         "optim.accelerated",
+        "optim.averaged",
         "optim.batch_norm",
+        "optim.classes",
+        "optim.engine",
         "optim.flatten",
         "optim.job",
+        "optim.loading",
+        "optim.local",
         "optim.neumann",
         "optim.problem",
     },
-    {"engines", "engines.horovod_elastic"},
+    {
+        "engines",
+        "engines.horovod",
+        "engines.horovod_elastic",
+        "engines.horovod_engine",
+        "engines.rank_checks",
+    },
     {"elastic"},
     {"__init__"},
 ]
@@ -71,12 +82,34 @@ BESIDE = {
     "checkpoint": {"checkpoint.base_state", "checkpoint.plain"},
     "optim.neumann": {"optim.job"},
     "optim.problem": {"optim.flatten", "optim.job"},
-    "optim.accelerated": {"optim.batch_norm", "optim.job", "optim.problem"},
+    "optim.engine": {"optim.problem"},
+    "optim.classes": {"optim.engine"},
+    "optim.loading": {"optim.engine"},
+    "optim.averaged": {"optim.batch_norm", "optim.engine"},
+    "optim.accelerated": {
+        "optim.averaged",
+        "optim.classes",
+        "optim.engine",
+        "optim.job",
+        "optim.loading",
+        "optim.problem",
+    },
+    "optim.local": {"optim.accelerated", "optim.engine", "optim.job"},
+    "engines.horovod_engine": {"engines.rank_checks"},
+    "engines.horovod": {"engines.horovod_engine", "engines.rank_checks"},
+    "engines.horovod_elastic": {"engines.horovod"},
 }
 MAY_IMPORT = {
-    "horovod": {"comm.horovod", "optim.accelerated", "engines.horovod_elastic"},
+    "horovod": {
+        "comm.horovod",
+        "engines.horovod",
+        "engines.horovod_elastic",
+        "engines.horovod_engine",
+    },
     "mpi4py": {"comm.mpi"},
 }
+# They import Horovod when they are imported: others may import them only when they need them.
+WITH_HOROVOD = {"comm.horovod", "engines.horovod_elastic", "engines.horovod_engine"}
 
 
 # They measure parts of the library that no user meets alone.
@@ -109,6 +142,8 @@ def imports(path):
     def visit(node, at_import):
         for child in ast.iter_child_nodes(node):
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                inside = True
             if isinstance(child, ast.Import):
                 found.extend((alias.name, [], at_import) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
@@ -159,14 +194,16 @@ def test_imports_go_downwards(path):
 @pytest.mark.parametrize("path", LIBRARY, ids=module_name)
 def test_horovod_and_mpi_stay_behind_their_adapters(path):
     name = module_name(path)
-    for module, _, at_import in imports(path):
+    for module, names, at_import in imports(path):
         top = module.split(".")[0]
         if top in MAY_IMPORT:
             assert name in MAY_IMPORT[top], f"{name} imports {module}"
-            # comm.horovod is itself imported lazily: only by those who need it.
-            assert not at_import or name in ("comm.horovod", "engines.horovod_elastic"), f"{name}: at import"
-        if module.startswith("aadl_hvd.comm.horovod") or module == "aadl_hvd.engines.horovod_elastic":
-            assert not at_import or name == "elastic", f"{name} imports {module}, and with it horovod, at import"
+            assert not at_import or name in WITH_HOROVOD, f"{name}: at import"
+        full_names = {module, *(f"{module}.{name}" for name in names)}
+        imported = {full_name.removeprefix("aadl_hvd.") for full_name in full_names}
+        if at_import and imported & WITH_HOROVOD:
+            allowed = name in WITH_HOROVOD or name == "elastic"
+            assert allowed, f"{name} imports {module}, and with it horovod, at import"
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,41 +1,51 @@
 """Runs the suite in tests/parallel on real ranks: Horovod on MPI and on Gloo, 2 and 3 of them."""
 
 import pytest
-from launching import start
+from launching import ROOT, start
+
+pytestmark = pytest.mark.ranks
 
 # Seconds; a hang must not outlive it. Twice what three ranks on Gloo take on two slow cores; tests
 # on the ranks have limits of their own.
 TIME_LIMIT = 900
 
-# What shows on two ranks on Gloo and on three on MPI what it would show on three on Gloo, which
-# take longest: whole programs, long statistics, what is computed and not how ranks talk. That is
-# in test_communicators.py, on all.
-COMPUTED = (
-    "test_averaged_weights.py",
-    "test_checkpoint.py",
-    "test_dropin_arguments.py",
-    "test_elastic_state.py",
-    "test_examples.py",
-    "test_hooks.py",
-    "test_layouts.py",
-    "test_neumann.py",
-    "test_noise.py",
-    "test_observe.py",
-    "test_prototype_figures.py",
-)
-ELSEWHERE = {(3, "gloo"): COMPUTED, (2, "gloo"): ("test_noise.py", "test_prototype_figures.py")}
+PARALLEL = ROOT / "tests" / "parallel"
+ALL = sorted(path.name for path in PARALLEL.glob("test_*.py"))
 
 
-def launch(file, *options, ranks, controller, limit=TIME_LIMIT, hosts=None):
+def files(names):
+    found = [f"test_{name}.py" for name in names.split()]
+    assert set(found) <= set(ALL)
+    return found
+
+
+# Two ranks on MPI run every file. Elsewhere run those about what differs there:
+FILES = {
+    (2, "mpi"): ALL,
+    # How many ranks there are: whose part is where, sums of three, one of two who differ.
+    (3, "mpi"): files(
+        "averaged_weights bad_numbers checkpoint communicators dropin dropin_accelerated"
+        " elastic_state errors layouts noise observe replicas resume shard_groups"
+    ),
+    # What reduces: other collectives and other errors, no Adasum, elastic runs.
+    (2, "gloo"): files(
+        "communicators disabled dropin dropin_accelerated elastic_state errors hooks observe"
+        " replicas resume"
+    ),
+    (3, "gloo"): files("communicators errors layouts replicas"),
+}
+
+
+def launch(*words, ranks, controller, limit=TIME_LIMIT, hosts=None):
     """Runs a part of the suite on real ranks; returns the exit code and the output."""
-    words = ["-x", "-q", "-p", "no:cacheprovider", file, *options]
     return start(
         "pytest",
-        *words,
+        *("-x", "-q", "-p", "no:cacheprovider", *words),
         ranks=ranks,
         controller=controller,
         hosts=hosts,
         limit=limit,
+        forked=False,  # ranks as they are: imports of their own, sets in an order of their own
         HOROVOD_STALL_CHECK_TIME_SECONDS="20",
         HOROVOD_DYNAMIC_PROCESS_SETS=str(int(hosts is not None)),
     )
@@ -72,19 +82,30 @@ def test_two_groups_of_two_ranks(controller, hosts, tests):
     assert output.count("1 passed") == 4, output[-8000:]
 
 
-@pytest.mark.timeout(TIME_LIMIT + 60)
-@pytest.mark.parametrize("controller", ["mpi", "gloo"])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_parallel_suite(ranks, controller):
+def run_suite(ranks, controller, *words):
     import horovod.torch as hvd
 
     built = hvd.mpi_built() if controller == "mpi" else hvd.gloo_built()
     if not built:
         pytest.skip(f"this Horovod was built without {controller}")
-    left_out = [
-        f"--ignore=tests/parallel/{file}" for file in ELSEWHERE.get((ranks, controller), ())
-    ]
-    code, output = launch("tests/parallel", *left_out, ranks=ranks, controller=controller)
+    code, output = launch(*words, ranks=ranks, controller=controller)
     print(output[-3000:])
     assert code == 0, output[-8000:]
     assert output.count(" passed") >= ranks, "a rank ran no tests"
+
+
+@pytest.mark.timeout(TIME_LIMIT + 60)
+@pytest.mark.parametrize(("ranks", "controller"), FILES)
+def test_parallel_suite(ranks, controller):
+    paths = [f"tests/parallel/{file}" for file in FILES[ranks, controller]]
+    run_suite(ranks, controller, "-m", "not long", *paths)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TIME_LIMIT + 60)
+@pytest.mark.parametrize(("ranks", "controller"), FILES)
+def test_what_the_parallel_suite_leaves_out(ranks, controller):
+    """On two ranks on MPI the long tests, on others the files that run only there."""
+    others = sorted(set(ALL) - set(FILES[ranks, controller]))
+    words = [f"tests/parallel/{file}" for file in others] or ["-m", "long", "tests/parallel"]
+    run_suite(ranks, controller, *words)

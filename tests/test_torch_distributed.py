@@ -138,6 +138,7 @@ def run(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.ranks
 @pytest.mark.timeout(180)
 def test_two_processes(tmp_path):
     torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=2)

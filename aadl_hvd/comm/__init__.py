@@ -1,1 +1,1 @@
-"""How ranks talk: one seam (`base.Communicator`) and what stands behind it."""
+"""Communication between ranks: one interface, `base.Communicator`, and its implementations."""

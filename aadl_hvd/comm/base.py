@@ -1,8 +1,10 @@
-"""The seam between the algorithm and the machine: what a group of ranks can do together.
+"""The interface between the algorithm and the transport: operations of a group of ranks.
 
-Every operation is collective: all ranks of the group call it, in the same order, with arguments
-of the same length and dtype. The base class checks and normalises; a backend implements only the
-bare operations. Conformance is tested for all backends by one suite.
+Every operation is collective. All ranks of the group call it, in the same order, with arguments of
+the same length and dtype. The public methods of the base class check and normalise the arguments.
+A subclass implements the protected methods, which may rely on that. A subclass that passes an
+operation on to another communicator calls that one's public method. One test suite
+(tests/conformance.py) checks all implementations.
 """
 
 from __future__ import annotations
@@ -20,41 +22,53 @@ from torch import Tensor
 from aadl_hvd.errors import CommunicationError
 
 Values = NDArray[np.float64]
+_FLOAT64 = np.dtype(np.float64)  # it compares in half the time of np.float64
 
 REDUCTIONS = ("sum", "max")
-_MESSAGE = 2**28  # bytes; MPI and Horovod count in 32 bits
+_MESSAGE = 2**28  # bytes in a message at most: MPI and Horovod count in 32 bits
 TENSOR_DTYPES = (torch.float32, torch.float64)
 
 # At the end of errors about ranks that do different things.
 ADVICE = (
-    "All ranks must call step(), averaged_weights() and whatever else of the optimizer is "
-    "collective equally often and in the same order: look for a call that only some ranks make, "
-    "as in `if hvd.rank() == 0` or after `continue`."
+    "All ranks must call step(), averaged_weights() and the other collective methods of the "
+    "optimizer equally often and in the same order. Look for a call that only some ranks make, as "
+    "in `if hvd.rank() == 0` or after `continue`."
 )
 
 
 class Communicator(ABC):
-    """A group of `size` ranks, this one being `rank`.
+    """A group of ranks.
 
-    Small float64 vectors on the host are used to decide, large tensors on the device to update.
+    Small float64 vectors on the host serve decisions. Large tensors on the device serve updates.
+
+    Attributes:
+        rank: this process in the group, 0 <= rank < size.
+        size: number of ranks.
     """
 
     rank: int
     size: int
 
     def allreduce(self, values: Values, op: str = "sum") -> Values:
-        """Reduces a small vector over all ranks; the result has the same bits on every rank.
+        """Reduces a small vector over all ranks. The result has the same bits on every rank.
 
         Args:
             values: [k] float64, k the same on every rank.
             op: "sum" or "max". NaN on any rank gives NaN on every rank, for both.
+
+        Returns:
+            [k] float64.
+
+        Raises:
+            CommunicationError: an argument is not allowed; or ranks are in different operations or
+                have left, where the transport notices that.
         """
         if op not in REDUCTIONS:
             raise CommunicationError(f"Invalid op={op!r}. Must be one of {REDUCTIONS}.")
         values = _checked_values(values)
         if op == "sum":
             return self._allreduce_sum(values)
-        # A maximum may drop a NaN on its way; it travels as a flag of its own.
+        # A transport's maximum may lose a NaN, so a flag says whether there is one.
         flagged = np.append(np.where(np.isnan(values), -np.inf, values), np.isnan(values).any())
         result = self._allreduce_max(flagged.astype(np.float64))
         return np.full_like(values, np.nan) if result[-1] else result[:-1]
@@ -64,40 +78,40 @@ class Communicator(ABC):
         return self._broadcast(_checked_values(values))
 
     def allgather(self, block: Tensor) -> Tensor:
-        """Blocks of all ranks, one after the other by rank.
+        """Concatenates the blocks of all ranks, in the order of ranks.
 
         Args:
             block: [k] float32 or float64, k the same on every rank.
 
         Returns:
-            [size * k]; may share memory with `block` where size is 1.
+            [size * k], of the same dtype. May share memory with `block` if `size` is 1.
         """
         return self._allgather(checked_tensor(block))
 
     def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
-        """As `allgather`, for a result that is used as it comes: in pieces, where that is faster.
+        """As `allgather`, but the result comes in pieces, if that is faster.
 
         Args:
             block: [k] float32 or float64, k the same on every rank.
 
         Yields:
-            Number of the first row of a piece, and the piece's rows of all blocks, [size, rows],
-            by rank. Good until the next one. To be closed where it is not used up.
+            Number of a piece's first row, and these rows of all blocks, [size, rows], by rank. The
+            memory is valid until the next piece. Close the generator if you do not exhaust it.
         """
         if block.numel():
             yield 0, self.allgather(block).view(self.size, -1)
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks of a large tensor [k] float32 or float64; may overwrite it."""
+        """The sum over ranks of a large tensor [k] float32 or float64, which may be overwritten."""
         return self._sum_tensor(checked_tensor(tensor))
 
-    def deliver(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
-        """Hands bytes of one rank to another; no third one sees them.
+    def send(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
+        """Sends bytes from one rank to another. Collective, but no third rank receives them.
 
         Args:
             data: [k] uint8 on the host, on rank `source`; None on the others.
-            source: the rank that has them.
-            to: the rank that is to have them.
+            source: the rank that sends.
+            to: the rank that receives.
 
         Returns:
             The bytes on rank `to`, None on the others.
@@ -116,18 +130,19 @@ class Communicator(ABC):
         for lo in range(0, length, _MESSAGE):
             hi = min(lo + _MESSAGE, length)
             own, out = (None if x is None else x[lo:hi].contiguous() for x in (data, result))
-            self._deliver(own, out, hi - lo, source, to)
+            self._send(own, out, hi - lo, source, to)
         return result
 
-    def exchange(self, outgoing: Mapping[int, Tensor], most: int = _MESSAGE) -> dict[int, Tensor]:
-        """Hands bytes from every rank to any others, all at once.
+    def all_to_all(self, outgoing: Mapping[int, Tensor], most: int = _MESSAGE) -> dict[int, Tensor]:
+        """Sends bytes from every rank to any others.
 
         Args:
-            outgoing: by destination, [k] uint8 on the host; may differ between ranks, or be empty.
-            most: bytes that go to one rank at a time.
+            outgoing: by destination, [k] uint8 on the host. Any k, and any destinations; both may
+                differ between ranks.
+            most: bytes in one message at most. The same on every rank.
 
         Returns:
-            What came, by source. What has no bytes does not arrive.
+            By source, [k] uint8. Sources that sent no bytes to this rank are left out.
         """
         longest = max((len(data) for data in outgoing.values()), default=0)
         longest = int(self.allreduce(np.array([float(longest)]), "max")[0])
@@ -140,23 +155,28 @@ class Communicator(ABC):
                     arrived.setdefault(source, []).append(part)
         return {source: torch.cat(parts) for source, parts in arrived.items()}
 
-    def attend(self, done: Callable[[], bool]) -> None:  # noqa: B027
-        """May wait for something collective that other ranks, in error, do not enter.
+    def poll_until(self, done: Callable[[], bool]) -> None:  # noqa: B027
+        """Waits for a collective outside of this communicator: the reduction of gradients.
 
-        Called once by every rank whenever they wait for each other outside of this communicator:
-        for gradients. Where a rank can know that another one waits for it meanwhile, here or for
-        gradients of a later step, so that neither would ever go on, it raises.
+        Every rank calls this once for each such wait. A subclass may return at once: then the
+        caller waits by other means.
 
         Args:
-            done: whether there is no more to wait for.
+            done: whether the wait is over.
+
+        Raises:
+            CommunicationError: another rank waits for this one meanwhile, in this communicator or
+                for gradients of a later step. Neither could ever go on. Not all transports notice.
         """
 
     def explain(self, error: Exception) -> None:  # noqa: B027
-        """Adds to an error of the transport what is known of ranks that have left, as notes."""
+        """Adds notes to an error of the transport: what is known of ranks that have left."""
 
     @abstractmethod
     def allgather_object(self, item: Any) -> list[Any]:
         """A picklable object of every rank, by rank. Slow: for set-up and checkpoints only."""
+
+    # The operations without the checks. Only the methods above call them.
 
     @abstractmethod
     def _allreduce_sum(self, values: Values) -> Values: ...
@@ -170,13 +190,14 @@ class Communicator(ABC):
     @abstractmethod
     def _allgather(self, block: Tensor) -> Tensor: ...
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
-        raise NotImplementedError  # a rank alone delivers to itself
+        """Sends `length` bytes from `data` on rank `source` to `out` on rank `to`, two ranks."""
+        raise NotImplementedError  # a group of one rank never calls it
 
     def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
-        """Bytes by destination to bytes by source."""
+        """Bytes by destination, for every rank, to bytes by source."""
         raise NotImplementedError
 
     @abstractmethod
@@ -188,14 +209,15 @@ class Communicator(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ShardGroup:
-    """Of the ranks that train together, those that share one history with this one.
+    """The ranks that share one history with this rank.
 
-    Ranks that train together are split into groups of the same size; each holds a whole history.
+    The ranks that train together are split into groups of the same size. Each group holds a whole
+    history.
 
     Args:
-        comm: the group.
+        comm: this rank's group.
         count: number of groups.
-        index: this group's, 0 <= index < count.
+        index: number of this group, 0 <= index < count.
     """
 
     comm: Communicator
@@ -205,7 +227,7 @@ class ShardGroup:
 
 def _checked_values(values: Values) -> Values:
     array = np.asarray(values)
-    if array.dtype != np.float64 or array.ndim != 1:
+    if array.dtype != _FLOAT64 or array.ndim != 1:
         raise CommunicationError(
             f"Invalid values of dtype {array.dtype} and shape {array.shape}. "
             "Must be a float64 vector."
@@ -214,10 +236,14 @@ def _checked_values(values: Values) -> Values:
 
 
 def checked_tensor(tensor: Tensor) -> Tensor:
-    """The tensor in one piece of memory; an error where it is none that can be sent."""
+    """The tensor, contiguous and detached.
+
+    Raises:
+        CommunicationError: it is not a float32 or float64 vector.
+    """
     if tensor.dtype not in TENSOR_DTYPES or tensor.dim() != 1:
         raise CommunicationError(
             f"Invalid tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}. "
-            "Must be a float32 or float64 vector (no collective of Horovod takes bfloat16)."
+            "Must be a float32 or float64 vector: Horovod's collectives do not take bfloat16."
         )
     return tensor.detach().contiguous()

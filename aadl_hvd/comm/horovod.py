@@ -29,20 +29,20 @@ from aadl_hvd.errors import CommunicationError, ConfigError
 _instances = itertools.count()
 
 NAP = 1e-5
-"""Seconds between two looks whether Horovod is done on Gloo. Its own wait is a loop of sched_yield:
-where ranks share cores, as on a laptop, it takes them from the threads that it waits for. MPI waits
-in such a loop itself, and there waking up takes longer than it saves."""
+"""Seconds between two polls of Horovod on Gloo. Horovod itself waits in a loop of sched_yield. If
+ranks share cores, as on a laptop, that loop takes the cores from the threads that it waits for. On
+MPI it does not pay: MPI waits in such a loop itself, and waking up takes longer than it saves."""
 
 
 class HorovodCommunicator(Communicator):
-    """Large tensors through Horovod, tiny reductions through `host` where there is one.
+    """Large tensors go through Horovod, small vectors and bytes through `host`, if there is one.
 
-    Making one is collective over the process set.
+    The constructor is collective over the process set.
 
     Args:
         process_set: a Horovod process set that includes this rank.
-        host: a communicator of the same ranks in the same order for small vectors; None: they go
-            through Horovod too, which costs about a millisecond of negotiation each.
+        host: a communicator of the same ranks in the same order. None: small vectors go through
+            Horovod too, which takes about a millisecond each for the negotiation of its ranks.
     """
 
     def __init__(self, process_set: Any, host: MpiCommunicator | None = None) -> None:
@@ -50,25 +50,25 @@ class HorovodCommunicator(Communicator):
         self.rank = process_set.rank()
         self.size = process_set.size()
         self.host = host
-        # A name that is new, and the same on every rank: those that were outside other process
-        # sets, or joined later, have built fewer of these.
+        # The name must be new, and the same on every rank. Ranks that are outside of other process
+        # sets, or that came later, have built fewer communicators. So all take the largest count.
         built = torch.tensor([next(_instances)], device="cpu")
         newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
         self._name = f"aadl_hvd.{int(newest)}"
 
     @property
     def _process_set(self) -> Any:
-        # Horovod's own elastic state does not call sync() where hosts were only removed.
+        # Horovod's own elastic state does not call sync() if hosts have only been removed.
         if self._set.size() != self.size:
             raise HorovodInternalError(
-                f"Horovod was initialised anew: {self._set.size()} ranks, and {self.size} before. "
-                "Call sync() of the elastic state; aadl_hvd.elastic.TorchState does."
+                f"Horovod was initialized again: with {self._set.size()} ranks, after {self.size} "
+                "before. Call sync() of the elastic state. aadl_hvd.elastic.TorchState does so."
             )
         return self._set
 
-    def attend(self, done: Callable[[], bool]) -> None:
+    def poll_until(self, done: Callable[[], bool]) -> None:
         if self.host is not None:
-            return self.host.attend(done)
+            return self.host.poll_until(done)
         while not done():
             time.sleep(NAP)
         return None
@@ -76,10 +76,27 @@ class HorovodCommunicator(Communicator):
     def explain(self, error: Exception) -> None:
         if self.host is not None:
             self.host.explain(error)
-        error.add_note("If another rank has left or was killed: what it says itself tells why.")
+        error.add_note("If another rank has left or was killed, its own output says why.")
+
+    # The host's public methods check the arguments, so they are not checked twice.
+
+    def allreduce(self, values: Values, op: str = "sum") -> Values:
+        if self.host is not None:
+            return self.host.allreduce(values, op)
+        return super().allreduce(values, op)
+
+    def broadcast(self, values: Values) -> Values:
+        if self.host is not None:
+            return self.host.broadcast(values)
+        return super().broadcast(values)
+
+    def send(self, data: Tensor | None, source: int, to: int) -> Tensor | None:
+        if self.host is not None:
+            return self.host.send(data, source, to)
+        return super().send(data, source, to)
 
     def allgather_object(self, item: Any) -> list[Any]:
-        # hvd.allgather_object knows no process sets.
+        # hvd.allgather_object does not take a process set.
         data = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         size = torch.tensor([data.numel()], device="cpu")
         name, process_set = f"{self._name}.object", self._process_set
@@ -88,23 +105,17 @@ class HorovodCommunicator(Communicator):
         return [pickle.loads(part.numpy().tobytes()) for part in joined.split(sizes.tolist())]
 
     def _allreduce_sum(self, values: Values) -> Values:
-        if self.host is not None:
-            return self.host._allreduce_sum(values)  # they are checked
         return self._reduce(values, hvd.Sum)
 
     def _allreduce_max(self, values: Values) -> Values:
-        if self.host is not None:
-            return self.host._allreduce_max(values)
         return self._reduce(values, hvd.Max)
 
     def _broadcast(self, values: Values) -> Values:
-        if self.host is not None:
-            return self.host._broadcast(values)
         return self._reduce(values if self.rank == 0 else np.zeros_like(values), hvd.Sum)
 
     def _reduce(self, values: Values, op: Any) -> Values:
-        # One name and one kind for all: ranks that are in different operations are told so by
-        # Horovod, which to names of its own for each would answer by waiting.
+        # All small vectors share one name and one kind of collective. So Horovod raises an error if
+        # ranks are in different operations. If each had its own name, Horovod would wait for ever.
         with self._explained():
             handle = hvd.allreduce_async(
                 torch.from_numpy(values),
@@ -126,23 +137,20 @@ class HorovodCommunicator(Communicator):
             )
             return _finished(handle)
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
-        if self.host is not None:
-            return self.host._deliver(data, out, length, source, to)
         splits = torch.zeros(self.size, dtype=torch.int32, device="cpu")
         if data is not None:
             splits[to] = length
         received, _ = hvd.alltoall(
             torch.empty(0, dtype=torch.uint8, device="cpu") if data is None else data,
             splits,
-            name=f"{self._name}.deliver",
+            name=f"{self._name}.send",
             process_set=self._process_set,
         )
         if out is not None:
             out.copy_(received)
-        return None
 
     def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
         joined, lengths = hvd.alltoall(
@@ -174,7 +182,7 @@ class HorovodCommunicator(Communicator):
 
 
 def _finished(handle: Any) -> Tensor:
-    """The result of one of Horovod's collectives; its errors are raised here."""
+    """Waits for a collective of Horovod and returns its result. Raises its errors."""
     while not hvd.mpi_enabled() and not hvd.poll(handle):
         time.sleep(NAP)
     return hvd.synchronize(handle)  # type: ignore[no-any-return]
@@ -183,7 +191,7 @@ def _finished(handle: Any) -> Tensor:
 def horovod_communicator(process_set: Any) -> Communicator:
     """The communicator of a process set. Collective over its ranks.
 
-    A rank that is not in the set trains by itself, as with Horovod, and gets a group of one.
+    A rank outside of the set trains by itself, as with Horovod. It gets a group of one rank.
     """
     if not process_set.included() or process_set.size() == 1:
         return LocalCommunicator()
@@ -192,7 +200,12 @@ def horovod_communicator(process_set: Any) -> Communicator:
 
 
 def _mpi_communicator(process_set: Any, agree: Communicator) -> MpiCommunicator | None:
-    """mpi4py's view of the set, if every rank has it and it numbers the ranks as Horovod does."""
+    """The same ranks through mpi4py. None if mpi4py is unavailable or numbers ranks differently.
+
+    Args:
+        process_set: the ranks.
+        agree: a communicator of these ranks, through which they agree on the answer.
+    """
     if not (hvd.mpi_enabled() and hvd.mpi_threads_supported()):
         return None
     ranks = process_set.ranks
@@ -209,9 +222,9 @@ _announcing: weakref.WeakSet[MpiCommunicator] = weakref.WeakSet()
 
 
 def _announce_joins(host: MpiCommunicator) -> None:
-    """Has other ranks told when this one calls `hvd.join()`.
+    """Wraps `hvd.join`, so that other ranks are told when this rank calls it.
 
-    Horovod then answers for it, but only in collectives of its own.
+    Horovod then takes part for this rank in its own collectives, but not in those of `host`.
     """
     _announcing.add(host)
     original = hvd.join
@@ -221,22 +234,22 @@ def _announce_joins(host: MpiCommunicator) -> None:
     @functools.wraps(original)
     def join(*args: Any, **kwargs: Any) -> Any:
         for communicator in list(_announcing):
-            communicator.join()
+            communicator.announce_join()
         return original(*args, **kwargs)
 
     hvd.join = join
 
 
 def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup:
-    """The ranks that share one history with this one. Collective over `comm`.
+    """The ranks that share one history with this rank. Collective over `comm`.
 
     Args:
         comm: `horovod_communicator(process_set)`.
         process_set: the ranks that train together.
-        wanted: `AndersonConfig.shard_group`, the same kind of it on all ranks.
+        wanted: `AndersonConfig.shard_group`, of the same kind on all ranks.
 
     Raises:
-        ConfigError: on every rank; they cannot be split in this way.
+        ConfigError: on every rank, if the ranks cannot be split in this way.
     """
     if comm.size == 1 or (isinstance(wanted, str) and wanted == "world"):
         return ShardGroup(comm)
@@ -254,16 +267,17 @@ def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup
 def _groups_of_nodes(comm: Communicator) -> list[list[int]]:
     if not is_homogeneous():
         raise ConfigError(
-            "Invalid shard_group='node': the nodes of this job run unequal numbers of ranks. Must "
-            "be equal, so that all groups cut the history alike; or shard_group='world'."
+            "Invalid shard_group='node': the nodes of this job run different numbers of ranks. All "
+            "nodes must run the same number, so that all groups divide the history in the same "
+            "way. Otherwise use shard_group='world'."
         )
     nodes = defaultdict(list)
     for rank, host, cross in comm.allgather_object((hvd.rank(), platform.node(), hvd.cross_rank())):
         nodes[host].append((rank, cross))
     groups = []
     for ranks in nodes.values():
-        # Ranks of one local rank are numbered across nodes in their own order, which need not be
-        # that of another local rank; it tells nodes apart where several have one name.
+        # Several nodes may have the same name: then cross ranks tell them apart. Horovod numbers
+        # cross ranks for each local rank separately, so they need not have the same order.
         named = defaultdict(list)
         for rank, cross in ranks:
             named[cross if len(ranks) > hvd.local_size() else None].append(rank)
@@ -281,13 +295,13 @@ def _groups_of_sets(comm: Communicator, wanted: Any) -> list[list[int]]:
             raise ConfigError(
                 f"Invalid shard_group on rank {rank}: its process set "
                 + ("is not registered" if ranks is None else f"of ranks {ranks} leaves it out")
-                + ". Must include it, and be given to hvd.init or hvd.add_process_set first."
+                + ". Must include this rank. Give the set to hvd.init or hvd.add_process_set first."
             )
     groups = sorted({tuple(ranks) for _, ranks in said})
     if sorted(rank for ranks in groups for rank in ranks) != sorted(rank for rank, _ in said):
         raise ConfigError(
-            f"Invalid shard_group: process sets of ranks {[list(ranks) for ranks in groups]}. Must "
-            "split the ranks that train together, each in one of them."
+            f"Invalid shard_group: process sets of ranks {[list(ranks) for ranks in groups]}. Each "
+            "of the ranks that train together must be in exactly one of them."
         )
     _check_sizes("process set", groups)
     return [list(ranks) for ranks in groups]
@@ -297,16 +311,16 @@ def _check_sizes(wanted: str, groups: Any) -> None:
     sizes = sorted({len(ranks) for ranks in groups})
     if len(sizes) > 1:
         raise ConfigError(
-            f"Invalid shard_group={wanted}: groups of {sizes} ranks. Must be of one size, so that "
-            "all groups cut the history alike."
+            f"Invalid shard_group={wanted}: groups of {sizes} ranks. All groups must have the same "
+            "size, so that they divide the history in the same way."
         )
 
 
 def _registered(comm: Communicator, process_set: Any, groups: list[list[int]]) -> list[Any]:
-    """Horovod's process sets of these ranks, made where there are none."""
+    """Horovod's process sets of these ranks. Those that do not exist are added."""
     from horovod.common import process_sets
 
-    # The only way to sets that are there already; the same on every rank.
+    # Horovod has no public way to find existing sets. The answer is the same on every rank.
     table = process_sets._basics._get_process_set_ids_and_ranks()
     known = {tuple(ranks): number for number, ranks in table.items()}
     missing = [ranks for ranks in groups if tuple(ranks) not in known]
@@ -314,8 +328,8 @@ def _registered(comm: Communicator, process_set: Any, groups: list[list[int]]) -
     if missing and not (all(comm.allgather_object(dynamic)) and comm.size == hvd.size()):
         raise ConfigError(
             f"Invalid shard_group='node': Horovod has no process sets of the ranks {missing}. "
-            "Set HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks (not for an "
-            "optimizer on a process set), or give the sets to hvd.init."
+            "Set HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks. If the optimizer "
+            "is on a process set, give the sets to hvd.init instead."
         )
     found = []
     for ranks in groups:

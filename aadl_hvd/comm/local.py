@@ -1,4 +1,4 @@
-"""A group of one rank, and ranks that have yet to meet."""
+"""A group of one rank, and a stand-in for ranks that do not know each other yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aadl_hvd.errors import UnsupportedError
 
 
 class LocalCommunicator(Communicator):
-    """P = 1: every operation returns its argument."""
+    """A group of one rank: every operation returns its argument."""
 
     rank = 0
     size = 1
@@ -39,9 +39,10 @@ class LocalCommunicator(Communicator):
 
 
 class PendingCommunicator(Communicator):
-    """Ranks of an elastic job before they have met: a new one must not wait for the others yet.
+    """Stands for the ranks of an elastic job before their first `sync()`.
 
-    Every operation raises `UnsupportedError`.
+    A new rank must not wait for the others before that, so every operation raises
+    `UnsupportedError`.
     """
 
     rank = 0
@@ -49,9 +50,9 @@ class PendingCommunicator(Communicator):
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise UnsupportedError(
-            "Invalid use of an optimizer in an elastic job, whose ranks have not met. Must be "
-            "given to aadl_hvd.elastic.TorchState first, and used inside the function that "
-            "hvd.elastic.run wraps."
+            "Invalid use of an optimizer in an elastic job before the ranks have met. Give the "
+            "optimizer to aadl_hvd.elastic.TorchState first, and use it only inside the function "
+            "that hvd.elastic.run wraps."
         )
 
     allgather_object: Any = _refuse

@@ -1,4 +1,4 @@
-"""P ranks in one process, one thread each: for tests, benchmarks and experiments."""
+"""Several ranks in one process, one thread each: for tests, benchmarks and experiments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class _World:
-    """What the threads share: a place to put things and a barrier to wait at."""
+    """What the threads share: one item from each rank, and a barrier."""
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size = size
@@ -31,7 +31,7 @@ class _World:
         self.lock = threading.Lock()
 
     def part(self, index: int, size: int) -> _World:
-        """What a group of these threads shares, the same for all that ask."""
+        """The world of a group of these threads: the same object for all that ask."""
         with self.lock:
             return self.parts.setdefault((index, size), _World(size, self.timeout))
 
@@ -42,7 +42,7 @@ class _World:
 
 
 class SimulatedCommunicator(Communicator):
-    """One of the ranks that `run_ranks` starts."""
+    """A rank that `run_ranks` has started."""
 
     def __init__(self, world: _World, rank: int) -> None:
         self._world = world
@@ -50,7 +50,7 @@ class SimulatedCommunicator(Communicator):
         self.size = world.size
 
     def shard_group(self, count: int) -> ShardGroup:
-        """Of `count` groups of successive ranks, this rank's; `count` divides `size`."""
+        """This rank's group, of `count` groups of successive ranks. `count` divides `size`."""
         size = self.size // count
         index, rank = divmod(self.rank, size)
         group = SimulatedCommunicator(self._world.part(index, size), rank)
@@ -60,13 +60,17 @@ class SimulatedCommunicator(Communicator):
         return [copy.deepcopy(x) for x in self._exchange(item)]
 
     def _exchange(self, item: Any) -> list[Any]:
+        """The items of all ranks, by rank, not copied."""
         try:
             self._world.items[self.rank] = item
             self._world.barrier.wait()
             items = list(self._world.items)
             self._world.barrier.wait()
         except threading.BrokenBarrierError:
-            raise CommunicationError("Another simulated rank failed or did not come.") from None
+            raise CommunicationError(
+                f"Simulated rank {self.rank} waits in vain: another rank has failed, or did not "
+                f"come within {self._world.timeout:g} s."
+            ) from None
         return items
 
     def _allreduce_sum(self, values: Values) -> Values:
@@ -82,12 +86,12 @@ class SimulatedCommunicator(Communicator):
         return torch.cat(self._exchange(block.clone()))
 
     def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
-        """In three or four, as there is no reason to: so that those who use them are tried."""
+        """In three or four pieces, only so that tests exercise the code that uses pieces."""
         whole, rows = self.allgather(block).view(self.size, -1), max(1, block.numel() // 3)
         for first in range(0, block.numel(), rows):
             yield first, whole[:, first : first + rows].clone()
 
-    def _deliver(
+    def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
     ) -> None:
         sent = self._exchange(None if data is None else data.clone())[source]
@@ -108,11 +112,12 @@ def run_ranks(size: int, program: Callable[[Communicator], T], timeout: float = 
 
     Args:
         size: P, at least 1.
-        program: called once per rank, in a thread of its own.
+        program: called once for each rank, in a thread of its own.
         timeout: seconds that a rank waits for the others in a collective.
 
     Raises:
-        Exception: the first error that a rank raised of its own; the others are released.
+        Exception: the error of the first rank that failed by itself. The ranks that waited for it
+            get a `CommunicationError`.
     """
     world = _World(size, timeout)
 

@@ -1,19 +1,43 @@
-"""Decisions about accelerated points, each with its cause. Pure: the numbers come from outside."""
+"""Every decision about an accelerated point, and its cause.
+
+In the order of a step: is there a system to solve, does it stand out of the noise, is acceleration
+paused, does the update point downhill, and, one step later, was the point good. All numbers come
+out of reductions, so that every rank decides the same.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from aadl_hvd.core.solve import Matrix, Vector
-from aadl_hvd.schema import entries, instance, integer, listed, number, optional, sequence
-from aadl_hvd.stats import Rejection
+from aadl_hvd.checkpoint.shard_state import BackoffState, ResidualTrial, TrialState
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.chunking import chunked_dot
+from aadl_hvd.core.collectives import Collectives
+from aadl_hvd.core.fixed_point import FixedPoint
+from aadl_hvd.core.loss_check import LossCheck
+from aadl_hvd.core.noise import NoiseMeter, stands_out, variance_from_history
+from aadl_hvd.core.numerics import plain_numerics
+from aadl_hvd.core.shard import WeightShard
+from aadl_hvd.core.solve import Matrix, System, Vector
+from aadl_hvd.stats import Rejection, Stats
+
+
+class Rejected(Exception):
+    """The base optimizer's step stays in place.
+
+    Attributes:
+        cause: why; None where nothing was proposed.
+    """
+
+    def __init__(self, cause: Rejection | None = None) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 @dataclasses.dataclass
@@ -21,7 +45,7 @@ class Trial:
     """An accelerated step that the next residual has yet to confirm (Algorithm 1, line 20).
 
     Attributes:
-        base_rows: this rank's block of the weights the base optimizer had reached, [rows].
+        base_rows: this rank's rows of the weights that the base step had reached, [rows].
         undo: the base optimizer's state then, for `FixedPoint.restore`.
         norm: ||r^k|| of the step that was accelerated, in units of the learning rate.
     """
@@ -32,43 +56,43 @@ class Trial:
 
 
 class Backoff:
-    """When to try at all: after bad experience, attempts are left out for a while.
+    """Pauses acceleration after bad experience.
 
-    A rejection by loss leaves out the next `FIRST` attempts, twice as many with every further one
-    in a row, up to `LONGEST`. Where descent rejects more than `STUCK` of some 30 attempts, the
-    iteration is near a saddle that acceleration would keep it at: `LONGEST` are left out.
+    A rejection by loss leaves out the next `FIRST` acceleration steps, and twice as many with
+    every further one in a row, up to `LONGEST`. If descent rejects more than `STUCK` of some 30
+    acceleration steps, the iteration is near a saddle, at which acceleration would keep it. Then
+    `LONGEST` steps are left out.
 
-    Everything it hears of has come out of reductions: it is the same on every rank.
+    Its inputs come out of reductions: it is the same on every rank.
     """
 
-    FIRST = 4
-    LONGEST = 64
+    FIRST = BackoffState.FIRST
+    LONGEST = BackoffState.LONGEST
     STUCK = 0.5
-    MEMORY = 0.97  # of the share of attempts that descent rejects, per attempt
-    STATE = sequence(integer(0, LONGEST), integer(FIRST, LONGEST), number(0.0, 1.0))  # see `state`
+    MEMORY = 0.97  # of the share that descent rejects, per acceleration step
 
     def __init__(self) -> None:
         self._left_out, self._next = 0, self.FIRST
         self._rejected = 0.0
 
-    def state(self) -> list[float]:
-        """All it knows, in plain types."""
-        return [self._left_out, self._next, self._rejected]
+    def state(self) -> BackoffState:
+        """All it knows."""
+        return BackoffState(left_out=self._left_out, following=self._next, rejected=self._rejected)
 
-    def take(self, state: list[float]) -> None:
-        """Takes in what `state` returned."""
-        left_out, following, self._rejected = state
-        self._left_out, self._next = int(left_out), int(following)
+    def load_state(self, state: BackoffState) -> None:
+        """Loads what `state` returned."""
+        self._left_out, self._next = state.left_out, state.following
+        self._rejected = state.rejected
 
     def ready(self) -> bool:
-        """Whether this attempt is to be made; counts it if not."""
+        """Whether this acceleration step is tried. One that is left out is counted."""
         if self._left_out == 0:
             return True
         self._left_out -= 1
         return False
 
     def judged_by_loss(self, rejected: bool) -> None:
-        """Hears the verdict on an accepted point."""
+        """Notes the verdict on an accepted point."""
         if not rejected:
             self._next = self.FIRST
             return
@@ -76,188 +100,231 @@ class Backoff:
         self._next = min(2 * self._next, self.LONGEST)
 
     def judged_by_descent(self, rejected: bool) -> None:
-        """Hears what became of an attempt."""
+        """Notes whether an update pointed uphill."""
         self._rejected = self.MEMORY * self._rejected + (1.0 - self.MEMORY) * rejected
         if self._rejected > self.STUCK:
             self._left_out, self._rejected = self.LONGEST, 0.0
 
 
-_MEDIAN = 0.4549  # of the square of a normal variable of variance 1
+class Acceptance:
+    """Decides on the points of one rank's optimizer; the same on every rank.
 
+    Args:
+        config: settings.
+        collectives: of the ranks that train together.
+        stats: timers and counters.
 
-class LossWatch:
-    """Judges an accelerated step by the loss of the next ordinary forward pass.
-
-    A step in which every rank has said its loss and a point was accepted is on trial; the next
-    step's losses decide: where they are higher than before by more than their own spread, the
-    point is rejected.
-
-    What decides has come out of reductions, so that it is the same on every rank; only the trial
-    itself may be missing on a rank that has loaded a checkpoint since.
+    Attributes:
+        noise: measures the noise of the gradient.
+        losses: the lagged loss check.
+        backoff: pauses.
+        trial: the accelerated step that the next residual judges; None: there is none.
     """
 
-    PAYLOAD = 3
-    # In standard deviations of the difference of two losses.
-    TOLERANCE = 2.0
-    ROUNDING = 1e-6  # relative; losses are float32, and at rest they only round differently
-    SPREADS = 20  # of late, that a loss's own spread is the median of
-    # What `state` and `part` return; losses may be what they will.
-    STATE = entries(
-        {
-            **{"observed": instance(bool), "verdict_due": instance(bool)},
-            **{"loss": number(finite=False), "tolerance": number(0.0, finite=False)},
-        }
-    )
-    PART = entries(
-        {
-            "losses": listed(listed(number(finite=False)), most=2),
-            "variances": listed(number(0.0), most=SPREADS),
-            "last_difference": optional(number(finite=False)),
-        }
-    )
+    def __init__(self, config: AndersonConfig, collectives: Collectives, stats: Stats) -> None:
+        self._config, self._collectives, self._stats = config, collectives, stats
+        self.noise, self.losses, self.backoff = NoiseMeter(), LossCheck(), Backoff()
+        self.trial: Trial | None = None
+        self._ready = True
+        self._shard: WeightShard
+        self._base_rows: Tensor | None = None
+        self._base_loss = math.nan
 
-    def __init__(self) -> None:
-        self.observed = False
-        self.verdict_due = False
-        self._given: list[float | Tensor] = []
-        self._losses: list[list[float | Tensor]] = []  # of the last step and of this one
-        self._variances: deque[float] = deque(maxlen=self.SPREADS)
-        self._last_difference: float | None = None
-        self._after_base_step = True
-        self._loss = math.nan
-        self._tolerance = 0.0
-        self._trial: Tensor | None = None
+    def use(self, shard: WeightShard) -> None:
+        """Goes on with other rows. What was on trial is forgotten."""
+        self._shard, self._base_rows = shard, None
 
-    @property
-    def on_trial(self) -> bool:
-        """Whether this rank knows the way back."""
-        return self._trial is not None
+    def base_rows(self) -> Tensor:
+        """Memory for the rows of the base step, [rows]."""
+        if self._base_rows is None:
+            self._base_rows = self._shard.empty()
+        return self._base_rows
 
-    def observe(self, loss: float | Tensor) -> None:
-        """Takes note of this rank's loss at the present weights; the mean, if called again."""
-        self._given.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+    def clear(self) -> None:
+        """Forgets what belongs to the history: the trial, the noise of the last steps."""
+        self.trial = None
+        self.losses.drop_trial()
+        self.noise.clear()
 
-    def next_step(self) -> None:
-        """Begins a step: what was observed belongs to it."""
-        self._after_base_step = not self.verdict_due
-        given, self._given = self._given, []
-        self._losses = [*self._losses[-1:], given]
+    def trial_state(self) -> TrialState | None:
+        """What is on trial, in host memory; None: nothing."""
+        trial, base = self.trial, self.losses.trial
+        if trial is None and base is None:
+            return None
+        residual, rows = None, base
+        if trial is not None:
+            residual = ResidualTrial(norm=trial.norm, undo=_on_host(trial.undo))
+            rows = trial.base_rows if base is None else base
+        assert rows is not None
+        return TrialState(base=rows.cpu().clone(), residual=residual, loss=base is not None)
 
-    def unread(self) -> list[Tensor]:
-        """Losses, [] each, that are numbers on the device yet: asking for each would be a wait."""
-        return [loss for losses in self._losses for loss in losses if isinstance(loss, Tensor)]
-
-    def read(self, numbers: Iterable[Vector]) -> None:
-        """Takes in what `unread` returned, [1] each."""
-        known = iter(numbers)
-        self._losses = [
-            [float(next(known)[0]) if isinstance(loss, Tensor) else loss for loss in losses]
-            for losses in self._losses
-        ]
-
-    def payload(self) -> Vector:
-        """[3] numbers to be summed over ranks: this rank's loss, whether it has one, its spread."""
-        before, now = [[], *self._losses][-2:]
-        if not now:
-            return np.zeros(self.PAYLOAD)
-        loss = _mean(now)
-        self._losses[-1] = [loss]  # a number from here on: asking a GPU for it is a wait
-        if before and self._after_base_step:
-            self._note_spread(loss - _mean(before))
-        spread = float(np.median(self._variances)) / _MEDIAN if self._variances else 0.0
-        return np.array([loss, 1.0, spread])
-
-    def _note_spread(self, difference: float) -> None:
-        # Successive differences of a smooth curve are nearly equal, whatever its slope.
-        last, self._last_difference = self._last_difference, difference
-        if last is None:
+    def load_trial(self, state: TrialState | None) -> None:
+        """Goes on with what `trial_state` returned."""
+        if state is None:
             return
-        # A product, for a power of floats raises where it overflows, and on this rank alone.
-        square = (difference - last) * (difference - last)
-        if math.isfinite(square):
-            self._variances.append(square / 4.0)
+        base_rows = self.base_rows().copy_(state.base)
+        if state.residual is not None:
+            self.trial = Trial(base_rows, state.residual.undo, state.residual.norm)
+        if state.loss:
+            self.losses.start_trial(base_rows)
 
-    def event(self, sums: Vector, size: int) -> None:
-        """Takes the sums of `payload` in an accelerated step."""
-        loss, count, spread = (float(x) for x in sums)
-        self.observed = count == size and math.isfinite(loss)
-        self._loss = loss / size
-        # Of the mean over ranks, and of the difference of two.
-        self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
-        self._tolerance += self.ROUNDING * abs(self._loss)
+    # Before the solve
 
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank, in plain types."""
-        return {
-            "observed": self.observed,
-            "verdict_due": self.verdict_due,
-            "loss": self._loss,
-            "tolerance": self._tolerance,
-        }
+    def begin(self) -> None:
+        """Begins an acceleration step, after its reduction."""
+        self._ready = self.backoff.ready()
 
-    def part(self) -> dict[str, Any]:
-        """What this rank alone knows of its losses, in plain types."""
-        return {
-            "losses": [[float(loss) for loss in losses] for losses in self._losses],
-            "variances": list(self._variances),
-            "last_difference": self._last_difference,
-        }
+    def columns(self, system: System) -> list[int]:
+        """The columns to solve with, counted from the oldest.
 
-    @property
-    def trial(self) -> Tensor | None:
-        """What `try_out` was given, where a point is on trial."""
-        return self._trial
-
-    def take(self, state: dict[str, Any], part: dict[str, Any] | None) -> None:
-        """Takes in what `state` returned, and `part` on this rank where that is known.
-
-        What was observed for the step to come stays. A trial has to be put in by `try_out`.
+        Raises:
+            Rejected: there is nothing to solve, nothing stands out of the noise, or acceleration
+                is paused.
         """
-        self.observed, self.verdict_due = state["observed"], state["verdict_due"]
-        self._loss, self._tolerance = state["loss"], state["tolerance"]
-        self._trial = None
-        if part is not None:
-            self._losses = [list(losses) for losses in part["losses"]]
-            self._last_difference = part["last_difference"]
-            self._variances = deque(part["variances"], maxlen=self.SPREADS)
+        gram, b, rr = system
+        if len(b) == 0:
+            raise Rejected  # fewer than two pairs
+        if (cause := judge_system(gram, b, rr)) is not None:
+            raise Rejected(cause)
+        columns = self._clear_of_noise(gram, rr)
+        if not columns:
+            raise Rejected(Rejection.NOISE)
+        if not self._ready:
+            raise Rejected(Rejection.BACKOFF)
+        return columns
 
-    def try_out(self, base_rows: Tensor) -> None:
-        """Puts an accepted point on trial.
+    def _clear_of_noise(self, gram: Matrix, rr: float) -> list[int]:
+        """The columns that stand out of the noise; none where the residual does not."""
+        columns, gate = list(range(len(gram))), self._config.noise_gate
+        if gate is None:
+            return columns
+        measured = self.noise.measurement
+        by_gradients = measured is not None
+        if measured is None:
+            guess = variance_from_history(gram)
+            if guess is None:  # it is too early to say, and unknown noise is too much
+                return []
+            measured = guess, rr
+        variance, squared = measured
+        if self._config.residual == "gradient":
+            squared = rr
+        # A guess is a median already. Columns are judged by what was measured now: when steps are
+        # short they are small beside r, and one bad measurement would keep them out for long.
+        steadied = self.noise.steadied(variance, squared) if by_gradients else variance
+        self._stats.note_noise(steadied, squared, gate)
+        if not stands_out(squared, steadied, gate):
+            return []
+        if by_gradients and self._config.residual != "gradient":
+            return columns  # columns are in other units than the noise
+        return [i for i in columns if gram[i, i] > 2.0 * gate * variance]
+
+    # After the update
+
+    def check_update(self, slope: float) -> None:
+        """Judges an update by slope = <w+ - w, r>.
+
+        Raises:
+            Rejected: it is not finite, or points uphill.
+        """
+        cause = judge_update(slope, self._config.safeguard)
+        self.backoff.judged_by_descent(cause is Rejection.DESCENT)
+        if cause is not None:
+            raise Rejected(cause)
+
+    def keep_base_step(self, problem: FixedPoint, norm: float) -> None:
+        """Keeps what a trial goes back to, before the point is published.
+
+        Collective with safeguard="loss".
 
         Args:
-            base_rows: this rank's block of the weights the base optimizer had reached, [rows].
+            problem: at the weights of the base step.
+            norm: ||r|| of this step.
         """
-        self.verdict_due, self._trial = True, base_rows
+        safeguard = self._config.safeguard
+        if safeguard not in ("residual", "loss") and not self.losses.observed:
+            return
+        base_rows = problem.read(*self._shard.rows, self.base_rows())
+        if safeguard == "residual":
+            self.trial = Trial(base_rows, problem.snapshot(), norm)
+        if safeguard == "loss":
+            self._base_loss = self._mean_loss(problem)
 
-    def drop_trial(self) -> None:
-        """Forgets the way back; the next verdict will be that nothing is known."""
-        self._trial = None
+    def start_trial(self, problem: FixedPoint) -> None:
+        """Puts the published point on trial; with safeguard="loss" it is judged now.
 
-    def verdict(self, sums: Vector, size: int, backoff: Backoff) -> Tensor | None:
-        """Takes the sums of `payload` and `on_trial` in the step after.
+        Raises:
+            Rejected: its loss is higher. The base step is in place again.
+        """
+        if self._config.safeguard == "loss":
+            cause = judge_loss(self._base_loss, self._mean_loss(problem))
+            if cause is not None:
+                self._shard.publish(problem, self.base_rows())
+                raise Rejected(cause)
+        if self.losses.observed:
+            self.losses.start_trial(self.base_rows())
+
+    # One step later
+
+    def settle_loss_trial(self, problem: FixedPoint, same_problem: bool) -> Tensor | None:
+        """Judges the last accelerated step by the losses now, and goes back if it was bad.
+
+        Collective.
+
+        Args:
+            problem: at the point on trial.
+            same_problem: whether it is still the problem of the trial.
 
         Returns:
-            What `try_out` was given, to go back to, or None if the point stays.
+            The rows that this rank went back to, None if the point stays.
         """
-        loss, count, _, trials = (float(x) for x in sums)
-        trial, self._trial = self._trial, None
-        self.verdict_due = False
-        if trial is None or trials < size or count < size:
-            return None
-        rejected = not loss / size <= self._loss + self._tolerance
-        backoff.judged_by_loss(rejected)
-        if not rejected:
-            return None
-        self._losses[-1] = []  # of a point that never was: the way from there is no spread
-        return trial
+        with plain_numerics(problem.device), self._stats.timed("safeguard"):
+            if not same_problem:
+                self.losses.drop_trial()
+            sums = self._collectives.loss_verdict(self.losses.verdict_payload())
+            rejected, base_rows = self.losses.verdict(sums, self._collectives.size)
+            if rejected is not None:
+                self.backoff.judged_by_loss(rejected)
+            if base_rows is None:
+                return None
+            self._shard.publish(problem, base_rows)
+            self.trial = None  # of the same step
+            self._stats.rejected[Rejection.LOSS.value] += 1
+            return base_rows
 
+    def settle_residual_trial(self, problem: FixedPoint, r: Tensor) -> Tensor | None:
+        """Judges the last accelerated step by the residual now, and goes back if it was bad.
 
-def _mean(losses: list[float | Tensor]) -> float:
-    return sum(float(loss) for loss in losses) / len(losses)
+        The paper's Algorithm 1, lines 19 to 24. Collective.
+
+        Args:
+            problem: after the base step from the point on trial.
+            r: its residual, [rows].
+
+        Returns:
+            The rows that this rank went back to, None if the point stays.
+        """
+        trial, self.trial = self.trial, None
+        with self._stats.timed("safeguard"):
+            partial = float(chunked_dot(r, r, self._shard.sharding.counted))
+            values = np.array([partial, trial is not None])
+            squared, trials = self._collectives.residual_verdict(values)
+            if trial is None or trials < self._collectives.size:
+                return None  # nothing to judge, or not on all ranks
+            if judge_residual(trial.norm, math.sqrt(squared)) is None:
+                return None
+            self._shard.publish(problem, trial.base_rows)
+            problem.restore(trial.undo)
+            self._stats.rejected[Rejection.RESIDUAL.value] += 1
+            return trial.base_rows
+
+    def _mean_loss(self, problem: FixedPoint) -> float:
+        with self._stats.timed("safeguard"):
+            loss = self._collectives.closure_loss(np.array([problem.loss()]))
+            return float(loss[0]) / self._collectives.size
 
 
 def judge_system(gram: Matrix, b: Vector, rr: float) -> Rejection | None:
-    """Whether there is a least-squares problem to solve at all."""
+    """Why there is no least-squares problem to solve; None: there is one."""
     if not (np.isfinite(gram).all() and np.isfinite(b).all() and math.isfinite(rr)):
         return Rejection.NONFINITE
     if rr == 0.0 or not gram.any():
@@ -266,7 +333,7 @@ def judge_system(gram: Matrix, b: Vector, rr: float) -> Rejection | None:
 
 
 def judge_update(slope: float, safeguard: str) -> Rejection | None:
-    """Whether the update points downhill; slope is <w+ - w, r>, r being minus a gradient."""
+    """Why an update is rejected; slope is <w+ - w, r>, r being minus a gradient."""
     if not math.isfinite(slope):
         return Rejection.NONFINITE
     if safeguard == "descent" and slope <= 0.0:
@@ -275,10 +342,17 @@ def judge_update(slope: float, safeguard: str) -> Rejection | None:
 
 
 def judge_loss(base: float, accelerated: float) -> Rejection | None:
-    """Whether the accelerated point is as good as the base optimizer's; NaN is not."""
+    """Why a point is no better than the base optimizer's, by their losses; NaN is no better."""
     return None if accelerated <= base else Rejection.LOSS
 
 
 def judge_residual(before: float, after: float) -> Rejection | None:
-    """The paper's criterion: the norm of the residual must fall; NaN has not fallen."""
+    """The paper's criterion: the norm of the residual must fall. NaN has not fallen."""
     return None if after < before else Rejection.RESIDUAL
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory of nested dicts of tensors and plain types."""
+    if isinstance(value, dict):
+        return {key: _on_host(entry) for key, entry in value.items()}
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -1,281 +1,195 @@
-"""Averages of the weights, on one rank's rows.
-
-The paper's moving average replaces the weights and training goes on from it; the running averages
-are for evaluation and leave training alone.
-"""
+"""Running averages of the weights for evaluation, on one rank's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
-from aadl_hvd.core.history import chunks
+from aadl_hvd.checkpoint.shard_state import AveragesState
+from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.solve import Vector
-from aadl_hvd.schema import entries, integer, listed, number
-
-
-class MovingAverage:
-    """The last t iterates (Eq. 11), in a ring buffer of t * rows numbers.
-
-    Args:
-        window: t, at least 2.
-        rows: number of rows of this rank.
-        dtype: float32 or float64.
-        device: where the parameters are.
-    """
-
-    def __init__(self, window: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._iterates = torch.zeros((window, rows), dtype=dtype, device=device)
-        self._pushed = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether t iterates have been seen: before that, nothing is averaged."""
-        return self._pushed >= self._iterates.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated on this rank."""
-        return self._iterates.numel() * self._iterates.element_size()
-
-    def clear(self) -> None:
-        """Forgets all iterates."""
-        self._pushed = 0
-
-    def push(self, w: Tensor) -> None:
-        """Adds an iterate [rows]; the oldest one leaves."""
-        self._iterates[self._pushed % self._iterates.shape[0]].copy_(w)
-        self._pushed += 1
-
-    def replace_last(self, w: Tensor) -> None:
-        """Puts `w` in place of the newest iterate (the sequence goes on from the average)."""
-        self._iterates[(self._pushed - 1) % self._iterates.shape[0]].copy_(w)
-
-    def part(self) -> tuple[int, Tensor]:
-        """Iterates seen; those of the window from the oldest, [at most t, rows], on the host."""
-        window = self._iterates.shape[0]
-        first = max(0, self._pushed - window)
-        return self._pushed, self._iterates[[i % window for i in range(first, self._pushed)]].cpu()
-
-    def take(self, pushed: int, iterates: Tensor) -> None:
-        """Takes in what `part` returned, of this window or another."""
-        window = self._iterates.shape[0]
-        newest = iterates[-window:]
-        # Places in the ring are kept: the order of a sum decides its last bit.
-        self._pushed = pushed if len(newest) == window else len(newest)
-        for i, w in enumerate(newest, self._pushed - len(newest)):
-            self._iterates[i % window].copy_(w)
-
-    def mean(self) -> Tensor:
-        """The average of the window, [rows] (Eq. 11)."""
-        return self._iterates.mean(dim=0)
-
-    def spread(self) -> Tensor:
-        """max over this rank's rows of sqrt(S) (Eq. 15), a tensor []; 0 where there are no rows.
-
-        S is computed as the mean of squared deviations: equal to Eq. 15, without its cancellation.
-        """
-        if self._iterates.shape[1] == 0:
-            return self._iterates.new_zeros(())
-        largest = []
-        for rows in chunks(self._iterates[0]):  # torch.var took 100 times as long
-            window = self._iterates[:, rows]
-            largest.append((window - window.mean(dim=0)).square_().mean(dim=0).max())
-        return torch.stack(largest).max().sqrt()
 
 
 class WeightAverages:
-    """Running averages of the iterates, for evaluation; training never sees them.
+    """Running exponential averages of the iterates. Training does not use them.
 
-    Several exponential ones at once, by their decay factors per step. Fed in accelerated steps only, where the rows are at hand anyway. With each goes the
-    average of the residuals, because for a quadratic loss, r being minus its gradient,
+    There can be several, each with a decay factor per step. They take in an iterate in each
+    acceleration step, where the rows are at hand anyway. Each averages the residuals too. If the
+    loss is quadratic and r is minus its gradient, then
 
         f(w) - f(avg w) = 1/2 <r + avg r, avg w - w>
 
-    (the trapezoidal rule): the gain of every average is known without a forward pass, up to noise,
-    which is smoothed over about 20 steps. Memory: 2 rows an average.
+    by the trapezoidal rule. So the gain of every average is known without a forward pass, up to
+    noise. The noise is smoothed over about 20 steps. Memory: 2 * rows numbers for each average.
 
     Args:
-        kinds: decay factors in (0, 1).
-        every: steps between two calls of `push`.
+        decays: decay factors per step, in (0, 1).
+        every: number of steps between two calls of `push`.
         rows: number of rows of this rank.
         dtype: float32 or float64.
         device: where the parameters are.
 
     Attributes:
-        use_kernels: whether `kernels` do the work; the same on every rank, or averages of two groups
-            would differ by rounding.
-        count: iterates taken in.
-        parts: each of the averages.
+        decays: the decay factors.
+        use_kernels: whether `kernels` do the work. It must be the same on every rank: results
+            differ by rounding, so averages would differ between groups of ranks.
+        count: number of iterates taken in.
+        summed: gains [len(decays)] of the last reduction.
+
+    Implements `reduction.Payload`.
     """
 
-    SMOOTHING = 0.95
-    STATE = entries(  # what `state` returns
-        {
-            **{"kinds": listed(number(0.0)), "every": integer(1), "gains": listed(number())},
-            **{"measured": integer(), "count": integer()},
-        }
-    )
+    part = "average"
+    SMOOTHING = 0.95  # of the gains, per step
 
     def __init__(
         self,
-        kinds: Sequence[float],
+        decays: Sequence[float],
         every: int,
         rows: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.kinds = tuple(kinds)
+        self.decays = tuple(decays)
         self._every = every
-        self.parts = [_Average(kind, every, rows, dtype, device) for kind in self.kinds]
+        self._means = torch.zeros((len(self.decays), 2, rows), dtype=dtype, device=device)  # w, r
         self.use_kernels = False
-        self._gains: Vector = np.zeros(len(self.kinds))
+        self._gains: Vector = np.zeros(len(self.decays))
         self._measured = self.count = 0
+        self.summed: Vector = np.zeros(len(self.decays))
+        self._iterate: tuple[Tensor, Tensor, slice]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated on this rank."""
-        return sum(average.nbytes for average in self.parts)
+        return self._means.numel() * self._means.element_size()
 
     @property
     def gains(self) -> dict[float, float]:
         """f(w) - f(avg w) of each average as measured, the same on every rank; NaN: unknown."""
         weight = 1.0 - self.SMOOTHING ** (self._every * self._measured)
-        gains = self._gains / weight if weight else np.full(len(self.kinds), np.nan)
-        return dict(zip(self.kinds, gains.tolist(), strict=True))
+        gains = self._gains / weight if weight else np.full(len(self.decays), np.nan)
+        return dict(zip(self.decays, gains.tolist(), strict=True))
 
     def partial_gains(self, w: Tensor, r: Tensor, part: slice = slice(None)) -> Tensor:
-        """This rank's part of the gains over an iterate and its residual, [rows] each.
+        """This rank's contribution to the gains at an iterate, to be summed over ranks.
 
-        The sum is over rows `part` alone. [kinds] float64, on the device.
-        """
-        if not self.parts:
-            return torch.empty(0, dtype=torch.float64, device="cpu")
-        if not self.count:  # nothing to compare with, but `push` is to know if w is finite
-            largest = w.abs().max() if w.numel() else w.new_zeros(())
-            return (0.0 * largest).double().expand(len(self.kinds))
-        # 1/2 <r + avg r, avg w - w>
-        if self.use_kernels:
-            sums = [average.sums for average in self.parts]
-            first, end, _ = part.indices(w.numel())
-            return kernels.gains(w, r, sums, slice(first, end)).mul_(0.5)
-        # Chunks outside, so that w and r are read once.
-        zero = w.new_zeros(len(self.parts), dtype=torch.float64)
-        parts = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
-        return torch.stack(parts).sum(dim=0).mul_(0.5)
-
-    def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
-        """Takes in an iterate and its residual, [rows] each.
+        Before the first `push` there is nothing to compare with: all are 0, or NaN if w is not
+        finite.
 
         Args:
-            w: the iterate.
-            r: its residual.
-            gains: `partial_gains` of them, summed over ranks.
+            w: the iterate, [rows].
+            r: its residual, [rows].
+            part: the rows that count.
+
+        Returns:
+            [len(decays)] float64, on the device.
+        """
+        if not self.decays:
+            return torch.empty(0, dtype=torch.float64, device="cpu")
+        if not self.count:  # `push` needs to know whether w is finite
+            largest = w.abs().max() if w.numel() else w.new_zeros(())
+            return (0.0 * largest).double().expand(len(self.decays))
+        # 1/2 <r + avg r, avg w - w>
+        if self.use_kernels:
+            first, end, _ = part.indices(w.numel())
+            return kernels.gains(w, r, [*self._means], slice(first, end)).mul_(0.5)
+        # The loop over the averages is the inner one, so that w and r are read once.
+        zero = w.new_zeros(len(self.decays), dtype=torch.float64)
+        sums = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
+        return torch.stack(sums).sum(dim=0).mul_(0.5)
+
+    def of(self, w: Tensor, r: Tensor, part: slice) -> WeightAverages:
+        """Measures the gains at an iterate in the next reduction; see `partial_gains`."""
+        self._iterate = w, r, part
+        return self
+
+    def pending(self) -> list[Tensor]:
+        """This rank's contribution to the gains, on the device."""
+        return [self.partial_gains(*self._iterate)]
+
+    def pack(self, numbers: list[Vector]) -> Vector:
+        """[len(decays)] numbers to be summed over ranks."""
+        return numbers[0]
+
+    def unpack(self, sums: Vector, size: int) -> None:
+        """Takes in their sums."""
+        self.summed = sums
+
+    def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
+        """Takes in an iterate and its residual, unless the gains are not finite.
+
+        Args:
+            w: the iterate, [rows].
+            r: its residual, [rows].
+            gains: what `partial_gains` returned for them, summed over ranks; [len(decays)].
         """
         if not np.isfinite(gains).all():
             return
-        for average in self.parts:
-            average.begin()
-        if self.use_kernels and self.parts:
-            sums = [average.sums for average in self.parts]
-            kernels.take_in(w, r, sums, [average.weight for average in self.parts])
-        for rows in () if self.use_kernels else chunks(w):
-            for average in self.parts:
-                average.add(w[rows], r[rows], rows)
+        if self.count == 0:
+            self._means.zero_()
         self.count += 1
+        weights = self._weights()
+        if self.use_kernels and self.decays:
+            kernels.add_to_means(w, r, [*self._means], weights)
+        pairs = [
+            (mean, new, weight)
+            for means, weight in zip(self._means, weights, strict=True)
+            for mean, new in zip(means, (w, r), strict=True)
+        ]
+        for rows in () if self.use_kernels else chunks(w):
+            for mean, new, weight in pairs:
+                mean[rows].lerp_(new[rows], weight)
         if self.count > 1:
             kept = self.SMOOTHING**self._every
             self._gains = kept * self._gains + (1.0 - kept) * gains
             self._measured += 1
 
-    def mean(self, kind: float) -> Tensor | None:
-        """This rank's rows of an average, [rows]; None if nothing has been taken in yet."""
-        average = self.parts[self.kinds.index(kind)]
-        return average.mean()[0] if self.count else None
+    def mean(self, decay: float) -> Tensor | None:
+        """This rank's rows of an average, [rows]; None if no iterate has been taken in."""
+        return self._means[self.decays.index(decay), 0] if self.count else None
 
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank, in plain types."""
-        return {
-            "kinds": list(self.kinds),
-            "every": self._every,
-            "gains": self._gains.tolist(),
-            "measured": self._measured,
-            "count": self.count,
-        }
+    def state(self) -> AveragesState:
+        """All it knows, with this rank's rows of the averages copied to the host."""
+        return AveragesState(
+            kinds=self.decays,
+            every=self._every,
+            gains=tuple(self._gains.tolist()),
+            measured=self._measured,
+            count=self.count,
+            sums=self._means.to("cpu", copy=True) if self.count else None,
+        )
 
-    def part(self) -> list[Tensor]:
-        """Of each kind this rank's rows, [2, rows], on the host; none if none is known."""
-        return [average.sums.cpu().clone() for average in self.parts] if self.count else []
-
-    def take(self, state: dict[str, Any], part: Sequence[Tensor]) -> bool:
-        """Takes in what `state` and `part` returned.
+    def load_state(self, state: AveragesState) -> bool:
+        """Loads what `state` returned.
 
         Returns:
-            Whether they are of these kinds; if not, all averages begin anew.
+            Whether it contains all these averages; if not, all begin anew.
         """
         self.clear()
-        known = state["every"] == self._every and set(self.kinds) <= set(state["kinds"])
-        if not known or not state["count"]:
+        known = state.every == self._every and set(self.decays) <= set(state.kinds)
+        if not known or state.sums is None:
             return known
-        places = [state["kinds"].index(kind) for kind in self.kinds]
-        self._gains = np.array(state["gains"], dtype=np.float64)[places]
-        self._measured, self.count = state["measured"], state["count"]
-        for average, place in zip(self.parts, places, strict=True):
-            average.count = self.count
-            average.sums.copy_(part[place])
+        indices = [state.kinds.index(decay) for decay in self.decays]
+        self._gains = np.array(state.gains, dtype=np.float64)[indices]
+        self._measured, self.count = state.measured, state.count
+        for means, index in zip(self._means, indices, strict=True):
+            means.copy_(state.sums[index])
         return True
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._gains, self._measured, self.count = np.zeros(len(self.kinds)), 0, 0
-        for average in self.parts:
-            average.count = 0
+        self._gains, self._measured, self.count = np.zeros(len(self.decays)), 0, 0
+
+    def _weights(self) -> list[float]:
+        """Weight of the newest iterate in each mean."""
+        # A plain mean as long as there are too few iterates for the decay factor.
+        return [max(1.0 - decay**self._every, 1.0 / self.count) for decay in self.decays]
 
     def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
-        means = [average.mean(rows) for average in self.parts]
+        means = self._means[:, :, rows]
         return torch.stack([torch.dot(mean[1] + r, mean[0] - w) for mean in means]).double()
-
-
-class _Average:
-    """One running average of w and r.
-
-    Attributes:
-        sums: both, [2, rows].
-    """
-
-    def __init__(
-        self, kind: float, every: int, rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._decay = kind**every
-        self.sums = torch.zeros((2, rows), dtype=dtype, device=device)
-        self.count = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.sums.numel() * self.sums.element_size()
-
-    def begin(self) -> None:
-        """Makes room for an iterate, which `add` is then given chunk by chunk."""
-        if self.count == 0:
-            self.sums.zero_()
-        self.count += 1
-
-    @property
-    def weight(self) -> float:
-        """Weight of the newest iterate in the mean."""
-        # The plain mean as long as there are too few to fill the horizon.
-        return max(1.0 - self._decay, 1.0 / self.count)
-
-    def add(self, w: Tensor, r: Tensor, rows: slice) -> None:
-        """Adds rows of an iterate and of its residual."""
-        for mean, new in zip(self.sums, (w, r), strict=True):
-            mean[rows].lerp_(new, self.weight)
-
-    def mean(self, rows: slice = slice(None)) -> Tensor:
-        """The averages of w and r, [2, rows]."""
-        return self.sums[:, rows]

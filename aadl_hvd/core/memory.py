@@ -1,11 +1,19 @@
-"""How much memory there is, to say before a training starts that a history will not fit."""
+"""How much memory there is and how much is needed: a history that does not fit is refused early."""
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 
 import torch
+
+from aadl_hvd.comm.base import Communicator
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.gram import matrix_bytes
+from aadl_hvd.core.products import working_bytes
+from aadl_hvd.core.sharding import Sharding
+from aadl_hvd.errors import HistoryMemoryError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -24,6 +32,79 @@ _FILES = {
         ("inactive_file", "active_file", "slab_reclaimable"),
     ),
 }
+
+
+def history_bytes(config: AndersonConfig, sharding: Sharding, work: torch.dtype) -> int:
+    """Bytes at most of history and averages on this rank.
+
+    Args:
+        config: settings.
+        sharding: this rank's rows and columns.
+        work: dtype of pairs and averages.
+    """
+    if not config.enabled:
+        return 0
+    lo, hi = sharding.rows
+    stored = 2 * len(sharding.slots) * (config.history_dtype or work).itemsize
+    pairs, window = 4, config.average_window or 0
+    return (hi - lo) * (stored + (pairs + window + 2 * len(config.averages)) * work.itemsize)
+
+
+def forecast(
+    config: AndersonConfig, sharding: Sharding, work: torch.dtype, device: torch.device, ranks: int
+) -> dict[torch.device, int]:
+    """Bytes at most of all that grows with the depth, by device: what stays and what steps use.
+
+    Args:
+        config: settings.
+        sharding: this rank's rows and columns.
+        work: dtype of pairs and averages.
+        device: of the weights.
+        ranks: how many train together.
+    """
+    if not config.enabled:
+        return {}
+    # Columns that are stored between two acceleration steps are multiplied with all others.
+    fresh = min(config.history_depth, config.frequency // config.store_every + 1)
+    needed = {device: history_bytes(config, sharding, work)}
+    needed[device] += working_bytes(sharding, config.history_dtype or work, work, device, fresh)
+    host = torch.device("cpu")
+    needed[host] = needed.get(host, 0) + matrix_bytes(config.history_depth, ranks)
+    return needed
+
+
+def check_fits(needed: dict[torch.device, int], depth: int, comm: Communicator) -> None:
+    """Compares what all ranks need with what is free. Collective.
+
+    Args:
+        needed: what `forecast` returned.
+        depth: m, for the message.
+        comm: the ranks that train together.
+
+    Raises:
+        HistoryMemoryError: on every rank, if the history of any does not fit, or what the steps
+            compute from it.
+    """
+    here = [(own, free_bytes(device), place(device)) for device, own in needed.items()]
+    total: dict[str, int] = {}
+    free: dict[str, float] = {}
+    everybody = [
+        (rank, *entry)
+        for rank, entries in enumerate(comm.allgather_object(here))
+        for entry in entries
+    ]
+    for _, own, left, where in everybody:
+        total[where] = total.get(where, 0) + own
+        free[where] = min(free.get(where, math.inf), math.inf if left is None else left)
+    for rank, own, _, where in everybody:
+        if total[where] > free[where]:
+            raise HistoryMemoryError(
+                f"The history would take {own / 1e9:.3g} GB on rank {rank}, "
+                f"{total[where] / 1e9:.3g} GB with all ranks on {where}, where "
+                f"{free[where] / 1e9:.3g} GB are free. Lower history_depth={depth}, or choose "
+                "history_dtype='bfloat16', averages=() or average_window=None; with "
+                "layout='rows' and shard_group='world' each of P ranks holds one P-th."
+            )
 
 
 def free_bytes(device: torch.device) -> int | None:

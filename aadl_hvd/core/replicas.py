@@ -1,7 +1,9 @@
-"""Whether all ranks still hold the same weights: a checksum, and what its sums over ranks say."""
+"""Whether all ranks hold the same weights, and what is done where they do not."""
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -9,26 +11,177 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import kernels
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.collectives import Collectives
+from aadl_hvd.core.fixed_point import FixedPoint, work_dtype
+from aadl_hvd.core.reduction import COMPARED, compared, equal, numbers_of
 from aadl_hvd.core.solve import Vector
+from aadl_hvd.errors import ReplicaMismatchError
 
-# Numbers at a time: little memory, and few kernels (n is tens of millions).
+# Numbers that are read at a time: little memory, and few kernels (n is tens of millions).
 CHUNK = 2**17
 CHUNK_GPU = 2**22
-PAYLOAD = 4
 PRIME = 2**36 - 5  # two halves of 18 bits, whose squares sum up exactly over 2^16 ranks
-_HALF = 2**18
 
 # Rows [lo, hi) of the flat vector into memory [hi - lo], as `FixedPoint.read`.
 Read = Callable[[int, int, Tensor], Tensor]
 
 
+class Replicas:
+    """Compares the weights of all ranks by a checksum, as a `reduction.Payload`.
+
+    Args:
+        config: settings.
+        collectives: of the ranks that train together.
+
+    Attributes:
+        equal: whether the last comparison found the same weights on all ranks.
+        use_kernels: whether all ranks can use `kernels`, and do.
+        stepped_apart: whether this rank's base optimizer has stepped by itself. Ranks that have
+            get weights and state of those that have not.
+    """
+
+    part = "replicas"
+
+    def __init__(self, config: AndersonConfig, collectives: Collectives) -> None:
+        self._config, self._collectives = config, collectives
+        self.equal = self.use_kernels = self.stepped_apart = False
+        self._were_equal = False  # whether all ranks have ever held the same weights
+        self._warned = False
+        self._checksum: kernels.Checksum | None = None
+        self._problem: FixedPoint
+        self._own = 0
+
+    def of(self, problem: FixedPoint) -> Replicas:
+        """Compares the current weights of `problem` in the next reduction."""
+        self._problem = problem
+        return self
+
+    def pending(self) -> list[Tensor]:
+        """The checksum of this rank's weights, int64 []."""
+        return [self._checksum_of(self._problem)]
+
+    def pack(self, numbers: list[Vector]) -> Vector:
+        """[COMPARED] numbers to be summed over ranks."""
+        self._own = int(numbers[0][0])
+        return compared(self._own)
+
+    def unpack(self, sums: Vector, size: int) -> None:
+        """Takes in their sums."""
+        self.equal = equal(sums, size)
+        if self.equal:
+            self._were_equal, self.stepped_apart = True, False
+
+    def compare(self, problem: FixedPoint) -> bool:
+        """Whether all ranks hold the same weights now. Collective."""
+        sums = self._collectives.agree(self.pack(numbers_of(self.of(problem).pending())))
+        same = equal(sums, self._collectives.size)
+        self._were_equal |= same
+        return same
+
+    def agree(self, problem: FixedPoint, fingerprint: int) -> bool:
+        """Whether all ranks wait to take in the same history; also sets `use_kernels`. Collective.
+
+        Args:
+            problem: what is accelerated.
+            fingerprint: of the pending history of this rank, 0 for none.
+        """
+        # Checksums are those of the memory, which lies on all ranks alike or is read in order.
+        layout = zlib.crc32(repr([t.stride() for t in problem.tensors]).encode())
+        work = work_dtype(problem)
+        able = kernels.usable(problem.device, work, self._config.history_dtype or work)
+        sums = self._collectives.agree(
+            np.concatenate([compared(fingerprint), compared(layout), [able]])
+        )
+        size = self._collectives.size
+        fingerprints, layouts, (able_ranks,) = np.split(sums, [COMPARED, 2 * COMPARED])
+        self.use_kernels = bool(able_ranks == size and equal(layouts, size))
+        return equal(fingerprints, size)
+
+    def settle(self, problem: FixedPoint, step: int) -> None:
+        """Decides what follows from different weights, the same on all ranks. Collective.
+
+        Args:
+            problem: whose weights differ.
+            step: its number, for messages.
+
+        Raises:
+            ReplicaMismatchError: on all ranks, if on_desync="error" and weights were equal before.
+        """
+        found = self._collectives.all_objects((self._own, self.stepped_apart, problem.config_lines))
+        self.stepped_apart = False
+        staying = [rank for rank, (_, apart, _) in enumerate(found) if not apart]
+        if 0 < len(staying) < len(found) and len({found[rank][0] for rank in staying}) == 1:
+            self._resync(problem, staying[0])
+            self._were_equal = True
+            return
+        root, others = outliers([number for number, _, _ in found])
+        named = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+        what = f"Weights of {named} differ from those of rank {root} in step {step}"
+        if self._were_equal and self._config.on_desync == "error":
+            pairs = zip(found[others[0]][2], found[root][2], strict=False)
+            why = "a fault of the machine, or one rank changed them by itself"
+            for there, here in pairs:
+                if there != here:
+                    why = f"rank {others[0]} has {there}, rank {root} has {here}"
+                    break
+            raise ReplicaMismatchError(
+                f"{what}, and were equal before: {why}. Go on from a checkpoint, or choose "
+                "on_desync='resync'."
+            )
+        if self._were_equal:
+            warnings.warn(f"{what}: these ranks get weights and state of rank {root}", stacklevel=6)
+            self._resync(problem, root)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{what}, and were never equal: no acceleration. Call "
+                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training.",
+                stacklevel=6,
+            )
+
+    def _resync(self, problem: FixedPoint, root: int) -> None:
+        """Gives all ranks the weights and the base optimizer's state of one. Collective."""
+        collectives = self._collectives
+        mine = collectives.rank == root
+        state = problem.state_tensors()
+        shapes = collectives.all_objects([tuple(tensor.shape) for tensor in state])
+        if any(other != shapes[root] for other in shapes):
+            raise ReplicaMismatchError(
+                f"Ranks hold optimizer states of different shapes, unlike rank {root}: they cannot "
+                "be made equal. Go on from a checkpoint."
+            )
+        # Sums with zeros: the one large message that all communicators have.
+        flat = torch.zeros(problem.n, dtype=work_dtype(problem), device=problem.device)
+        if mine:
+            problem.read(0, problem.n, flat)
+        problem.write(collectives.from_one_rank(flat))
+        for tensor in state:
+            values = tensor.detach().to(torch.float64).reshape(-1)
+            values = collectives.from_one_rank(values if mine else torch.zeros_like(values))
+            tensor.copy_(values.reshape(tensor.shape))
+
+    def _checksum_of(self, problem: FixedPoint) -> Tensor:
+        if self._collectives.size == 1:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        if not (self.use_kernels and kernels.usable(problem.device)):
+            return checksum(problem.read, problem.n, work_dtype(problem), problem.device)
+        tensors = problem.tensors
+        now = tuple(tensor.numel() for tensor in tensors), problem.device
+        if self._checksum is None or (self._checksum.sizes, self._checksum.device) != now:
+            self._checksum = kernels.Checksum(*now)
+        return self._checksum.of(tensors, PRIME)
+
+
 def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number below 2^36 from the bits of a flat vector: int64, [], on the device.
 
-    Any single bit that differs changes it. One pass over the weights, no wait for the device.
+    Any single bit that differs changes it. The weights are passed over once, without a
+    synchronization.
 
     Args:
-        read: of the vector.
+        read: reads rows of the vector.
         n: its length.
         dtype: to read it in: float32 or float64, no narrower than what is read.
         device: where it is.
@@ -44,27 +197,15 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
         if (hi - lo) % 2:  # two float32 make one int64
             buffer[hi - lo] = 0.0
         sums.append(buffer[: hi - lo + (hi - lo) % 2].view(torch.int64).sum())
-    # Odd factors, or chunks could change places unseen.
+    # Factors are odd and differ, so that chunks that change places are noticed.
     factors = torch.arange(1, 2 * len(sums), 2, device=device)
     return (torch.stack(sums) * factors).sum().remainder(PRIME)
-
-
-def payload(number: int) -> Vector:
-    """[PAYLOAD] float64 to be summed over ranks with others."""
-    halves = np.array(divmod(number, _HALF), dtype=np.float64)
-    return np.concatenate([halves, halves**2])
-
-
-def equal(sums: Vector, size: int) -> bool:
-    """Whether all of `size` ranks had the same checksum, from the sums of their payload."""
-    first, squares = np.split(sums, 2)
-    return bool((squares * size == first**2).all())  # no variance; both sides round alike
 
 
 def outliers(checksums: Sequence[int]) -> tuple[int, list[int]]:
     """Of all ranks' checksums: a rank that holds what most do, and those that do not.
 
-    Where no checksum is the most frequent, that of the lowest rank counts.
+    If no checksum is the most frequent, that of the lowest rank counts.
     """
     counts = Counter(checksums)
     most = max(counts.values())

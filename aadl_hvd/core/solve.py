@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
+# R^T R [h, h], R^T r [h] and r^T r, for the h columns in use from the oldest to the newest.
+System = tuple[Matrix, Vector, float]
 
 MAX_CONDITION = 1e12
 

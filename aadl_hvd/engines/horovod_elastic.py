@@ -1,11 +1,11 @@
-"""Horovod elastic: ranks come and go, each with its part of the history.
+"""Horovod elastic: ranks come and go, each with its shard of the history.
 
     state = aadl_hvd.elastic.TorchState(model=model, optimizer=opt, epoch=0, batch=0)
 
 and everything else as with `horovod.torch.elastic`, `hvd.elastic.run` included.
 
 What is committed of the optimizer is every rank's own: the base optimizer's state and this rank's
-part of the history. When ranks have come or gone, they tell each other what parts they hold; if
+shard of the history. When ranks have come or gone, they tell each other what shards they hold; if
 these make a whole, each goes to the rank it falls to now, else the history is reset on all. Ranks
 that were there before and new ones enter the same collectives, in `TorchState.sync` alone: a
 distributed optimizer made in an elastic job waits for nobody.
@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl_hvd import checkpoint
-from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.checkpoint import transfer
+from aadl_hvd.checkpoint.shard_state import ShardState
+from aadl_hvd.engines.horovod import DistributedAndersonOptimizer
 from aadl_hvd.errors import CheckpointError, UnsupportedError
 from aadl_hvd.optim import job
-from aadl_hvd.optim.accelerated import anderson_state, connect, meet
+from aadl_hvd.optim.accelerated import AcceleratedOptimizer
+from aadl_hvd.optim.loading import anderson_state
 from aadl_hvd.stats import Reset
 
 try:
@@ -47,11 +49,11 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
 
     Arguments, attributes and methods are Horovod's. What is different:
 
-    - `commit` copies this rank's part of the history to host memory, 2 m n/P numbers and a few
+    - `commit` copies this rank's shard of the history to host memory, 2 m n/P numbers and a few
       more, beside what Horovod copies; `restore` puts back exactly that.
-    - `sync` gives every rank the part that is its own now, and ends with a commit. It is called
+    - `sync` gives every rank the shard that is its own now, and ends with a commit. It is called
       after every change of hosts: Horovod leaves it out where hosts are only removed.
-    - before ranks leave for a change of hosts that was announced, each hands a copy of its part to
+    - before ranks leave for a change of hosts that was announced, each hands a copy of its shard to
       a rank of another host, so that the history survives the loss of one.
 
     What happened to the history is said by rank 0 through the logger "aadl_hvd": level INFO where
@@ -82,37 +84,41 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         optimizer: what `DistributedAndersonOptimizer` returned.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    value: DistributedAndersonOptimizer
+
+    def __init__(self, optimizer: DistributedAndersonOptimizer) -> None:
         super().__init__(optimizer)
-        self._handed: list[dict[str, Any]] = []  # parts of other ranks
+        self._handed: list[dict[str, Any]] = []  # shards of other ranks
         self.save()
 
     def save(self) -> None:
         """Copies what this rank has."""
-        accelerator: Accelerator = self.value.anderson
+        accelerator = self.value.anderson
         self._ranks = accelerator.comm, accelerator.group
-        # The base's state where it is, as Horovod keeps it; the part comes in host memory.
+        # The base's state where it is, as Horovod keeps it; the shard comes in host memory.
         self._saved = copy.deepcopy(_state(self.value))
-        self._part = _part(self.value)
+        self._shard = _shard(self.value)
 
     def restore(self) -> None:
         """Puts back what this rank had, under the sharding of then."""
         self._handed = []
-        connect(self.value, *self._ranks, _calls(self._part))
+        self.value.anderson_engine.connect(*self._ranks, _calls(self._shard))
         # Not the copy itself: torch would go on in its tensors.
-        _load(self.value, copy.deepcopy(self._saved), self._part)
+        _load(self.value, copy.deepcopy(self._saved), self._shard)
 
     def sync(self) -> None:
         """Goes on with the ranks of now, on all of them, in the state of rank 0. Collective."""
         optimizer = self.value
-        own = _part(optimizer)
-        comm, group = meet(optimizer)
+        own = _shard(optimizer)
+        engine = optimizer.anderson_engine
+        comm, group = engine.meet()
         state, calls = _of_rank_0((_state(optimizer), _calls(own)))
-        connect(optimizer, comm, group, calls)
-        problem, accelerator = optimizer._anderson_problem, optimizer.anderson
-        parts = [part for part in (own, *self._handed) if part is not None]
-        history, lost = checkpoint.redistribute(comm, parts, accelerator.share(problem.n))
-        _load(optimizer, state, history)
+        engine.connect(comm, group, calls)
+        problem, accelerator = engine.problem, engine.accelerator
+        held = [shard for shard in (own, *self._handed) if shard is not None]
+        shards = [ShardState.from_dict(shard, "history") for shard in held]
+        new, lost = transfer.redistribute(comm, shards, accelerator.share(problem.n))
+        _load(optimizer, state, None if new is None else new.to_dict())
         if lost:
             accelerator.stats.resets[Reset.RANKS.value] += 1
         if hvd.rank() == 0 and own is not None:
@@ -123,8 +129,8 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         self.save()
 
     def hand_over(self) -> None:
-        """Hands this rank's part to a rank of another host, if there is one. Collective."""
-        accelerator: Accelerator = self.value.anderson
+        """Hands this rank's shard to a rank of another host, if there is one. Collective."""
+        accelerator = self.value.anderson
         comm = accelerator.comm
         if comm.size == 1 or accelerator.group.count > 1:  # other groups have the same
             return
@@ -133,13 +139,13 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         sent = {}
         if to is not None:
             try:
-                sent[to] = checkpoint.bytes_of(_part(self.value))
+                sent[to] = transfer.bytes_of(_shard(self.value))
             except CheckpointError as error:  # the others are in step with this rank: it must go on
                 _log.warning(
-                    "elastic: the part of rank %d is not handed over: %s", comm.rank, error
+                    "elastic: the shard of rank %d is not handed over: %s", comm.rank, error
                 )
-        arrived = comm.exchange(sent)
-        self._handed = [checkpoint.from_bytes(data) for data in arrived.values()]
+        arrived = comm.all_to_all(sent)
+        self._handed = [transfer.from_bytes(data) for data in arrived.values()]
 
 
 def _elsewhere(hosts: Sequence[str], rank: int) -> int | None:
@@ -149,35 +155,37 @@ def _elsewhere(hosts: Sequence[str], rank: int) -> int | None:
     return others[hosts[:rank].count(hosts[rank]) % len(others)] if others else None
 
 
-def _state(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _state(optimizer: DistributedAndersonOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Its `state_dict`, of which hooks may have made anything, and what goes with a history."""
-    accelerator: Accelerator = optimizer.anderson
-    whole, accelerator.consolidated = accelerator.consolidated, None  # rank 0 has asked for it
+    accelerator = optimizer.anderson
+    full, accelerator.full_state = accelerator.full_state, None  # rank 0 has asked for it
     try:
-        return optimizer.state_dict(), anderson_state(optimizer)
+        return optimizer.state_dict(), anderson_state(optimizer.anderson_engine)
     finally:
-        accelerator.consolidated = whole
+        accelerator.full_state = full
 
 
 def _load(
-    optimizer: Any, state: tuple[dict[str, Any], dict[str, Any]], part: dict[str, Any] | None
+    optimizer: DistributedAndersonOptimizer,
+    state: tuple[dict[str, Any], dict[str, Any]],
+    shard: dict[str, Any] | None,
 ) -> None:
-    """Loads what `_state` has said, and a part of the history."""
+    """Loads what `_state` has said, and a shard of the history."""
     base, anderson = state
     optimizer.load_state_dict(base)
-    optimizer.load_state_dict({"anderson": anderson | {"history": part}})
+    optimizer.load_state_dict({"anderson": anderson | {"history": shard}})
 
 
-def _part(optimizer: Any) -> dict[str, Any] | None:
-    """This rank's part, a copy in host memory; None if it has none yet."""
-    if not optimizer.anderson.has_part:
+def _shard(optimizer: DistributedAndersonOptimizer) -> dict[str, Any] | None:
+    """This rank's shard, a copy in host memory; None if it has none yet."""
+    if not optimizer.anderson.has_shard_state:
         return None
-    part: dict[str, Any] = optimizer.sharded_state_dict()["anderson"]["history"]
-    return part
+    shard: dict[str, Any] = optimizer.sharded_state_dict()["anderson"]["history"]
+    return shard
 
 
-def _calls(part: dict[str, Any] | None) -> int:
-    return 0 if part is None else int(part["replicated"]["calls"])
+def _calls(shard: dict[str, Any] | None) -> int:
+    return 0 if shard is None else int(shard["calls"])
 
 
 def _of_rank_0(value: Any) -> Any:
@@ -186,7 +194,7 @@ def _of_rank_0(value: Any) -> Any:
     Horovod's `broadcast_optimizer_state` takes a step on ranks that have no state yet, in which
     weight decay moves the weights.
     """
-    rest, large = checkpoint.take_apart(value)
+    rest, large = transfer.take_apart(value)
     sizes = [tensor.numel() * tensor.element_size() for tensor in large]
     rest, sizes = hvd.broadcast_object((rest, sizes), name="aadl_hvd.elastic")
     received: list[Tensor] = []
@@ -195,27 +203,28 @@ def _of_rank_0(value: Any) -> Any:
         if hvd.rank() == 0:
             data = large[i].detach().cpu().reshape(-1).view(torch.uint8)
         received.append(hvd.broadcast_(data, 0, name="aadl_hvd.elastic.tensor"))
-    return checkpoint.put_together(rest, received)
+    return transfer.put_together(rest, received)
 
 
 def _log_history(own: dict[str, Any], ranks: int, lost: str) -> None:
-    columns, calls = own["replicated"]["columns"], own["replicated"]["calls"]
+    columns, calls = own["columns"], own["calls"]
     where = f"elastic: {ranks} rank{'s' * (ranks > 1)}, {own['ranks']} before, after step {calls}:"
     if lost:
         _log.warning("%s the history is reset, %s", where, lost)
-    elif own["replicated"]["stored"]:
-        _log.info("%s the history goes on, %d columns resharded", where, columns)
+    elif columns["stored"]:
+        _log.info("%s the history goes on, %d columns resharded", where, columns["count"])
 
 
 def _handler(optimizer: torch.optim.Optimizer) -> Any:
-    accelerated = isinstance(getattr(optimizer, "anderson", None), Accelerator)
-    if accelerated and not hasattr(optimizer, "process_set"):
+    if isinstance(optimizer, DistributedAndersonOptimizer):
+        return AndersonStateHandler(optimizer)
+    if isinstance(optimizer, AcceleratedOptimizer):
         raise UnsupportedError(
             "Invalid AndersonOptimizer in an elastic state: it is for one process. Must be made by "
             "DistributedAndersonOptimizer."
         )
-    return (AndersonStateHandler if accelerated else horovods.OptimizerStateHandler)(optimizer)
+    return horovods.OptimizerStateHandler(optimizer)
 
 
-# The first that matches is taken: Horovod's would put rank 0's part over everybody's.
+# The first that matches is taken: Horovod's would put rank 0's shard over everybody's.
 horovods.get_handler_registry().insert(0, (torch.optim.Optimizer, _handler))

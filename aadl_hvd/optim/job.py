@@ -11,6 +11,8 @@ from aadl_hvd.errors import ConfigError, HorovodMissingError, UnsupportedError
 
 # Each has a state of its own: a process in which one of them was initialised is in its job.
 _HOROVODS = tuple(f"horovod.{of}" for of in ("torch", "tensorflow", "mxnet"))
+# The module that classes of its distributed optimizers name as their own.
+_HOROVODS_OPTIMIZERS = "horovod.torch.optimizer"
 
 
 def processes() -> tuple[str, int]:
@@ -70,6 +72,15 @@ def check_whole(parameter: torch.Tensor) -> None:
     )
 
 
+def check_not_distributed(optimizer: torch.optim.Optimizer) -> None:
+    """Raises an UnsupportedError for what `hvd.DistributedOptimizer` returned."""
+    if type(optimizer).__module__ == _HOROVODS_OPTIMIZERS:
+        raise UnsupportedError(
+            "Invalid optimizer: it is a hvd.DistributedOptimizer. Pass the plain torch optimizer "
+            "to DistributedAndersonOptimizer, with the arguments you gave to Horovod."
+        )
+
+
 def check_started(hvd: Any) -> None:
     """Checks that Horovod knows the job.
 
@@ -96,12 +107,7 @@ def check_started(hvd: Any) -> None:
 
 def horovod_missing(error: Exception) -> HorovodMissingError:
     """The error to raise where `horovod.torch` cannot be imported, and why."""
-    return HorovodMissingError(
-        "DistributedAndersonOptimizer and aadl_hvd.elastic need Horovod, built for this torch "
-        f"({type(error).__name__}: {error}). `make setup` or launch/setup_env.py in a checkout of "
-        "aadl_hvd builds it (launch/README.md); on a cluster, load the centre's module. pip alone "
-        "does not build it. AndersonOptimizer trains in one process without Horovod."
-    )
+    return HorovodMissingError.because(error)
 
 
 def _horovod_size() -> int:

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import aadl_hvd.core.chunking as chunking
 import aadl_hvd.core.gram as gram
-import aadl_hvd.core.history as history
 import aadl_hvd.core.replicas as replicas
 import aadl_hvd.kernels as library_kernels
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.base import Communicator, Values
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.noise import GradientSamples
+from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from aadl_hvd.stats import Stats
 from benchmarks.report import spread
@@ -323,7 +323,7 @@ class _Rank:
         """Within, kernels and synchronizations are counted, in chunks of a GPU's length."""
         kernels, synchronizations = _Kernels(self.timers), _Synchronizations(self.timers)
         with contextlib.ExitStack() as stack:
-            for module in (history, replicas):
+            for module in (chunking, replicas):
                 stack.enter_context(mock.patch.object(module, "CHUNK", module.CHUNK_GPU))
             started = kernels.started(library_kernels._on)
             stack.enter_context(mock.patch.object(library_kernels, "_on", started))

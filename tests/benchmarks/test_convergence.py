@@ -339,6 +339,7 @@ def test_what_is_there_is_kept_or_left_out(monkeypatch, tmp_path, capsys):
 # On real ranks
 
 
+@pytest.mark.ranks
 @pytest.mark.timeout(300)
 def test_a_quick_run_on_two_ranks(tmp_path):
     words = ["--quick", "--out", tmp_path, "--problems"]

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import latency
 
 
+@pytest.mark.ranks
 def test_a_short_run(tmp_path, capfd):
     out = tmp_path / "found" / "latency.json"
     words = ["--ranks", "2", "--sizes", "1", "30", "--repeats=5", f"--out={out}"]

@@ -56,7 +56,7 @@ def phases(lines):
     return phases
 
 
-pytestmark = pytest.mark.timeout(TIME_LIMIT + 60)
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(TIME_LIMIT + 60)]
 
 
 def test_no_step_is_lost_or_made_twice(phases):
@@ -101,7 +101,7 @@ def test_the_log_says_what_became_of_the_history(output, phases):
     steps = [phase[-1]["step"] for phase in phases]
     resets, *resharded = said
     assert resets.startswith(f"elastic: 2 ranks, 3 before, after step {steps[0]}: the history")
-    assert "resets, the part of rank 2 of 3 that shared it is lost" in resets
+    assert "resets, the shard of rank 2 of 3 that shared it is lost" in resets
     assert resharded == [
         f"elastic: {now} ranks, {before} before, after step {step}: the history goes on, "
         "6 columns resharded"

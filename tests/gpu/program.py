@@ -19,11 +19,8 @@ SETTINGS = {
     "default": {},
     "columns": {"layout": "columns"},
     "step": {"residual": "step", "safeguard": "residual", "noise_gate": None},
-    "state": {"residual": "state"},
-    "windows": {"averages": (0.9, 8)},
     "moving average": {"average_window": 3},
     "node": {"shard_group": "node"},
-    "on the host": {"history_device": "cpu"},
 }
 
 
@@ -107,18 +104,17 @@ def main():
         same_on_all_ranks(there)
         print(f"{name}: {stats.accelerated} accelerated, as on the processor")
 
-    for dtype in ("bfloat16", "float16"):
-        run = Run(DEVICE, torch.float32, history_dtype=dtype).train(STEPS)
-        assert run.optimizer.anderson.stats.accelerated and run.losses[-1] < run.losses[0]
-        same_on_all_ranks(run)
-        print(f"{dtype}: {run.losses[0]:.3g} to {run.losses[-1]:.3g}")
+    run = Run(DEVICE, torch.float32, history_dtype="bfloat16").train(STEPS)
+    assert run.optimizer.anderson.stats.accelerated and run.losses[-1] < run.losses[0]
+    same_on_all_ranks(run)
+    print(f"history in bfloat16: {run.losses[0]:.3g} to {run.losses[-1]:.3g}")
 
     run = Run(DEVICE, torch.float32, amp=True).train(STEPS)
     assert run.optimizer.anderson.stats.accelerated and run.losses[-1] < run.losses[0]
     same_on_all_ranks(run)
     print(f"mixed precision: {run.losses[0]:.3g} to {run.losses[-1]:.3g}")
 
-    for settings in ({}, {"layout": "columns", "history_dtype": "float16"}):
+    for settings in ({}, {"layout": "columns", "history_dtype": "bfloat16"}):
         first = Run(DEVICE, torch.float32, **settings).train(STEPS // 2)
         saved = first.saved()
         second = Run(DEVICE, torch.float32, **settings).load(saved).train(STEPS // 2)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from launching import ROOT, start
 
+pytestmark = pytest.mark.ranks
+
 PROGRAM = str(ROOT / "tests" / "gpu" / "program.py")
 
 

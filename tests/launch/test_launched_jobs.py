@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from launching import warm  # noqa: E402
 from stand_ins import Cluster, run_script  # noqa: E402
 
 from launch.__main__ import main  # noqa: E402
 from launch.machines import FOLDER  # noqa: E402
 from models.data import write_digits  # noqa: E402
 from models.metrics import read_csv  # noqa: E402
+
+pytestmark = pytest.mark.ranks
 
 TRAIN = [
     "--model=resnet8", "--width=4", "--channels=1", "--image-size=16", "--resize=16", "--workers=1",
@@ -44,6 +48,9 @@ def cluster(tmp_path, monkeypatch):
     cluster = Cluster(tmp_path)
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
+    python = cluster.programs / "python"  # of the ranks, not of the launchers
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(warm())} "$@"\n')
+    python.chmod(0o755)
     return cluster
 
 

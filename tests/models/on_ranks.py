@@ -15,6 +15,7 @@ from torch import nn
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 from aadl_hvd import checkpoint as library_checkpoint
+from aadl_hvd.checkpoint.files import FORMAT, MARK
 from aadl_hvd.optim.batch_norm import average_batch_norm, batch_norms
 from models import checkpoint
 from models.data import ImageList, LoaderOptions, open_loader
@@ -294,7 +295,7 @@ def damage(path, where, value):
         del within[where[-1]]
     else:
         within[where[-1]] = value(within[where[-1]]) if callable(value) else value
-    torch.save({library_checkpoint._MARK: 1} | state, path)  # which may be what is damaged
+    torch.save({MARK: FORMAT} | state, path)  # which may be what is damaged
 
 
 DAMAGED = [  # what `checkpoint.load` finds is in test_output_files.py
@@ -346,10 +347,10 @@ DAMAGED_PARTS = [
     (("anderson",), REMOVED),
     (("anderson", "history"), {}),
     (("anderson", "history", "columns", "y"), lambda y: y[:, :-1]),
-    (("anderson", "history", "replicated", "averages"), None),
-    (("anderson", "history", "replicated", "backoff"), []),
+    (("anderson", "history", "averages"), None),
+    (("anderson", "history", "backoff"), []),
     (("of",), "another"),
-    ((library_checkpoint._MARK,), 9),
+    ((MARK,), 9),
 ]
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import horovod.torch as hvd
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from aadl_hvd.core import memory
 from models import networks
 from models.command_line import parse
 from models.data import LoaderOptions, list_images, open_loader
@@ -19,7 +21,7 @@ from models.dist import on_rank0, start
 from models.engine import count_correct
 from models.errors import UserError
 from models.metrics import read_csv
-from models.train import run
+from models.training import run
 
 STEPS = 2  # of an epoch
 
@@ -99,8 +101,8 @@ def nothing_is_lost_to_a_training_that_cannot_begin():
     refused("no such data folder", out, "--overwrite", "--data=/no/such")
     refused("an epoch has", out, "--overwrite", "--accumulate=100")
     refused("training diverged", out, "--overwrite", "--lr=1e30", "--log-every=2")
-    refused("--anderson-residual", out, "--overwrite", "--optimizer=adam",
-            "--anderson-residual=state")  # fmt: skip
+    with mock.patch.object(memory, "free_bytes", lambda device: 1000):
+        refused("--anderson-history-depth", out, "--overwrite")
 
 
 def one_that_overwrites_begins_afresh():

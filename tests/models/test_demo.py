@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from launching import start
 
 from aadl_hvd import AndersonConfig
@@ -9,6 +10,7 @@ from models.demo import Run, _table
 from models.metrics import read_csv
 
 
+@pytest.mark.ranks
 def test_demo_compares_what_was_measured(tmp_path):
     code, output = start("models.demo", f"--out={tmp_path}", "--steps=7", limit=240)
     assert code == 0, output[-4000:]

@@ -192,6 +192,7 @@ def test_resume_refuses_what_is_no_position(open_all, tmp_path, kind):
     loader.load_state_dict(state)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("how", ["close", "no close"])
 def test_an_error_amid_an_epoch_does_not_wait_for_workers(tmp_path, how):
     """Nor does the program's end: its workers outlive the one SIGTERM that it sends them."""

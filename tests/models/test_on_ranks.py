@@ -5,6 +5,7 @@ import pytest
 from launching import ROOT, start
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_on_two_ranks(controller):
     if not (hvd.mpi_built() if controller == "mpi" else hvd.gloo_built()):

@@ -71,6 +71,14 @@ def test_a_job_that_is_queued_again_does_not_overwrite_itself(folder, monkeypatc
         claim(folder(), None, True)
 
 
+@pytest.mark.parametrize(("overwrite", "resume"), [(True, None), (False, "auto")])
+def test_a_folder_that_cannot_be_replaced_is_found_at_the_start(folder, overwrite, resume):
+    out = folder("best.pt/mine.txt", "steps.csv")
+    with pytest.raises(UserError, match=r"cannot replace .*best\.pt, which is a folder"):
+        claim(out, resume, overwrite)
+    assert files(out) == ["best.pt/mine.txt", "steps.csv"]
+
+
 def test_the_checkpoint_goes_first(folder, monkeypatch):
     """Of what an interrupted removal leaves, nothing goes on."""
     out, gone = folder(*TRAINED), []
@@ -136,6 +144,17 @@ def test_numbers_are_the_same_after_a_resume(tmp_path):
     assert [type(row["step"]) for row in read_csv(tmp_path / "steps.csv")] == [int] * 4
 
 
+def test_rows_that_a_resume_removes_are_said(tmp_path):
+    """As from best.pt, which is older than the newest rows."""
+    log_of(tmp_path, *({"step": n, "loss": 1 / n} for n in (1, 2, 3, 4)))
+    said = []
+    log_of(tmp_path, {"step": 3, "loss": 0.5}, resume_step=2, say=said.append)
+    assert said == ["steps.csv: 2 rows after step 2, from which this training goes on, are removed"]
+    said.clear()
+    log_of(tmp_path, {"step": 4, "loss": 0.5}, resume_step=3, say=said.append)
+    assert said == []
+
+
 @pytest.mark.parametrize(
     "damaged", ["33,", "33,0.2", "33", "33,0.25\x00\r\n", "x,1\r\n", "\r\n", "3,4,5\r\n"]
 )
@@ -161,6 +180,7 @@ def test_columns_of_an_older_version_stay(tmp_path):
     assert (tmp_path / "steps.csv").read_text() == "step,loss,new,old\n1,0.5,,5\n2,2.0,1,\n"
 
 
+@pytest.mark.ranks
 def test_trainings_in_one_folder():
     """On two real ranks; see the program."""
     code, output = start("tests/models/second_trainings.py", ranks=2, controller="mpi", limit=240)

@@ -2,13 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from aadl_hvd import AndersonConfig
+from models.anderson_options import anderson_options, by_option
 from models.command_line import parse, to_yaml
 from models.errors import UserError
-from models.settings import OPTIONS, Settings, by_option
+from models.settings import OPTIONS, OWN_OPTIONS, Settings
 
 
 @pytest.fixture
@@ -53,13 +55,17 @@ def test_yaml_words_mean_what_they_say(config):
         ("data: d\nbatch_size: 0\n", "yaml: batch_size is 0, must be at least 1"),
         ("data: d\nbatch_size: 4\nbatch-size: 4\n", "batch_size and batch-size are the same"),
         ("data: d\nlr: null\n", "yaml: lr is null, which it does not take: leave it out"),
-        ("data: d\nanderson_refine: -1\n", "yaml: anderson_refine is -1, must be at least 0"),
+        (
+            "data: d\nanderson_warmup_steps: -1\n",
+            "yaml: anderson_warmup_steps is -1, must be at least 0",
+        ),
+        ("data: d\nanderson_refine: 1\n", "unknown setting 'anderson_refine', .* Leave it out"),
         ("data: d\nmomentum: 0\n", "yaml: momentum is 0, must be positive with --optimizer"),
         (
-            "data: d\nanderson: off\nanderson-refine: 1\n",
-            "yaml: anderson-refine given with anderson off",
+            "data: d\nanderson: off\nanderson-mixing: 1\n",
+            "yaml: anderson-mixing given with anderson off",
         ),
-        ("data: d\ncheck-images: maybe\n", "yaml: check-images is 'maybe', must be true or false"),
+        ("data: d\ncheck-images: maybe\n", "yaml: check-images is 'maybe', must be yes or no"),
         ("- data\n", "must hold `option: value` lines"),
         ("data: [unclosed\n", "is no YAML"),
         ("data: d\nlr: 1\nlr: 2\n", "the key 'lr' is there more than once"),
@@ -82,13 +88,18 @@ def test_bad_file(config, text, message):
         (["--data=d", "--image-size=32", "--resize=16"], "at least the image size"),
         (["--data=d", "--momentum=0"], "must be positive with --optimizer nesterov"),
         (["--data=d", "--channels=2"], "must be 3 or 1"),
-        (["--data=d", "--anderson=off", "--anderson-refine=1"], "--anderson-refine given with"),
-        (["--data=d", "--anderson-refine=1", "--anderson=off"], "--anderson-refine given with"),
+        (["--data=d", "--anderson=off", "--anderson-mixing=1"], "--anderson-mixing given with"),
+        (["--data=d", "--anderson-mixing=1", "--anderson=off"], "--anderson-mixing given with"),
         (["--data=d", "--resume=auto", "--overwrite"], "--resume and --overwrite exclude"),
         (["--data=d", "--lr=inf"], "--lr is inf, must be finite"),
         (["--data=d", "--lr=-1"], "--lr is -1, must be at least 0"),
         (["--data=d", "--lr=fast"], "--lr is 'fast', must be a number"),
         (["--data=d", "--clip-norm=x"], "--clip-norm is 'x', must be a number or none"),
+        (["--data=d", "--clip-norm=0"], "--clip-norm is 0, must be above 0, or none"),
+        (["--data=d", f"--seed={10**20}"], f"--seed is {10**20}, must be at most 2147483646"),
+        (["--data=d", "--tensorboard", "maybe"], "--tensorboard is 'maybe', must be yes or no"),
+        (["--data=d", "no"], "'no' is not an option, nor the value of one"),
+        (["--data=d", "--anderson-safeguard=loss"], "must be one of none, residual, descent$"),
         (["--config=/nowhere.yaml"], "cannot read /nowhere.yaml: No such file"),
     ],
 )
@@ -116,10 +127,88 @@ def test_anderson_by_one_word_and_one_by_one():
     assert changed.anderson_config() == dataclasses.replace(paper, history_depth=7)
 
 
-def test_every_setting_of_anderson_has_its_option():
+def test_every_field_of_the_config_is_an_option_and_every_option_a_field():
     # Whether there is any acceleration is what --anderson says.
-    names = {field.name for field in dataclasses.fields(AndersonConfig)} - {"enabled"}
-    assert {f"anderson_{name}" for name in names} <= OPTIONS.keys()
+    fields = {field.name for field in dataclasses.fields(AndersonConfig)} - {"enabled"}
+    assert {name for name in OPTIONS if name not in OWN_OPTIONS} == {
+        f"anderson_{name}" for name in fields
+    }
+    assert not any(name.startswith("anderson_") for name in OWN_OPTIONS)
+
+
+def test_a_new_field_of_the_config_becomes_an_option():
+    """With its type, its words, its default and its help, and nothing typed a second time."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(AndersonConfig):
+        __doc__ = AndersonConfig.__doc__.replace(
+            "    Args:\n",
+            '    Args:\n        spin: how to turn. "left": `mixing=1` only. None for\n'
+            "            no turn.\n        count: of turns.\n",
+        )
+        spin: Literal["left", "right"] | None = "left"
+        count: int = 3
+
+    added = anderson_options(Config)
+    spin, count = added["anderson_spin"], added["anderson_count"]
+    assert added.keys() - OPTIONS.keys() == {"anderson_spin", "anderson_count"}
+    assert (spin.kind, spin.choices, spin.takes_none) == (str, ("left", "right"), True)
+    assert spin.help == (
+        "how to turn. left: --anderson-mixing 1 only. none for no turn (default: left)"
+    )
+    assert (count.kind, count.choices, count.takes_none) == (int, (), False)
+    assert count.help == "of turns (default: 3)"
+
+
+def test_options_have_the_words_types_and_defaults_of_the_fields():
+    depth, gate, dtype = (
+        OPTIONS[f"anderson_{name}"] for name in ("history_depth", "noise_gate", "history_dtype")
+    )
+    assert depth.kind is int and not depth.takes_none
+    assert depth.help.startswith("m, the number of columns of W and R")
+    assert depth.help.endswith("(default: 15; with --anderson paper: 20)")
+    assert gate.kind is float and gate.takes_none
+    assert dtype.choices == ("float64", "float32", "bfloat16") and dtype.takes_none
+    assert OPTIONS["anderson_averages"].help.endswith(
+        "(default: 0.9 0.97 0.99 0.997; with --anderson paper: none)"
+    )
+    assert "closure" not in OPTIONS["anderson_safeguard"].help, "the program has none"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--anderson-refine=1", "Leave it out"),
+        ("--anderson-damping=1", "It is called mixing now"),
+        ("--anderson-momentum=reset", "Leave it out: the base optimizer's momentum"),
+        ("--anderson-history-device=cpu", "--anderson-history-dtype bfloat16"),
+        ("--anderson-residual=state", "must be one of step, gradient"),
+        ("--anderson-history-dtype=float16", "must be one of float64, float32, bfloat16, none"),
+        ("--anderson-averages=8", "--anderson-averages is 8, must be decay factors, above 0 and"),
+    ],
+)
+def test_a_dropped_option_says_what_to_use(option, message):
+    with pytest.raises(UserError) as caught:
+        parse(["--data=d", option])
+    assert option.split("=")[0] in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_truth_value_with_a_word_as_in_yaml():
+    assert parse(["--data=d"]).tensorboard
+    for words in (["--tensorboard", "no"], ["--tensorboard=no"], ["--no-tensorboard"]):
+        assert not parse(["--data=d", *words]).tensorboard
+    for words in (["--overwrite"], ["--overwrite", "yes"]):
+        assert parse(["--data=d", *words]).overwrite
+
+
+def test_a_key_that_contradicts_an_option_is_named_with_its_file(config):
+    file = config("data: d\noverwrite: yes\n")
+    with pytest.raises(UserError) as caught:
+        parse([*file, "--resume=auto"])
+    assert str(caught.value) == (
+        f"--resume and overwrite (in {file[1]}) exclude each other: leave one of them out"
+    )
 
 
 def test_help_explains_every_option(capsys):
@@ -127,9 +216,9 @@ def test_help_explains_every_option(capsys):
         parse(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for field in OPTIONS.values():
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert len(field.metadata["help"]) > 10
+    for option in OPTIONS.values():
+        assert f"--{option.name.replace('_', '-')}" in text
+        assert len(option.help) > 10
 
 
 @pytest.mark.parametrize(
@@ -143,14 +232,10 @@ def test_help_explains_every_option(capsys):
         ),
         (["relaxation=2"], "relaxation is 2, must be a finite number above 0 and at most 1"),
         (["noise-gate=-1"], "noise-gate is -1, must be a finite number at least 0, or none"),
-        (["averages=1.5"], "averages is (1.5,), must be a tuple of different decay factors"),
-        (
-            ["momentum=reset", "residual=state"],
-            "momentum is 'reset' with --anderson-residual 'state', which accelerates",
-        ),
+        (["averages=1.5"], "averages is 1.5, must be different decay factors, above 0 and below 1"),
         (
             ["layout=columns", "shard-group=node"],
-            "shard-group is 'node' with --anderson-layout 'columns', whose updates",
+            "shard-group is 'node' with --anderson-layout columns, whose updates",
         ),
     ],
 )
@@ -172,7 +257,7 @@ def test_other_errors_of_the_library_name_options_too():
 
 @pytest.mark.parametrize("none", ["none", "null", "~", ""])
 def test_none_is_taken_where_it_means_something(config, none):
-    names = [name for name, field in OPTIONS.items() if field.metadata["none"]]
+    names = [name for name, option in OPTIONS.items() if option.takes_none]
     assert {"clip_norm", "resize", "resume", "anderson_noise_gate", "milestones"} <= set(names)
     text = "".join(f"{name}: {none}\n" for name in names)
     settings = parse(config(f"data: d\nanderson: paper\n{text}"))
@@ -200,14 +285,14 @@ def test_none_opens_the_gate_and_is_not_the_default():
         [],
         ["--anderson=off", "--amp=bf16", "--no-tensorboard", "--milestones", "--resize=300"],
         ["--anderson=paper", "--anderson-noise-gate=3", "--anderson-average-window=none"],
-        ["--anderson-averages=none", "--anderson-history-dtype=float16", "--clip-norm=1e-5"],
+        ["--anderson-averages=none", "--anderson-history-dtype=bfloat16", "--clip-norm=1e-5"],
     ],
 )
 def test_settings_come_back_from_yaml(config, arguments):
     settings = parse(["--data=/a: 'b' #\u00e9", *arguments])
     again = parse(config(to_yaml(settings)))
     assert again.anderson_config() == settings.anderson_config()
-    plain = {n: getattr(settings, n) for n in OPTIONS if not n.startswith("anderson_")}
+    plain = {name: getattr(settings, name) for name in OWN_OPTIONS}
     assert {name: getattr(again, name) for name in plain} == plain
     assert to_yaml(again) == to_yaml(settings)
     assert "overwrite" not in to_yaml(settings) and "resume" not in to_yaml(settings)

@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
+import pytest
 from conftest import numbered_images
 from launching import start
+
+pytestmark = pytest.mark.ranks
 
 SMALL = [
     "--model=resnet8", "--width=4", "--channels=1", "--image-size=8", "--resize=8", "--epochs=1",

@@ -17,6 +17,8 @@ from models.data import LoaderOptions, list_images, open_loader
 from models.engine import count_correct
 from models.metrics import read_csv
 
+pytestmark = pytest.mark.ranks
+
 SMALL = [
     "--model=resnet8", "--width=4", "--channels=1", "--image-size=16", "--resize=16",
     "--augment=crop", "--workers=1", "--batch-size=100", "--warmup-epochs=0.2", "--milestones=1",
@@ -348,3 +350,24 @@ def test_resume_with_other_settings_is_refused(train, straight, tmp_path):
     assert code == 2 and "anderson was 'off', is" in output
     code, output = train(tmp_path, "--anderson=off", "--resume=auto", ranks=1)
     assert code == 2 and "was written by 2 ranks, this run has 1" in output
+
+
+def test_a_training_killed_before_its_summary_gets_it_on_resume(train, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    summary = tmp_path / "out" / "summary.json"
+    expected = json.loads(summary.read_text())
+    for name in ("summary.json", "summary.txt", "training.png"):
+        (tmp_path / "out" / name).unlink()
+    options = ("--anderson=off", "--epochs=2", "--resume=auto")
+    code, output = train(tmp_path / "out", *options)
+    assert code == 0, output[-4000:]
+    assert output.count("the summary is missing") == 1
+    found = json.loads(summary.read_text())
+    assert found.keys() == expected.keys() - {"total_seconds"}
+    for name in ("steps", "training_loss", "best_validation_top1", "validation_top1"):
+        assert found[name] == expected[name], name
+    for name in ("validation_loss", "training_seconds", "ms_per_step", "images_per_second"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert (tmp_path / "out" / "training.png").exists()
+    code, output = train(tmp_path / "out", *options)
+    assert code == 0 and "nothing left to train" in output and "summary is missing" not in output

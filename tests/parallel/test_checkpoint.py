@@ -35,8 +35,8 @@ SETTINGS = {
     "default": {},
     "columns": {"layout": "columns", "noise_gate": None, "frequency": 3},
     "everything else": {
-        **{"safeguard": "residual", "average_window": 4, "history_dtype": "float16"},
-        **{"noise_gate": 0.01, "averages": (0.9, 8), "momentum": "reset"},
+        **{"safeguard": "residual", "average_window": 4, "history_dtype": "bfloat16"},
+        **{"noise_gate": 0.01, "averages": (0.9, 0.8)},
     },
 }
 
@@ -157,12 +157,10 @@ def test_from_another_number_of_ranks(size, layout, folder):
     found = opt.consolidate_state_dict(0)
     if hvd.rank() == 0:
         there, here = (s["anderson"]["history"] for s in (state, found))
-        for name in ("y", "r", "scalings"):
-            assert_same_bits(here["columns"][name], there["columns"][name], name)
-        assert_same_bits(here["rows"], there["rows"])
-        same = copy.deepcopy(there["replicated"])
-        # With the column layout nothing has to wait for the next accelerated step.
-        assert_same_bits(here["replicated"], same)
+        for name in there.keys() - {"sharding", "ranks", "own", "gram"}:
+            assert_same_bits(here[name], there[name], name)
+        for name in ("matrix", "fresh", "carried", "drift"):
+            assert_same_bits(here["gram"][name], there["gram"][name], name)
     generator = torch.Generator().manual_seed(3)
     for k in range(23):
         gradients = [torch.randn(p.shape, generator=generator) for p in model.parameters()]

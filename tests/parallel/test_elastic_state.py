@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 SETTINGS = {
     "default": {},
     "columns": {"layout": "columns", "noise_gate": None, "safeguard": "none"},
-    "undo": {"safeguard": "residual", "residual": "state", "average_window": 3, "noise_gate": None},
+    "undo": {"safeguard": "residual", "residual": "step", "average_window": 3, "noise_gate": None},
 }
 ANY_STEP = {"safeguard": "none", "noise_gate": None}  # is accelerated
 DATA = full_batch(40)

@@ -66,11 +66,11 @@ DIFFERENT = {
         {"history_depth": 5 if LAST else 4},
         "history_depth=5",
     ),
-    # Refused where it is Adam; the other ranks must not wait for it.
+    # Refused where it is LBFGS; the other ranks must not wait for it.
     "class and unsupported": (
-        lambda: (torch.optim.Adam if LAST else torch.optim.SGD)(layered(4).parameters(), lr=0.1),
-        {"residual": "state"},
-        "Adam",
+        lambda: (torch.optim.LBFGS if LAST else torch.optim.SGD)(layered(4).parameters(), lr=0.1),
+        {},
+        "LBFGS",
     ),
 }
 
@@ -153,10 +153,8 @@ def test_not_an_optimizer_and_not_a_config():
 def test_unsupported_optimizer_leaves_no_hooks_behind():
     """Horovod's hooks would go on reducing gradients that nobody waits for."""
     model = network()
-    with pytest.raises(UnsupportedError, match="state"):
-        DistributedAndersonOptimizer(
-            torch.optim.Adam(model.parameters()), anderson=AndersonConfig(residual="state")
-        )
+    with pytest.raises(UnsupportedError, match="residual='gradient' for LBFGS"):
+        DistributedAndersonOptimizer(torch.optim.LBFGS(model.parameters()))
     x, y = full_batch(1)[0]
     if LAST:  # alone: hooks would make it talk
         for _ in range(3):

@@ -92,7 +92,11 @@ def test_every_example_is_run():
 
 
 @pytest.mark.parametrize("name", ["digits", "images, accumulated"] if BRIEF else RUNS)
-@pytest.mark.parametrize("config", unless_brief(SHUT, OFF), ids=lambda c: f"gate {c.noise_gate:g}")
+@pytest.mark.parametrize(
+    "config",
+    [SHUT, pytest.param(OFF, marks=pytest.mark.long)],
+    ids=lambda c: f"gate {c.noise_gate:g}",
+)
 def test_same_weights_with_acceleration_off(run, name, config):
     script, *arguments = RUNS[name]
     torch.manual_seed(hvd.rank())  # for those that set no seed

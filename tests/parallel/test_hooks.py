@@ -335,7 +335,7 @@ def test_consolidate_with_a_hook_that_raises_on_one_rank():
     raising.remove()
     part = opt.sharded_state_dict()
     if hvd.rank() == 0:
-        assert opt.state_dict()["anderson"]["history"]["replicated"]["stored"] == 4
+        assert opt.state_dict()["anderson"]["history"]["columns"]["stored"] == 4
 
     around = opt.register_state_dict_post_hook(lambda opt, state: {"all of it": state})
     state = hvd.broadcast_object(opt.consolidate_state_dict() or {})

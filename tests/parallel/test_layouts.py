@@ -74,7 +74,7 @@ CASES = {
         "average_threshold": 0.5,
     },
     "fewer columns than ranks": {"history_depth": 1, "frequency": 2, "safeguard": "none"},
-    "often": {"history_depth": 4, "frequency": 1, "safeguard": "none", "refine": 1},
+    "often": {"history_depth": 4, "frequency": 1, "safeguard": "none"},
 }
 
 

@@ -90,10 +90,9 @@ def two_passes(model, opt, x, y):
 WAYS = [pending, synchronized, closure, scaler, two_passes]
 
 
-@pytest.mark.parametrize("momentum", unless_brief("keep", "reset"))
 @pytest.mark.parametrize("name", unless_brief("Nesterov", "Adam", "AdamW fused"))
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_bad_loss_puts_the_base_step_back_bit_for_bit(way, name, momentum):
+def test_a_bad_loss_puts_the_base_step_back_bit_for_bit(way, name):
     """As if Horovod's own optimizer had been used, and the step that shows it were not there."""
     expected, model = network(), network()
     more = {"backward_passes_per_step": 2} if way is two_passes else {}
@@ -104,7 +103,7 @@ def test_a_bad_loss_puts_the_base_step_back_bit_for_bit(way, name, momentum):
     opt = DistributedAndersonOptimizer(
         make(model.parameters()),
         model.named_parameters(),
-        anderson=AndersonConfig(**SETTINGS, momentum=momentum),
+        anderson=AndersonConfig(**SETTINGS),
         **more,
     )
     for each in (expected, model):

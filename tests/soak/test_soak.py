@@ -5,6 +5,8 @@ import pytest
 from tests.soak import plan, soak
 
 
+@pytest.mark.soak
+@pytest.mark.ranks
 @pytest.mark.timeout(300)
 def test_interrupted_training_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     ends = {}

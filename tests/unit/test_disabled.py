@@ -19,9 +19,9 @@ SETTINGS = {
     "defaults": {},
     "everything": {
         **{"residual": "step", "safeguard": "residual", "average_window": 3, "frequency": 1},
-        **{"averages": (0.9, 4), "history_dtype": "bfloat16"},
+        **{"averages": (0.9, 0.6), "history_dtype": "bfloat16"},
     },
-    "columns": {"layout": "columns", "momentum": "reset"},
+    "columns": {"layout": "columns"},
 }
 
 
@@ -46,7 +46,7 @@ def test_bit_for_bit(name, settings):
 def test_nothing_beside_it():
     """No memory, no samples, no hooks; only steps are counted, and the counters say why."""
     model = network()
-    config = AndersonConfig(enabled=False, averages=(0.9, 4), average_window=3, noise_gate=1.0)
+    config = AndersonConfig(enabled=False, averages=(0.9, 0.6), average_window=3, noise_gate=1.0)
     opt = AndersonOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), backward_passes_per_step=2, anderson=config
     )

@@ -19,8 +19,8 @@ from aadl_hvd import (
     HorovodMissingError,
     NeumannOptimizer,
     UnsupportedError,
-    job,
 )
+from aadl_hvd.optim import job
 
 
 def sgd():
@@ -148,8 +148,8 @@ def without_torch():
 def test_without_horovod(use, state, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("aadl_hvd.elastic", "aadl_hvd.comm.horovod"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("elastic", "comm.horovod", "engines.horovod_elastic", "engines.horovod_engine"):
+        monkeypatch.delitem(sys.modules, f"aadl_hvd.{name}", raising=False)
     monkeypatch.delattr(aadl_hvd, "elastic", raising=False)
     reason = "halted|No module"
     if state == "not installed":

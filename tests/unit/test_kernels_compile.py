@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton, which has no wheel for this platform")
 ROOT = Path(__file__).parent.parent.parent
 GPUS = {"V100": 70, "A100": 80, "H100": 90, "Blackwell": 100}
-KERNELS = {"_inner", "_update", "_gains", "_take_in", "_gather", "_sum_bits"}
+KERNELS = {"inner", "update", "gains", "add_to_means", "gather", "sum_bits"}
 
 
 def noted_calls():
@@ -50,23 +50,22 @@ def noted_calls():
             return call
 
     for name in KERNELS:
-        setattr(kernels, name, Noting(getattr(kernels, name)))
+        setattr(kernels.source, name, Noting(getattr(kernels.source, name)))
     cpu = torch.device("cpu")
     every, m, rows = slice(0, 40), 3, 40
-    half = (torch.bfloat16, torch.float16)
-    everything = (torch.float64, torch.float32, *half)
+    everything = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     for work in (torch.float32, torch.float64):
         v, c = torch.ones(rows, dtype=work), torch.ones(m, dtype=work)
-        sums = [torch.ones(2, rows, dtype=work)]
-        kernels.gains(v, v, [sums[0][None]] * 4, [1.0] * 4, every)
-        kernels.take_in(v, v, sums * 4, [0.5] * 4)
-        for stored in (work, *(t for t in (torch.float32, *half) if t != work)):
+        averages = [torch.ones(2, rows, dtype=work)] * 4
+        kernels.gains(v, v, averages, every)
+        kernels.add_to_means(v, v, averages, [0.5] * 4)
+        for stored in dict.fromkeys((work, torch.float32, torch.bfloat16)):
             columns = torch.ones(m, rows, dtype=stored)
             kernels.inner(columns, [0], v, every)
             kernels.update(v, c, columns, c, every, v, in_r=c, columns=columns, weight=v, start=v)
         chosen = torch.zeros(4, dtype=torch.int64)
         for own in everything:
-            kernels.Places(chosen, chosen, cpu).read([v.to(own)], torch.ones(4, dtype=work))
+            kernels.Gather(chosen, chosen, cpu).read([v.to(own)], torch.ones(4, dtype=work))
     for own in everything:
         kernels.Checksum([rows], cpu).of([torch.ones(rows, dtype=own)], 2**36 - 5)
     return list(noted.values())

@@ -10,14 +10,15 @@ from problems import PLAIN, Problem
 from aadl_hvd import AndersonConfig, AndersonOptimizer, HistoryMemoryError
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import accelerator, memory
-from aadl_hvd.core.history import CHUNK, CHUNK_WIDE, working_bytes
+from aadl_hvd.core.chunking import CHUNK, CHUNK_WIDE
+from aadl_hvd.core.products import working_bytes
 from aadl_hvd.core.sharding import Sharding
 
 CASES = {
     "default": {},
     "columns": {"layout": "columns"},
-    "narrow": {"history_dtype": "float16"},
-    "averages": {"averages": (0.9, 6)},
+    "narrow": {"history_dtype": "bfloat16"},
+    "averages": {"averages": (0.9, 0.7)},
     "moving average": {"averages": (), "average_window": 3},
 }
 

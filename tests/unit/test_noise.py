@@ -1,111 +1,23 @@
-"""The variance of the mean gradient against its definition, and what the gate makes of it."""
+"""The variance of the mean gradient against its definition."""
 
-import copy
 import itertools
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import PLAIN, TEXTBOOK, Problem, flat
+from noise_problem import DOUBLE, Regression, measured, payload_of
+from problems import PLAIN, Problem
 from sklearn.datasets import load_digits
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import noise
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.noise import (
-    GradientSamples,
-    NoiseMeter,
-    stands_out,
-    variance_from_history,
-)
-from aadl_hvd.stats import Stats
-
-DOUBLE = torch.float64
-
-
-def riders_of(meter):
-    return meter.payload(meter.measured().numpy())
-
-
-def network():
-    torch.manual_seed(3)
-    layers = torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)
-    return torch.nn.Sequential(*layers).double()
-
-
-class Regression:
-    """A tanh network on 400 samples, each with a label of its own, in mini-batches of 8."""
-
-    BATCH = 8
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(5)
-        self.x = torch.randn(400, 4, generator=generator, dtype=DOUBLE)
-        self.y = torch.sin(self.x.sum(dim=1, keepdim=True))
-        self.y += 0.5 * torch.randn(400, 1, generator=generator, dtype=DOUBLE)
-
-    def loss(self, model, chosen):
-        return (model(self.x[chosen]) - self.y[chosen]).square().mean()
-
-    def draw(self, generator, count=BATCH):
-        return torch.randint(len(self.x), (count,), generator=generator)
-
-    def true_variance(self, model, batch):
-        """Of the mean gradient over `batch` draws with replacement, at the weights in place."""
-        gradients = []
-        for i in range(len(self.x)):
-            grads = torch.autograd.grad(self.loss(model, [i]), model.parameters())
-            gradients.append(torch.cat([g.reshape(-1) for g in grads]))
-        return float(torch.stack(gradients).var(dim=0, correction=0).sum()) / batch
-
-
-def measured(steps, samples, draws, scaled=lambda p, k: None, factor=1.0, model=None, rate=1e-4):
-    """Mean of sigma^2 over steps of a slow trajectory; `draws` -> list of losses, one a sample.
-
-    What GradientSamples sees of S ranks with one sample each, or of one rank with S samples.
-    """
-    model = network() if model is None else model
-    parameters = list(model.parameters())
-    one_rank = samples > 1
-    ranks = 1 if one_rank else len(draws(model, 0))
-    takers = [GradientSamples(parameters, samples, factor) for _ in range(ranks)]
-    meters, found = [NoiseMeter() for _ in takers], []
-    for k in range(steps):
-        losses = draws(model, k)
-        if one_rank:
-            for p in parameters:
-                p.grad = None
-            for loss in losses:
-                loss.backward()
-                for p in parameters:
-                    takers[0].take(p)
-        else:
-            own = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses]
-            for taker, gradients in zip(takers, own, strict=True):
-                for p, gradient in zip(parameters, gradients, strict=True):
-                    p.grad = gradient
-                    taker.take(p)
-            for i, p in enumerate(parameters):
-                p.grad = factor * sum(gradients[i] for gradients in own) / ranks
-            for taker in takers:
-                taker.take_mean()
-        for p in parameters:
-            scaled(p, k)
-        sums = np.zeros(NoiseMeter.PAYLOAD)
-        for taker, meter in zip(takers, meters, strict=True):
-            meter.note(taker.deviations(), k)
-            sums = sums + riders_of(meter)
-        if (both := NoiseMeter.variance(sums, ranks)) is not None:
-            found.append(both[0])
-        with torch.no_grad():
-            for p in parameters:
-                p -= rate * p.grad
-    return np.mean(found), len(found), model
+from aadl_hvd.core.noise import NoiseMeter, stands_out
+from aadl_hvd.optim import gradient_samples
+from aadl_hvd.optim.gradient_samples import GradientSamples
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -251,7 +163,7 @@ def test_gate_does_not_depend_on_the_units_of_the_loss(scale, samples, seed):
                 parameters[0].grad = torch.from_numpy(mean)
                 taker.take_mean()
                 meter.note(taker.deviations(), k)
-                sums = sums + (riders_of(meter) if k else 0.0)
+                sums = sums + (payload_of(meter) if k else 0.0)
         both.append(NoiseMeter.variance(sums, 4))
     (variance, squared), (other, other_squared) = both
     assert other == pytest.approx(scale**2 * variance, rel=1e-9)
@@ -342,9 +254,9 @@ def test_random_coordinates_are_unbiased(monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((40, 25), (7,), (2, 150))]
     deviation = [torch.randn(p.shape) * (1 + i) for i, p in enumerate(parameters)]
     squares = []
-    monkeypatch.setattr(noise, "COORDINATES", 200)
+    monkeypatch.setattr(gradient_samples, "COORDINATES", 200)
     for seed in range(60):
-        monkeypatch.setattr(noise, "_SEED", seed)
+        monkeypatch.setattr(gradient_samples, "_SEED", seed)
         taker, again = (GradientSamples(parameters, 1, 1.0) for _ in range(2))
         assert 150 < taker._own.shape[1] <= 200
         for each in (taker, again):
@@ -441,13 +353,13 @@ def test_only_successive_steps_are_compared():
         p.grad = torch.randn(2)
         taker.take_mean()
         meter.note(taker.deviations(), call)
-        return riders_of(meter).any()
+        return payload_of(meter).any()
 
     assert [note(call) for call in (1, 2, 4, 5, 6)] == [False, True, False, True, True]
     meter.clear()
     assert [note(call) for call in (7, 8)] == [False, True]
     meter.note(None, 9)
-    assert not riders_of(meter).any()
+    assert not payload_of(meter).any()
     assert [note(call) for call in (10, 11)] == [False, True]
 
 
@@ -466,255 +378,3 @@ def test_what_stands_out():
     for bad in (math.nan, math.inf):
         assert not stands_out(bad, bad, 10.0)
         assert not stands_out(1.0, bad, 10.0)
-
-
-# One rank without micro-batches
-
-
-def gram_of(residuals):
-    R = np.diff(np.array(residuals), axis=0)
-    return R @ R.T
-
-
-def test_fallback_finds_the_noise_of_a_slow_iteration():
-    random = np.random.default_rng(0)
-    n, sigma2 = 50, 4.0
-    found = []
-    for _ in range(100):
-        w, r = 10.0, []
-        for _ in range(12):
-            r.append(np.full(n, w) + random.standard_normal(n) * np.sqrt(sigma2 / n))
-            w *= 0.999
-        found.append(variance_from_history(gram_of(r)))
-    assert np.mean(found) == pytest.approx(sigma2, rel=0.2)
-
-
-@pytest.mark.parametrize("factors", [(-0.95,), (-0.8, 0.9), (0.99,), (-0.99, -0.5, 0.3, 0.95)])
-def test_fallback_sees_no_noise_in_swinging_iterations(factors):
-    random = np.random.default_rng(1)
-    start = random.standard_normal(len(factors))
-    r = [start * np.array(factors) ** k for k in range(12)]
-    gram = gram_of(r)
-    assert variance_from_history(gram) <= 0.02 * np.median(np.diag(gram))
-
-
-def test_fallback_needs_three_columns():
-    assert variance_from_history(np.eye(2)) is None
-    assert variance_from_history(np.eye(3)) == 0.0
-
-
-def test_fallback_through_the_optimizer():
-    """Known noise on a quadratic that hardly moves: the gate closes; without noise it is open."""
-    for size, closed in ((0.0, False), (1.0, True)):
-        problem = Problem(PLAIN, noise=size)
-        config = AndersonConfig(safeguard="none", frequency=2, history_depth=10)
-        _, opt = problem.run(config, 60)
-        stats = opt.anderson.stats
-        assert stats.rejected["noise"] > 25 if closed else stats.accelerated > 25
-        if closed:
-            assert stats.batch_factor > 1.0
-
-
-# The optimizer
-
-
-@pytest.fixture
-def digits():
-    data = load_digits()
-    return torch.tensor(data.data / 16.0), torch.tensor(data.target)
-
-
-def train_on_digits(digits, steps, batch, passes, **settings):
-    images, labels = digits
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 10)
-    ).double()
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    opt = AndersonOptimizer(
-        base, backward_passes_per_step=passes, anderson=AndersonConfig(**settings)
-    )
-    generator = torch.Generator().manual_seed(1)
-    fixed = torch.randperm(len(labels), generator=generator).chunk(passes)
-    for _ in range(steps):
-        opt.zero_grad()
-        for part in fixed:
-            if batch is not None:
-                part = torch.randint(len(labels), (batch,), generator=generator)
-            loss = torch.nn.functional.cross_entropy(model(images[part]), labels[part])
-            (loss / passes).backward()
-        opt.step()
-    return opt, model
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-def test_gate_on_digits(digits, passes):
-    """Open on full batches, whatever the partition; shut on small ones."""
-    full, _ = train_on_digits(digits, 60, None, passes, safeguard="none")
-    stats = full.anderson.stats
-    assert stats.rejected["noise"] <= 1  # too few columns to estimate by
-    assert stats.accelerated >= 29
-    assert stats.batch_factor < 0.5
-    noisy, _ = train_on_digits(digits, 60, 8, passes)
-    stats = noisy.anderson.stats
-    assert stats.rejected["noise"] >= 28
-    assert stats.batch_factor > 1.0
-
-
-def test_no_gate_measures_nothing(digits):
-    opt, _ = train_on_digits(digits, 10, 8, 2, noise_gate=None)
-    assert opt._anderson_problem.samples is None
-    assert math.isnan(opt.anderson.stats.batch_factor)
-    assert opt.anderson.stats.rejected["noise"] == 0
-
-
-def test_rejected_as_noise_is_the_base_optimizer_s_step(digits):
-    _, model = train_on_digits(digits, 20, 8, 2, noise_gate=1e9)
-    _, plain = train_on_digits(digits, 20, 8, 2, frequency=10**9)
-    assert torch.equal(
-        torch.cat([*map(torch.flatten, model.parameters())]),
-        torch.cat([*map(torch.flatten, plain.parameters())]),
-    )
-
-
-@pytest.mark.parametrize("frequency", [1, 2, 5])
-def test_samples_are_taken_only_where_they_are_needed(digits, frequency, monkeypatch):
-    """In accelerated steps and those before; multiplied out in accelerated ones."""
-    steps, taken, products = [], [], []
-    take, measure = GradientSamples.take, NoiseMeter.measured
-    monkeypatch.setattr(
-        GradientSamples, "take", lambda self, p: (taken.append(len(steps) + 1), take(self, p))[1]
-    )
-    monkeypatch.setattr(
-        NoiseMeter, "measured", lambda self: (products.append(len(steps) + 1), measure(self))[1]
-    )
-    step = Accelerator.step
-    monkeypatch.setattr(Accelerator, "step", lambda self, p: (step(self, p), steps.append(1))[0])
-    train_on_digits(digits, 20, 8, 2, frequency=frequency)
-    needed = [k for k in range(1, 21) if k % frequency == 0 or (k + 1) % frequency == 0]
-    assert sorted(set(taken)) == needed
-    assert len(taken) == len(needed) * 2 * 4  # micro-batches times parameters
-    assert products == [k for k in range(1, 21) if k % frequency == 0]
-
-
-def test_frozen_and_added_parameters(digits):
-    """Samples are of the parameters there are; measuring goes on two steps later."""
-    images, labels = digits
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 10)
-    ).double()
-    model[0].weight.requires_grad_(False)
-    opt = AndersonOptimizer(
-        torch.optim.SGD([model[2].weight, *model[0].parameters()], lr=0.1),
-        backward_passes_per_step=2,
-        anderson=AndersonConfig(),
-    )
-    measured, original = [], NoiseMeter.variance
-
-    def run(steps):
-        for k in range(steps):
-            opt.zero_grad()
-            for j in range(2):
-                part = slice(8 * (2 * k + j), 8 * (2 * k + j + 1))
-                torch.nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
-            opt.step()
-
-    NoiseMeter.variance = staticmethod(lambda *a: measured.append(original(*a)) or measured[-1])
-    try:
-        run(6)
-        assert None not in measured and len(measured) == 3
-        assert opt._anderson_problem.samples._own.shape[1] == 16 + 160
-        opt.add_param_group({"params": [model[2].bias]})
-        model[0].weight.requires_grad_(True)
-        run(4)
-        assert opt._anderson_problem.samples._own.shape[1] == 16 + 160 + 10 + 1024
-        model[0].weight.requires_grad_(False)
-        run(4)
-        assert sum(found is not None for found in measured) >= len(measured) - 2
-        assert measured[-1] is not None
-    finally:
-        NoiseMeter.variance = staticmethod(original)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_measure_too(digits, copied):
-    opt, model = train_on_digits(digits, 6, 8, 2)
-    twin, other = copied((opt, model))
-    images, labels = digits
-    before = twin.anderson.stats.noise_variance
-    assert math.isnan(before)
-    for k in range(2):
-        twin.zero_grad()
-        for j in range(2):
-            part = slice(8 * (2 * k + j), 8 * (2 * k + j + 1))
-            torch.nn.functional.cross_entropy(other(images[part]), labels[part]).backward()
-        twin.step()
-    # By gradients: from residuals alone it takes three columns, which are not there yet.
-    assert math.isfinite(twin.anderson.stats.noise_variance)
-
-
-def test_batch_factor_is_its_formula():
-    stats = Stats()
-    assert math.isnan(stats.batch_factor)
-    measurements = [(2.0, 30.0), (4.0, 10.0), (1.0, 100.0)]
-    variance = signal = None
-    for sigma2, squared in measurements:
-        stats.note_noise(sigma2, squared, 7.0)
-        variance = sigma2 if variance is None else 0.9 * variance + 0.1 * sigma2
-        signal = squared - sigma2 if signal is None else 0.9 * signal + 0.1 * (squared - sigma2)
-    assert stats.noise_variance == pytest.approx(variance)
-    assert stats.signal == pytest.approx(signal)
-    assert stats.batch_factor == pytest.approx(7.0 * variance / signal)
-    stats.note_noise(math.nan, math.inf, 7.0)
-    assert stats.batch_factor == pytest.approx(7.0 * variance / signal)
-    lost = Stats()
-    lost.note_noise(5.0, 1.0, 7.0)
-    assert lost.batch_factor == math.inf
-
-
-@pytest.mark.parametrize("safeguard", ["none", "descent"])
-def test_columns_of_noise_are_left_out(safeguard):
-    """Columns below 2 c sigma^2 are not used: as if only the others had been stored."""
-    problem = Problem(PLAIN)
-    config = AndersonConfig(**{**TEXTBOOK, "noise_gate": 1.0}, frequency=2, history_depth=6)
-    opt = problem.optimizer(config)
-    accelerator = opt.anderson
-    gram = np.diag([1.0, 5.0, 3.0, 9.0])
-    sums = np.array([2.0 * 2 * 2 * 0.5 * 2, 2.0, 2.0, 2 * 50.0])  # sigma^2 = 2 of two samples
-    accelerator._comm = type("Two", (), {"size": 2})()
-    variance, squared = NoiseMeter.variance(sums, 2)
-    assert variance == 2.0 and squared == 50.0
-    assert accelerator._clear_of_noise(sums, gram, 50.0) == [1, 3]
-    assert accelerator._clear_of_noise(sums, gram, 4.0) == []  # 4 - 2 is no more than 2
-    assert accelerator._clear_of_noise(sums, gram, 4.1) == [1, 3]
-
-
-def test_simulated_ranks_decide_alike():
-    """Deviations are one rank's own, the decision everybody's."""
-
-    def program(comm):
-        p = torch.nn.Parameter(torch.zeros(6, dtype=DOUBLE))
-        opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
-        opt.anderson = Accelerator(AndersonConfig(safeguard="none"), comm)
-        opt._anderson_problem.sample_gradients(1, 1.0)
-        generator = torch.Generator().manual_seed(comm.rank)
-        target, path = torch.arange(6.0, dtype=DOUBLE), []
-        for k in range(24):
-            size = 0.0 if k < 12 else 30.0
-            own = (p.detach() - target) * torch.linspace(0.2, 2.0, 6, dtype=DOUBLE)
-            own = own + size * torch.randn(6, generator=generator, dtype=DOUBLE)
-            p.grad = own
-            opt._anderson_problem.samples.take(p)
-            p.grad = torch.from_numpy(comm.allreduce(own.numpy().copy()) / comm.size)
-            opt._anderson_problem.samples.take_mean()
-            opt.step()
-            path.append(flat(opt))
-        return np.array(path), opt.anderson.stats.counters()
-
-    results = run_ranks(3, program)
-    for path, counters in results[1:]:
-        assert np.array_equal(path, results[0][0])
-        assert counters == results[0][1]
-    assert results[0][1]["accelerated"] >= 3
-    assert results[0][1]["rejected"]["noise"] >= 5

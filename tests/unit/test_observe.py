@@ -93,10 +93,7 @@ def moved(found, other):
 
 
 CASES = [(name, {}) for name in OPTIMIZERS]
-CASES += [(name, {"momentum": "reset"}) for name in ("Nesterov", "Adam", "AdamW", "RMSprop")]
-CASES += [("Nesterov", {"residual": residual}) for residual in ("step", "state")]
-CASES += [("SGD", {"residual": "state"}), ("Adam", {"residual": "step", "layout": "columns"})]
-CASES += [("Nesterov", {"residual": "state", "layout": "columns"})]
+CASES += [("Nesterov", {"residual": "step"}), ("Adam", {"residual": "step", "layout": "columns"})]
 CASES += [("Adam", {"average_window": 2, "average_threshold": 1e9})]  # there, but never used
 CASES += [("Nesterov", {"safeguard": "descent"}), ("Nesterov", {"noise_gate": 0.0})]
 
@@ -119,18 +116,10 @@ def test_a_bad_loss_puts_the_base_step_back_bit_for_bit(case, dtype, schedule):
             step(opt, 5, GOOD)
             assert stats.accelerated == before + 1, "nothing was tried out"
             assert moved(contents(opt), expected)
-            if more.get("momentum") == "reset":
-                for entry in opt.state.values():
-                    for key in ("momentum_buffer", "exp_avg"):
-                        assert key not in entry or not entry[key].any()
             if schedule:  # as a scheduler does between two steps
                 for group in opt.param_groups:
                     group["lr"] *= 0.3
             stored = stats.stored
-            if schedule and more.get("residual") == "state":
-                step(opt, 6, BAD)  # another problem: rows of lr v are in other units now
-                assert stats.rejected["loss"] == 0
-                return flat(opt)
             step(opt, 6, BAD)
             same(contents(opt), expected)
             assert stats.rejected["loss"] == 1
@@ -388,7 +377,7 @@ def test_one_rank_loads_a_checkpoint_in_between(when):
     assert results[0][2] >= 4
 
 
-def test_restart_and_changed_parameters_in_between():
+def test_reset_and_changed_parameters_in_between():
     """What a trial was about is gone: nothing is put back."""
     for event in ("reset", "frozen", "added"):
         opt = built("SGD")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError, checkpoint
 from aadl_hvd.checkpoint import plain
+from aadl_hvd.checkpoint.shard_state import ShardState
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
 
@@ -547,7 +548,7 @@ def test_what_a_step_on_trial_would_restore_travels_between_ranks(entry, monkeyp
         config = AndersonConfig(frequency=3, safeguard="residual", noise_gate=None)
         opt = AndersonOptimizer(Remembering([p], lr=0.01), anderson=config)
         opt.anderson = Accelerator(config, comm)
-        while not opt.sharded_state_dict()["anderson"]["history"]["undo"]:
+        while not opt.sharded_state_dict()["anderson"]["history"]["trial"]:
             opt.zero_grad()
             (p * torch.arange(8.0)).square().sum().backward()
             opt.step()
@@ -564,7 +565,7 @@ def test_what_a_step_on_trial_would_restore_travels_between_ranks(entry, monkeyp
         assert found[0] == found[1] and "\n" not in found[0]
         assert "could not consolidate" in found[0] and "datetime.date" in found[0]
         return
-    undo = found[0]["anderson"]["history"]["undo"]["residual"]["undo"]
+    undo = found[0]["anderson"]["history"]["trial"]["residual"]["undo"]
     assert_equal(undo["entries"][0]["entry"], entry)
 
 
@@ -585,7 +586,7 @@ def test_settings_of_numpys_name_the_same_moment(tmp_path):
 
     found = part((np.float64(0.9),), np.int64(5))
     fingerprint = [found, read_back({"x": found}, tmp_path)["x"], part((0.9,), 5)]
-    assert len({*map(checkpoint.fingerprint_of, fingerprint)}) == 1
+    assert len({ShardState.from_dict(s, "history").fingerprint() for s in fingerprint}) == 1
 
 
 def test_an_entry_called_bit_generator_makes_no_lists(tmp_path):

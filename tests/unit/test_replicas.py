@@ -116,7 +116,7 @@ def test_a_flipped_bit_is_an_error_within_an_interval(layout, shard_groups):
     assert run_ranks(3, program) == [9, 9, 9]
 
 
-@pytest.mark.parametrize("residual", ["gradient", "state"])
+@pytest.mark.parametrize("residual", ["gradient", "step"])
 def test_resync_makes_weights_and_state_equal(residual):
     problem = Problem(MOMENTUM)
     settings = config(on_desync="resync", residual=residual, safeguard="none")

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aadl_hvd.core import history as history_module
-from aadl_hvd.core.averages import MovingAverage
+from aadl_hvd.core import chunking
+from aadl_hvd.core.moving_average import MovingAverage
 
 
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 14), st.integers(0, 2**32))
@@ -53,12 +53,12 @@ def test_bytes():
     assert MovingAverage(3, 5, torch.float32, torch.device("cpu")).nbytes == 3 * 5 * 4
 
 
-@pytest.mark.parametrize("place", [0, 3, 6])
-def test_spread_is_the_largest_of_all_chunks(monkeypatch, place):
-    monkeypatch.setattr(history_module, "CHUNK", 2)
+@pytest.mark.parametrize("row", [0, 3, 6])
+def test_spread_is_the_largest_of_all_chunks(monkeypatch, row):
+    monkeypatch.setattr(chunking, "CHUNK", 2)
     average = MovingAverage(2, 7, torch.float64, torch.device("cpu"))
     for value in (1.0, 3.0):
         w = torch.zeros(7, dtype=torch.float64)
-        w[place] = value
+        w[row] = value
         average.push(w)
     assert float(average.spread()) == 1.0

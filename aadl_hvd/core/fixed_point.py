@@ -1,0 +1,106 @@
+"""What the algorithm needs to know of an optimizer: a fixed-point iteration w <- G(w)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Deviations:
+    """How the samples of one gradient deviate from their mean.
+
+    Attributes:
+        values: [samples, coordinates]; the squared norm of a row estimates that of all n.
+        squared: the square of the mean's norm, estimated in the same way; [].
+    """
+
+    values: Tensor
+    squared: Tensor
+
+
+class FixedPoint(Protocol):
+    """The iteration to accelerate.
+
+    Rows [lo, hi) are those of the flat vector w [n]. All tensors are on `device`.
+    """
+
+    @property
+    def config_lines(self) -> list[str]:
+        """The settings that decide where the base optimizer goes, to be compared over ranks."""
+
+    @property
+    def signature(self) -> Hashable:
+        """What stored pairs depend on. The history is reset when it changes."""
+
+    @property
+    def n(self) -> int:
+        """Length of the flat vector w."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Widest dtype among the parts of w."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of w."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that w consists of, in order."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the base optimizer goes anywhere: not every learning rate is 0."""
+
+    def read_before(self, lo: int, hi: int, out: Tensor, residual: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of w to `out`, before `advance`.
+
+        `advance` may use the memory of `residual`.
+        """
+
+    def advance(self) -> Any:
+        """Takes one step of the base optimizer. The user gets its return value."""
+
+    def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of the current weights to `out`."""
+
+    def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
+        """Copies rows [lo, hi) of r to `out`, after `advance`; w: these rows from before it."""
+
+    def scaling(self, lo: int, hi: int) -> float | Tensor:
+        """The diagonal of M: one number, or rows [lo, hi) of it."""
+
+    @property
+    def uniform_scaling(self) -> float | None:
+        """M where it is one number that costs nothing to know, else None."""
+
+    def deviations(self) -> Deviations | None:
+        """How the gradient samples of this step deviate from their mean, after `advance`."""
+
+    def skip(self) -> Any:
+        """Ends a step without an update. The user gets its return value."""
+
+    def write(self, flat: Tensor, lo: int = 0) -> None:
+        """Sets rows [lo, lo + k) of the weights from `flat` [k]. Rows beyond n are ignored."""
+
+    def snapshot(self) -> Any:
+        """A copy of the base optimizer's state for `restore`: plain types and tensors."""
+
+    def restore(self, undo: Any) -> None:
+        """Puts back the state that `snapshot` returned. The snapshot is used up."""
+
+    def state_tensors(self) -> list[Tensor]:
+        """The base optimizer's state, in an order that is the same on all ranks."""
+
+    def loss(self) -> float:
+        """Evaluates this rank's loss at the current weights."""
+
+
+def work_dtype(problem: FixedPoint) -> torch.dtype:
+    """The dtype of pairs and products: no narrower than any weight."""
+    return torch.float64 if problem.dtype == torch.float64 else torch.float32

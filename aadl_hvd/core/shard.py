@@ -1,0 +1,98 @@
+"""This rank's shard of the flat weight vector: its rows, their memory, and how it is published."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aadl_hvd.comm.base import ShardGroup
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.collectives import Collectives
+from aadl_hvd.core.fixed_point import FixedPoint
+from aadl_hvd.core.sharding import Sharding
+from aadl_hvd.stats import Stats
+
+
+class WeightShard:
+    """Rows [lo, hi) of the flat vector, with the column layout all of them.
+
+    Args:
+        sharding: which rows these are.
+        dtype: of vectors on these rows: float32, or float64 where a weight is float64.
+        device: of the weights.
+        collectives: of the group that shares the vector.
+        stats: timers and bytes.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        dtype: torch.dtype,
+        device: torch.device,
+        collectives: Collectives,
+        stats: Stats,
+    ) -> None:
+        self.sharding, self.dtype, self.device = sharding, dtype, device
+        self._collectives, self._stats = collectives, stats
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Half-open range of this rank's rows."""
+        return self.sharding.rows
+
+    def empty(self) -> Tensor:
+        """A new vector on these rows, not initialised: [hi - lo]."""
+        lo, hi = self.rows
+        return torch.empty(hi - lo, dtype=self.dtype, device=self.device)
+
+    def complete(self, w: Tensor, update: Tensor, relaxation: float) -> Tensor:
+        """This rank's rows of w + relaxation * update, from what `Method.update` returned.
+
+        With the row layout that is what it returned. With the column layout it returned this
+        rank's term of the update, and the terms are summed over the group. Collective.
+
+        Args:
+            w: [rows].
+            update: [rows]; it is overwritten.
+            relaxation: beta.
+        """
+        if self.sharding.layout == "rows":
+            return update
+        with self._stats.timed("gather"):
+            update = self._collectives.update(update)
+            return torch.add(w, update, alpha=relaxation, out=update)
+
+    def publish(self, problem: FixedPoint, rows: Tensor) -> None:
+        """Makes the rows of all ranks the weights, on every rank. Collective.
+
+        This is the one large message of an accelerated step. With the column layout every rank
+        has all rows already.
+
+        Args:
+            problem: whose weights are written.
+            rows: this rank's, [hi - lo].
+        """
+        block = self.sharding.block
+        if self.sharding.layout == "columns":
+            with self._stats.timed("write"):
+                return problem.write(rows)
+        if rows.numel() < block:
+            rows = torch.nn.functional.pad(rows, (0, block - rows.numel()))
+        with self._collectives.weights(rows) as pieces:
+            while True:
+                with self._stats.timed("gather"):
+                    first, blocks = next(pieces, (0, None))
+                if blocks is None:
+                    return None
+                with self._stats.timed("write"):
+                    if blocks.shape[1] == block:
+                        problem.write(blocks.reshape(-1))
+                        continue
+                    for rank, piece in enumerate(blocks):
+                        problem.write(piece, rank * block + first)
+
+
+def sharding_of(config: AndersonConfig, group: ShardGroup, n: int) -> Sharding:
+    """The part of a history of columns of n numbers that is this rank's."""
+    ranks = group.comm.size, group.comm.rank, group.count, group.index
+    return Sharding(config.layout, n, config.history_depth, *ranks)
