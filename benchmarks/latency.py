@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import command, report
 
-# 255 and 440 numbers are about what m = 15 and m = 20 columns send with an accelerated step.
+# 255 and 440 numbers are about what m = 15 and m = 20 columns send in an acceleration step.
 SIZES = (1, 255, 440)
 RANKS = (2, 4, 8)
 WARM_UP = 10

@@ -1,7 +1,8 @@
 """What Anderson acceleration takes in memory, at its peak, on real ranks: `--help`.
 
-Each variant trains for a few events in processes of its own, whose peak resident memory is compared
-with that of `hvd.DistributedOptimizer` alone and with the formula for the history, 2 m n/P numbers.
+Each variant trains for a few acceleration steps in processes of its own. Their peak resident memory
+is compared with that of `hvd.DistributedOptimizer` alone and with the formula for the history,
+2 m n/P numbers.
 """
 
 from __future__ import annotations

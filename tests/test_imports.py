@@ -49,6 +49,7 @@ FROM_INSIDE = {
         "aadl_hvd.core.chunking",
         "aadl_hvd.core.gram",
         "aadl_hvd.core.replicas",
+        "aadl_hvd.core.state",
         "aadl_hvd.kernels",
         "aadl_hvd.optim.gradient_samples",
         "aadl_hvd.optim.problem",

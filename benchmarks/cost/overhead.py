@@ -150,10 +150,10 @@ def notes(results: dict[str, Any]) -> str:
     for dense in (run for run in runs if run["name"] == DENSE):
         step = bare[dense["ranks"]]["acceleration_step_s"]["median"]
         alone = bare[dense["ranks"]]["gram_to_write_s"]["median"]
-        for name in ("qr", "normal_equations"):
-            seconds = dense["stack_s"] + dense[f"{name}_s"]
+        for name, key in (("QR", "qr_s"), ("normal equations", "normal_equations_s")):
+            seconds = dense["stack_s"] + dense[key]
             lines.append(
-                f"Dense reference, {name.replace('_', ' ')}: {seconds:.1f} s, {seconds / step:.0f} "
+                f"Dense reference, {name}: {seconds:.1f} s, {seconds / step:.0f} "
                 f"times the acceleration step, {seconds / alone:.0f} times Gram to write"
             )
     return "\n".join(lines)

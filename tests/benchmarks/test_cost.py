@@ -41,7 +41,7 @@ def test_overhead(tmp_path, capsys):
             assert run["sent_bytes"]["gram"] > 0 and run["sent_bytes"]["update"] == 8
     assert out.with_suffix(".png").stat().st_size > 0
     printed = capsys.readouterr().out
-    assert "p = q = 1" in printed and "qr" in printed
+    assert "p = q = 1" in printed and "QR" in printed
 
 
 def test_scaling(tmp_path, capsys):

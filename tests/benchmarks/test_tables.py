@@ -36,7 +36,9 @@ def test_every_result_is_shown_or_read():
     """A plot in a document, a file that a table is made from, or what a shown folder is about."""
     texts = [path.read_text() for path in (tables.ROOT / "docs").glob("*.md")]
     texts.append((tables.ROOT / "README.md").read_text())
-    linked = {name for text in texts for name in re.findall(r"benchmarks/results/([^)\s`]+)", text)}
+    linked = {
+        name for text in texts for name in re.findall(r"benchmarks/results/([\w./-]+\.\w+)", text)
+    }
     source = (tables.ROOT / "benchmarks" / "tables.py").read_text()
     read = set(re.findall(r'(?:_results|convergence)\("(\w+)"\)', source))
     for path in RESULTS:
