@@ -39,7 +39,7 @@ PYTEST = $(IN_VENV) "$(VENV)/bin/python" -m pytest
 COMPUTES = $(PYTEST) -n 2 --dist loadfile
 RANKS = $(PYTEST) --ignore tests/unit
 
-test: setup ## the tests, in 15 minutes on two cores (TEST_ARGS="-k word" for some)
+test: setup ## the tests (TEST_ARGS="-k word" for some)
 ifeq ($(strip $(TEST_ARGS)),)
 	@failed=0; \
 	$(COMPUTES) -m "not (ranks or long or soak)" || failed=1; \
@@ -55,7 +55,7 @@ test-long: setup ## statistics, and repetitions that make test leaves out
 	$(RANKS) -m "long and ranks" || failed=1; \
 	exit $$failed
 
-soak: setup ## 10,000 steps of three ranks through random faults (half an hour)
+soak: setup ## 10,000 steps of three ranks through random faults
 	@$(PYTEST) -m soak
 	@$(IN_VENV) "$(VENV)/bin/python" -m tests.soak.soak
 

@@ -50,6 +50,8 @@ RUNS = {
         *("--clip", "1.0"),
     ),
 }
+LONG = pytest.mark.long
+ONE_OF_EACH = "amp", "schedule, plateau", "benchmark", "digits", "images, accumulated"
 # Gradients reach 140 there: float16 adds up six of them exactly where they are multiples of 1/2.
 BITS = {"images": 1}
 
@@ -91,10 +93,15 @@ def test_every_example_is_run():
     assert found == {script for script, *_ in RUNS.values()} | elsewhere
 
 
-@pytest.mark.parametrize("name", ["digits", "images, accumulated"] if BRIEF else RUNS)
+@pytest.mark.parametrize(
+    "name",
+    ["digits", "images, accumulated"]
+    if BRIEF
+    else [name if name in ONE_OF_EACH else pytest.param(name, marks=LONG) for name in RUNS],
+)
 @pytest.mark.parametrize(
     "config",
-    [SHUT, pytest.param(OFF, marks=pytest.mark.long)],
+    [SHUT, pytest.param(OFF, marks=LONG)],
     ids=lambda c: f"gate {c.noise_gate:g}",
 )
 def test_same_weights_with_acceleration_off(run, name, config):
@@ -184,6 +191,7 @@ SETTINGS = {
 }
 
 
+@LONG
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_digits_end_well_with_acceleration_on(run, settings):
     arguments = ("digits", "--epochs", "4" if BRIEF else "8")

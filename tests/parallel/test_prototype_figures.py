@@ -64,8 +64,11 @@ def losses(seed, kind, steps, wrap=None, stop=-1.0):
     ("kind", "figure"),
     [
         ((torch.optim.SGD, {"lr": 0.5}), 54),
-        ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}), 61),
-        ((torch.optim.Adam, {"lr": 3e-3}), 75),
+        pytest.param(
+            *((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}), 61),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(*((torch.optim.Adam, {"lr": 3e-3}), 75), marks=pytest.mark.long),
     ],
     ids=["SGD", "Nesterov", "Adam"],
 )
