@@ -43,6 +43,10 @@ def frozen(model):
     return model
 
 
+def weight(dtype):
+    return torch.nn.Parameter(torch.ones(3, dtype=dtype))
+
+
 DIFFERENT = {
     "width": (lambda: sgd(layered(5 if LAST else 4)), {}, r"shape \(5, 3\)"),
     "number": (lambda: sgd(layered(4, bias=not LAST)), {}, "parameter 0.1"),
@@ -66,11 +70,11 @@ DIFFERENT = {
         {"history_depth": 5 if LAST else 4},
         "history_depth=5",
     ),
-    # Refused where it is LBFGS; the other ranks must not wait for it.
-    "class and unsupported": (
-        lambda: (torch.optim.LBFGS if LAST else torch.optim.SGD)(layered(4).parameters(), lr=0.1),
+    # Refused where it is complex; the other ranks must not wait for it.
+    "dtype and unsupported": (
+        lambda: torch.optim.SGD([weight(torch.complex64 if LAST else torch.float32)], lr=0.1),
         {},
-        "LBFGS",
+        "complex64",
     ),
 }
 
@@ -153,8 +157,9 @@ def test_not_an_optimizer_and_not_a_config():
 def test_unsupported_optimizer_leaves_no_hooks_behind():
     """Horovod's hooks would go on reducing gradients that nobody waits for."""
     model = network()
-    with pytest.raises(UnsupportedError, match="residual='gradient' for LBFGS"):
-        DistributedAndersonOptimizer(torch.optim.LBFGS(model.parameters()))
+    parameters = [*model.parameters(), weight(torch.complex64)]
+    with pytest.raises(UnsupportedError, match="complex64"):
+        DistributedAndersonOptimizer(torch.optim.SGD(parameters, lr=0.1))
     x, y = full_batch(1)[0]
     if LAST:  # alone: hooks would make it talk
         for _ in range(3):
