@@ -30,7 +30,7 @@ class Reset(enum.Enum):
 
     NONFINITE = "nonfinite"
     # Parameters, dtypes, devices, which learning rates are 0; with residual="step" the ratio of the
-    # groups' rates, with "state" any of them.
+    # groups' rates.
     CHANGED = "changed"
     # Ranks had not stored the same (one loaded a checkpoint), or did not hold the same weights.
     DESYNCHRONIZED = "desynchronized"

@@ -136,7 +136,8 @@ def _needs(
     optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any], like: Any
 ) -> tuple[set[str], dict[str, torch.Size]]:
     """What a parameter's state must hold; and the shapes of what is known of it."""
-    cls: Any = type(getattr(optimizer, "_accelerated", optimizer))
+    engine = getattr(optimizer, "anderson_engine", None)  # an accelerated one is of a derived class
+    cls: Any = type(optimizer if engine is None else engine.given)
     if cls not in _SHAPED:  # nor classes derived from these, which may keep what they like
         known = like.items() if isinstance(like, dict) else ()
         return set(), {k: v.shape for k, v in known if isinstance(v, Tensor) and v.numel() > 1}

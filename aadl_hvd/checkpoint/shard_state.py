@@ -192,7 +192,7 @@ class NoiseState(State):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LossState(State):
-    """What all ranks know of a point on trial: see `core.acceptance.LossCheck`."""
+    """What all ranks know of a point on trial: see `core.loss_check.LossCheck`."""
 
     observed: Annotated[bool, SHARED, instance(bool)]
     verdict_due: Annotated[bool, SHARED, instance(bool)]

@@ -41,7 +41,7 @@ class NoiseMeter:
     MEMORY = 0.9  # decay of the share of noise, per acceleration step
 
     def __init__(self) -> None:
-        self.measurement: tuple[float, float] | None = None
+        self._sums: tuple[Vector, int] | None = None  # of the last reduction
         self._share: float | None = None
         self._now: Deviations | None = None
         self._last: Deviations | None = None
@@ -86,7 +86,12 @@ class NoiseMeter:
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
-        self.measurement = self.variance(sums, size)
+        self._sums = sums, size
+
+    @property
+    def measurement(self) -> tuple[float, float] | None:
+        """sigma^2 and the square of the gradient's norm, see `variance`; the same on every rank."""
+        return None if self._sums is None else self.variance(*self._sums)
 
     @staticmethod
     def variance(sums: Vector, size: int) -> tuple[float, float] | None:

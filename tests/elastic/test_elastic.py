@@ -101,7 +101,7 @@ def test_the_log_says_what_became_of_the_history(output, phases):
     steps = [phase[-1]["step"] for phase in phases]
     resets, *resharded = said
     assert resets.startswith(f"elastic: 2 ranks, 3 before, after step {steps[0]}: the history")
-    assert "resets, the shard of rank 2 of 3 that shared it is lost" in resets
+    assert "is reset, the shard of rank 2 of 3 that shared it is lost" in resets
     assert resharded == [
         f"elastic: {now} ranks, {before} before, after step {step}: the history goes on, "
         "6 columns resharded"

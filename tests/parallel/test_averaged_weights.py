@@ -21,14 +21,14 @@ def trained(model, steps=13, **settings):
     opt = DistributedAndersonOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
         named_parameters=model.named_parameters(),
-        anderson=AndersonConfig(frequency=2, history_depth=4, averages=(0.5, 8), **settings),
+        anderson=AndersonConfig(frequency=2, history_depth=4, averages=(0.5, 0.8), **settings),
     )
     train(model, opt, batches(steps))
     return opt
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("which", [0.5, 8])
+@pytest.mark.parametrize("which", [0.5, 0.8])
 def test_replicas_hold_the_same_average(layout, which):
     model = network()
     opt = trained(model, layout=layout)
@@ -44,10 +44,10 @@ def test_the_mean_over_ranks_decides():
     """Each rank would choose another; what counts is the same for all."""
     model = network()
     opt = trained(model)
-    # Candidates are asked for in the order: last iterate, 0.5, 8.
+    # Candidates are asked for in the order: last iterate, 0.5, 0.8.
     mine = iter([4.0, 1.0, 3.0] if hvd.rank() == 0 else [4.0, 9.0, 3.0])
     with opt.averaged_weights(lambda: next(mine)) as name:
-        assert name == 8
+        assert name == 0.8
         assert_replicas_equal(model)
     nan = iter([4.0, 1.0, float("nan") if hvd.rank() == 0 else 0.0])
     with opt.averaged_weights(lambda: next(nan)) as name:
@@ -128,10 +128,10 @@ def test_what_one_rank_refuses_is_an_error_on_all():
         pass
     with (
         pytest.raises(ConfigError if first else ReplicaMismatchError, match=r"which|refused"),
-        opt.averaged_weights(which=99 if first else 8),
+        opt.averaged_weights(which=99 if first else 0.8),
     ):
         pass
-    for which in ((0.5 if first else 8), (None if first else "auto")):
+    for which in ((0.5 if first else 0.8), (None if first else "auto")):
         with (
             pytest.raises(ReplicaMismatchError, match="which"),
             opt.averaged_weights(which=which),

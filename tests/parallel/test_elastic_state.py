@@ -21,6 +21,7 @@ from training import (
 
 import aadl_hvd
 from aadl_hvd import AndersonConfig, ConfigError, DistributedAndersonOptimizer, UnsupportedError
+from aadl_hvd.engines import horovod_elastic
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -172,7 +173,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
             (
                 "WARNING",
                 f"elastic: {hvd.size()} ranks, {hvd.size()} before, after step 20: the history "
-                f"resets, the part of rank {last} of {hvd.size()} that shared it is lost",
+                f"is reset, the shard of rank {last} of {hvd.size()} that shared it is lost",
             )
         ]
     )
@@ -181,7 +182,7 @@ def test_a_new_rank_among_old_ones(adam, monkeypatch, caplog):
         assert_same_bits(after[name], before[name], name)
     stats = state.optimizer.anderson.stats
     assert stats.resets["ranks"] == 1
-    assert stats.steps == after["part"]["replicated"]["calls"] == 20  # says what steps are next
+    assert stats.steps == after["part"]["calls"] == 20  # says what steps are next
     assert state.optimizer.anderson.columns == 0
     train(state.model, state.optimizer, DATA[20:])
     assert stats.accelerated > before["anderson"]["counters"]["accelerated"]
@@ -224,7 +225,7 @@ def test_parts_are_handed_to_other_hosts():
     """To different ranks, where there are as many."""
 
     def chosen(hosts):
-        return [aadl_hvd.elastic._elsewhere(hosts, rank) for rank in range(len(hosts))]
+        return [horovod_elastic._elsewhere(hosts, rank) for rank in range(len(hosts))]
 
     assert chosen("aabb") == [2, 3, 0, 1]
     assert chosen("abc") == [1, 2, 0]
@@ -241,19 +242,19 @@ def test_a_part_that_cannot_be_handed_over_holds_nobody_up(monkeypatch, caplog):
     state.sync()
     train(state.model, state.optimizer, DATA[:8])
     monkeypatch.setenv("HOROVOD_HOSTNAME", f"host{hvd.rank()}")
-    handler, whole = state._handlers["optimizer"], aadl_hvd.elastic._part
+    handler, whole = state._handlers["optimizer"], horovod_elastic._shard
 
     def part(optimizer):
         entry = datetime.date(2026, 1, 1) if hvd.rank() == 1 else np.float64(0.5)
         return whole(optimizer) | {"entry": entry}
 
-    monkeypatch.setattr(aadl_hvd.elastic, "_part", part)
+    monkeypatch.setattr(horovod_elastic, "_shard", part)
     with caplog.at_level(logging.WARNING, "aadl_hvd"):
         handler.hand_over()
     found = [(part["entry"], part["sharding"]["rank"]) for part in handler._handed]
     before = (hvd.rank() - 1) % hvd.size()
     assert found == ([] if before == 1 else [(0.5, before)])
-    assert ("part['entry'], of type datetime.date" in caplog.text) == (hvd.rank() == 1)
+    assert ("shard['entry'], of type datetime.date" in caplog.text) == (hvd.rank() == 1)
 
 
 def test_horovods_own_state_does_the_same(monkeypatch):
