@@ -93,7 +93,8 @@ def compare(pairs, size, layout, **options):
     expected = residual_norm(pairs[-DEPTH - 1 :], w, r, **arguments)
     assert_close(point - w, expected - w)
     update = (expected - w) / options.get("relaxation", 1.0)
-    assert slope == pytest.approx(float(update @ r), abs=TOLERANCE * float(update.norm() * r.norm()))
+    bound = TOLERANCE * float(update.norm() * r.norm())
+    assert slope == pytest.approx(float(update @ r), abs=bound)
 
 
 def test_the_page_shows_the_function():
