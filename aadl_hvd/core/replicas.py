@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import zlib
 from collections import Counter
@@ -131,14 +132,15 @@ class Replicas:
                 "on_desync='resync'."
             )
         if self._were_equal:
-            warnings.warn(f"{what}: these ranks get weights and state of rank {root}", stacklevel=6)
+            message = f"{what}: these ranks get weights and state of rank {root}"
+            warnings.warn(message, stacklevel=_level_of_user())
             self._resync(problem, root)
         elif not self._warned:
             self._warned = True
             warnings.warn(
                 f"{what}, and were never equal: no acceleration. Call "
                 "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training.",
-                stacklevel=6,
+                stacklevel=_level_of_user(),
             )
 
     def _resync(self, problem: FixedPoint, root: int) -> None:
@@ -172,6 +174,17 @@ class Replicas:
         if self._checksum is None or (self._checksum.sizes, self._checksum.device) != now:
             self._checksum = kernels.Checksum(*now)
         return self._checksum.of(tensors, PRIME)
+
+
+def _level_of_user() -> int:
+    """The `stacklevel` with which the caller's warning points at the line that called `step`."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in ("aadl_hvd", "torch", "contextlib"):
+            return level
+        frame, level = frame.f_back, level + 1
+    return 1
 
 
 def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
