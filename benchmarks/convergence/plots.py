@@ -15,7 +15,7 @@ from models.problems import PROBLEMS
 COLOURS = dict(
     zip(
         CONTENDER_ORDER,
-        ("gray", "green", "olive", "orange", "red", "blue", "cyan", "purple"),
+        ("gray", "green", "olive", "orange", "red", "blue", "purple"),
         strict=True,
     )
 )

@@ -12,8 +12,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models import demo, train  # noqa: E402
+from models import demo, training  # noqa: E402
 from models.errors import UserError  # noqa: E402
+
+pytestmark = pytest.mark.ranks  # Horovod is initialised in this process
 
 EXAMPLES = sorted(
     path.stem
@@ -68,22 +70,22 @@ def test_training_program(rank, sight):
     gpus, local_rank, index = SIGHTS[sight]
     rank(gpus, local_rank)
     with pytest.raises(TakenError, match=f"^{index}$"):
-        train._device(types.SimpleNamespace(device="cuda"))
+        training._device(types.SimpleNamespace(device="cuda"))
 
 
 def test_training_program_without_a_gpu(rank):
     rank(0, 1)
-    assert train._device(types.SimpleNamespace(device="auto")) == torch.device("cpu")
+    assert training._device(types.SimpleNamespace(device="auto")) == torch.device("cpu")
     with pytest.raises(UserError, match="sees no GPU"):
-        train._device(types.SimpleNamespace(device="cuda"))
+        training._device(types.SimpleNamespace(device="cuda"))
 
 
 def test_two_ranks_do_not_share_a_gpu(rank, monkeypatch):
     rank(2, 2)
-    monkeypatch.setattr(train, "gather", lambda own: [own, own])
+    monkeypatch.setattr(training, "gather", lambda own: [own, own])
     monkeypatch.setattr(hvd, "rank", lambda: 1)
     with pytest.raises(UserError, match="local rank 2 has no GPU of its own, it sees 2"):
-        train._device(types.SimpleNamespace(device="cuda"))
+        training._device(types.SimpleNamespace(device="cuda"))
 
 
 @pytest.mark.parametrize(

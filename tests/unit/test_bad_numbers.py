@@ -433,7 +433,7 @@ def test_nothing_else_is_touched():
 def test_averages_do_not_begin_with_a_bad_weight(ranks, bad):
     """In the first step that they see, where there is nothing yet to compare it with."""
     problem = Problem(SEVERAL)
-    config = AndersonConfig(**SETTINGS | {"averages": (0.9, 6)})
+    config = AndersonConfig(**SETTINGS | {"averages": (0.9, 0.6)})
 
     def program(comm):
         path, opt = problem.run(config, P - 1, comm)

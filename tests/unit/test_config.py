@@ -31,6 +31,7 @@ BAD = [
     *(("noise_gate", bad) for bad in (-1e-9, math.nan, math.inf, "10", True, 1j)),
     *(("regularization", bad) for bad in (-1e-12, math.nan, math.inf, "0", None, 1j)),
     *(("average_threshold", bad) for bad in (0, -0.1, math.nan, math.inf, "0.1", None)),
+    *(("method", bad) for bad in ("residuals", None, 1)),
     *(("safeguard", bad) for bad in ("Descent", "", None, 1, True)),
     *(("residual", bad) for bad in ("gradients", None, 0)),
     *(("averages", bad) for bad in (0.9, None, (1.0,), (0.0,), (-0.5,), (1,), (0.9, 0.9), ("5",))),
