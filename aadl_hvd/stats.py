@@ -14,7 +14,7 @@ from aadl_hvd.schema import entries, every, instance, integer, number
 
 
 class Rejection(enum.Enum):
-    """Why an attempt left the base optimizer's step in place."""
+    """Why an acceleration step left the base optimizer's step in place."""
 
     NONFINITE = "nonfinite"  # NaN or Inf in weights, residual or history: look at the base's lr
     DEGENERATE = "degenerate"  # zero residual, or no independent column: converged, or q too small
@@ -74,17 +74,17 @@ class Stats:
         stored: pairs (w, r) that entered the history.
         accelerated: steps whose weights were replaced by the accelerated point, rejections that
             came later included.
-        rejected: attempts that left the base optimizer's step in place, by cause (`Rejection`).
-            Every attempt is counted as accelerated or under exactly one cause; those rejected by
+        rejected: acceleration steps that left the base optimizer's step in place, by cause, see
+            `Rejection`. Every one is counted as accelerated or under exactly one cause; those rejected by
             `safeguard="residual"` or an observed loss, a step later, as both.
         resets: times the history was forgotten, by cause (`Reset`).
         averaged: steps whose weights were replaced by the moving average.
         promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.
         noise_variance: variance of the mean gradient's noise, summed over coordinates; smoothed
-            over the last 10 attempts or so.
+            over the last 10 acceleration steps or so.
         signal: square of the norm of the mean gradient without its noise, smoothed likewise.
         condition: condition number of the last Gram matrix after truncation.
-        gate: `noise_gate` of the settings; NaN before the first attempt.
+        gate: `noise_gate` of the settings; NaN before the first acceleration step.
         rank: columns' worth of directions that the last solve used.
         seconds: wall-clock of each part on this rank, summed. On a GPU, work is counted where the
             host waits for it, mostly under "gram".

@@ -202,7 +202,7 @@ class LossState(State):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class BackoffState(State):
-    """Attempts to leave out now, after the next rejection, and the share of rejected ones."""
+    """Acceleration steps to leave out now and after a rejection, and the share of rejected ones."""
 
     FIRST: ClassVar[int] = 4
     LONGEST: ClassVar[int] = 64

@@ -63,7 +63,7 @@ class Walk:
                 found.append(entry.name)
         if astray:
             raise UserError(
-                f"{self.root} has links that cannot be class folders; mend or remove them: "
+                f"{self.root} has links that cannot be class folders; fix or remove them: "
                 + some(astray)
             )
         return found
