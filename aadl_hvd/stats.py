@@ -75,8 +75,8 @@ class Stats:
         accelerated: steps whose weights were replaced by the accelerated point, rejections that
             came later included.
         rejected: acceleration steps that left the base optimizer's step in place, by cause, see
-            `Rejection`. Every one is counted as accelerated or under exactly one cause; those rejected by
-            `safeguard="residual"` or an observed loss, a step later, as both.
+            `Rejection`. Every acceleration step is counted as accelerated or under one cause. One
+            that `safeguard="residual"` or an observed loss rejects a step later is counted as both.
         resets: times the history was forgotten, by cause (`Reset`).
         averaged: steps whose weights were replaced by the moving average.
         promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.
