@@ -15,7 +15,7 @@ import torch
 from aadl_hvd.errors import ConfigError
 
 Safeguard = Literal["none", "residual", "loss", "descent"]
-Method = Literal["residual"]
+Method = Literal["auto", "residual", "subspace"]
 Residual = Literal["step", "gradient"]
 Layout = Literal["rows", "columns"]
 ShardGroup = Literal["world", "node"]
@@ -100,7 +100,13 @@ class AndersonConfig:
             `averaged_weights` yields the weights as they are. The other settings must be valid all
             the same. The value must be the same on all ranks.
         method: what makes a point of the history. "residual": the point of the smallest residual
-            in the span of the history (Anderson acceleration, type II; the paper's).
+            in the span of the history (Anderson acceleration, type II; the paper's), for full
+            batches. "subspace": half a Newton step in the span of recent block means (type I), for
+            mini-batches; it has no settings, and history_depth, frequency, store_every, relaxation,
+            mixing, regularization and noise_gate are not about it. "auto": the first while its
+            noise gate opens, else the second, whatever pays. "auto" never hands over with
+            residual="step", layout="columns", safeguard="residual", noise_gate=None or an
+            average_window; with these "subspace" is refused.
         history_depth: m, the number of columns of W and R (Eq. 2, 3); from 1 to 1000. Every
             acceleration step sends a message of 8 m^2 bytes and decomposes an m x m matrix on each
             rank. With m = 1000 that is 8 MB and 0.4 s on one core; time grows with m^3.
@@ -155,7 +161,7 @@ class AndersonConfig:
     """
 
     enabled: bool = True
-    method: Method = "residual"
+    method: Method = "auto"
     history_depth: int = 15
     frequency: int = 2
     store_every: int = 1
@@ -202,6 +208,8 @@ class AndersonConfig:
         self._check_shard_group()
         self._check_choice("on_desync", get_args(DesyncReaction))
         self._check_history_dtype()
+        if self.method == "subspace" and self._unfit:
+            raise ConfigError(f"Invalid {self._unfit} with method='subspace'.")
 
     @classmethod
     def paper(cls, name: str, *, average: bool = True) -> AndersonConfig:
@@ -231,7 +239,26 @@ class AndersonConfig:
             noise_gate=None,
             safeguard="residual",
             residual="step",
+            method="residual",
         )
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the subspace method takes over where the noise gate stays shut."""
+        return self.method == "auto" and self.noise_gate is not None and not self._unfit
+
+    @property
+    def _unfit(self) -> str:
+        """Why the subspace method cannot work with these settings; "" if it can."""
+        if self.residual != "gradient":
+            return f"residual={self.residual!r}. Must be 'gradient'"
+        if self.layout != "rows":
+            return f"layout={self.layout!r}. Must be 'rows'"
+        if self.safeguard == "residual":
+            return "safeguard='residual'. Must be 'descent', 'none' or 'loss'"
+        if self.average_window is not None:
+            return f"average_window={self.average_window}. Must be None"
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only (for checkpoints, logs and comparison across ranks)."""

@@ -22,6 +22,7 @@ class Rejection(enum.Enum):
     BACKOFF = "backoff"  # not tried, because of bad experience shortly before
     DESCENT = "descent"  # <w+ - w, r> <= 0: near a saddle, or the history is too old: lower m
     RESIDUAL = "residual"  # the norm of the next residual did not fall: lower beta
+    GAIN = "gain"  # no direction in which the base optimizer is slow: nothing to gain
     LOSS = "loss"  # the loss was higher, at once (closure) or in the next step (observe)
 
 
@@ -55,8 +56,11 @@ PARTS = (
     "average",
 )
 _SMOOTHING = 0.9
-_COUNTED = "steps", "stored", "accelerated", "averaged"
-_MEASURED = "promised_reduction", "condition", "rank", "noise_variance", "signal", "gate"
+_COUNTED = "steps", "stored", "accelerated", "jumps", "averaged"
+_MEASURED = (
+    *("promised_reduction", "condition", "rank", "noise_variance", "signal", "gate"),
+    *("wobble", "block_length", "promised_gain"),
+)
 _CAUSES = every(integer(), key=instance(str))
 _COUNTERS = entries(dict.fromkeys(_COUNTED, integer()) | {"rejected": _CAUSES, "resets": _CAUSES})
 _MEASUREMENTS = entries({}, dict.fromkeys(_MEASURED, number(finite=False)))
@@ -71,9 +75,10 @@ class Stats:
 
     Attributes:
         steps: calls of `step`.
-        stored: pairs (w, r) that entered the history.
+        stored: pairs (w, r) that entered the history; with the subspace method, block means.
         accelerated: steps whose weights were replaced by the accelerated point, rejections that
             came later included.
+        jumps: those of the accelerated steps that the subspace method made, at the end of a block.
         rejected: acceleration steps that left the base optimizer's step in place, by cause, see
             `Rejection`. Every acceleration step is counted as accelerated or under one cause. One
             that `safeguard="residual"` or an observed loss rejects a step later is counted as both.
@@ -85,6 +90,14 @@ class Stats:
         signal: square of the norm of the mean gradient without its noise, smoothed likewise.
         condition: condition number of the last Gram matrix after truncation.
         gate: `noise_gate` of the settings; NaN before the first acceleration step.
+        method: the method at work, "residual" or "subspace".
+        asleep: whether the subspace method looks at one block in 16 only, because nothing was
+            gained for long.
+        wobble: phi of the subspace method, the share of the loss that the iterates' own wobble
+            makes up, or psi where no loss is observed. Jumps are whole up to phi = 0.1 or psi = 0.5
+            and end at phi = 0.3 or psi = 1.5.
+        block_length: L, steps in the last block.
+        promised_gain: what the loss fell by through jumps in all, by the method's own prediction.
         rank: columns' worth of directions that the last solve used.
         seconds: wall-clock of each part on this rank, summed. On a GPU, work is counted where the
             host waits for it, mostly under "gram".
@@ -95,6 +108,7 @@ class Stats:
     steps: int = 0
     stored: int = 0
     accelerated: int = 0
+    jumps: int = 0
     averaged: int = 0
     rejected: dict[str, int] = dataclasses.field(
         default_factory=lambda: {cause.value: 0 for cause in Rejection}
@@ -108,6 +122,11 @@ class Stats:
     noise_variance: float = math.nan
     signal: float = math.nan
     gate: float = math.nan
+    method: str = "residual"
+    asleep: bool = False
+    wobble: float = math.nan
+    block_length: int = 0
+    promised_gain: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     enabled: bool = True
@@ -134,6 +153,16 @@ class Stats:
             if math.isfinite(value):
                 new = value if math.isnan(old) else _SMOOTHING * old + (1.0 - _SMOOTHING) * value
                 setattr(self, name, new)
+
+    def note_block(self, length: int, wobble: float) -> None:
+        """Notes a block of the subspace method: L, and phi or psi."""
+        self.block_length, self.wobble = length, wobble
+        self.stored += 1
+
+    def note_jump(self, gain: float) -> None:
+        """Notes a jump of the subspace method by the gain that it predicts."""
+        self.jumps += 1
+        self.promised_gain += gain
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.columns import columns_of, products_of
+from aadl_hvd.checkpoint.history_state import ColumnsState, GramState
 from aadl_hvd.checkpoint.state import (
     CELLS,
     COLUMNS,
@@ -35,6 +36,7 @@ from aadl_hvd.checkpoint.state import (
     agree,
     check_optional,
 )
+from aadl_hvd.checkpoint.subspace_state import HandoverState, OwnBlockState, SubspaceState
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.errors import CheckpointError
 from aadl_hvd.schema import (
@@ -65,83 +67,6 @@ class Origin(State):
     size: Annotated[int, OWN, integer(1)]
     rank: Annotated[int, OWN, integer()]
     rows: Annotated[tuple[int, int], OWN, listed(integer(), 2)]  # half-open range
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class ColumnsState(State):
-    """The stored pairs: see `core.history.History`.
-
-    Attributes:
-        stored: pairs stored since the last reset.
-        count: h, columns in use.
-        last: 0 or 1: which buffer holds the last pair. Products of unaligned vectors differ.
-        index: the columns that this shard holds, counted from the oldest in use.
-        pair: the last (w, r), [2, rows]; None where nothing is stored.
-        y: [held, rows], as stored.
-        r: [held, rows], as stored.
-        weights: c_j, [held] float64.
-    """
-
-    stored: Annotated[int, SHARED, integer()]
-    count: Annotated[int, SHARED, integer()]
-    last: Annotated[int, SHARED, integer(0, 1)]
-    index: Annotated[tuple[int, ...], OWN, listed(integer())]
-    pair: Annotated[Tensor | None, ROWS, anything]
-    y: Annotated[Tensor, CELLS, anything]
-    r: Annotated[Tensor, CELLS, anything]
-    weights: Annotated[Tensor, COLUMNS, anything]
-
-    def _check(self, rows: int) -> None:
-        h, held, index = self.count, len(self.index), self.index
-        agree("columns: stored, count", h < self.stored or h == self.stored == 0)
-        agree("columns: index", [*index] == sorted({*index}) and all(i < h for i in index))
-        check_optional(self.pair, "columns.pair", bool(self.stored), tensor(2, rows))
-        tensor(held, rows)(self.y, "history['columns']['y']")
-        tensor(held, rows)(self.r, "history['columns']['r']")
-        check = tensor(held, dtypes=_DOUBLE, finite=True)
-        check(self.weights, "history['columns']['weights']")
-        agree("columns: y, r", self.y.dtype == self.r.dtype)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class GramState(State):
-    """R^T R of the columns in use and what is missing in it: see `core.gram.Gram`.
-
-    Attributes:
-        matrix: R^T R [h, h] float64, from the oldest column.
-        fresh: columns whose rows have yet to be computed, in the order in which they were stored.
-        carried: R^T r [h] float64; None if it is not known.
-        drift: what rounding has added to `carried`.
-        products: [held, fresh] float64; None with the row layout.
-    """
-
-    matrix: Annotated[Tensor, SHARED, anything]
-    fresh: Annotated[tuple[int, ...], SHARED, listed(integer())]
-    carried: Annotated[Tensor | None, SHARED, anything]
-    drift: Annotated[float, SHARED, number(0.0)]
-    products: Annotated[Tensor | None, COLUMNS, anything]
-
-    def _check(self, columns: ColumnsState) -> None:
-        h, fresh, held = columns.count, self.fresh, len(columns.index)
-        agree("gram: fresh", len({*fresh}) == len(fresh) and all(i < h for i in fresh))
-        where = "history['gram']"
-        tensor(h, h, dtypes=_DOUBLE, finite=True)(self.matrix, f"{where}['matrix']")
-        check = optional(tensor(h, dtypes=_DOUBLE, finite=True))
-        check(self.carried, f"{where}['carried']")
-        check = optional(tensor(held, len(fresh), dtypes=_DOUBLE))
-        check(self.products, f"{where}['products']")
-        symmetric = torch.equal(self.matrix, self.matrix.T)
-        agree("gram: matrix", symmetric and bool((self.matrix.diagonal() >= 0.0).all()))
-
-    def fit(self, dropped: int, products: Tensor | None) -> GramState:
-        """Without the oldest columns, and with the products of the columns that are held."""
-        return GramState(
-            matrix=self.matrix[dropped:, dropped:].clone(),
-            fresh=tuple(i - dropped for i in self.fresh if i >= dropped),
-            carried=None if self.carried is None else self.carried[dropped:].clone(),
-            drift=self.drift,
-            products=products,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -266,6 +191,7 @@ class OwnState(State):
 
     noise: Annotated[OwnNoiseState, OWN, Nested(OwnNoiseState)]
     losses: Annotated[OwnLossState, OWN, Nested(OwnLossState)]
+    block: Annotated[OwnBlockState | None, OWN, Nested(OwnBlockState, optional=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -277,6 +203,7 @@ class ShardState(State):
         calls: number of the last step.
         ranks: how many ranks trained together.
         window: None where there is no moving average.
+        subspace: None where the subspace method is not at work.
         trial: None where no step has yet to be confirmed.
         own: by rank, what it alone knew.
     """
@@ -291,6 +218,8 @@ class ShardState(State):
     noise: Annotated[NoiseState, SHARED, Nested(NoiseState)]
     losses: Annotated[LossState, SHARED, Nested(LossState)]
     backoff: Annotated[BackoffState, SHARED, Nested(BackoffState)]
+    handover: Annotated[HandoverState, SHARED, Nested(HandoverState)]
+    subspace: Annotated[SubspaceState | None, SHARED, Nested(SubspaceState, optional=True)]
     trial: Annotated[TrialState | None, OWN, Nested(TrialState, optional=True)]
     own: Annotated[dict[str, OwnState], OWN, Nested(OwnState, each=True)]
 
@@ -303,9 +232,11 @@ class ShardState(State):
         (lo, hi), found = self.sharding.rows, self.sharding
         agree("sharding", lo <= hi <= found.n and found.rank < found.size)
         rows = hi - lo
-        self.columns._check(rows)
-        self.gram._check(self.columns)
+        self.columns.check(rows)
+        self.gram.check(self.columns)
         self.averages._check(rows)
+        if self.subspace is not None:
+            self.subspace.check(rows)
         for state in (self.window, self.trial):
             if state is not None:
                 state._check(rows)

@@ -68,9 +68,11 @@ class Accelerator(AcceleratorState):
         losses.next_step()
         if losses.verdict_due:
             same = problem.signature == self._signature
-            if self._went_back(self._acceptance.settle_loss_trial(problem, same)):
+            subspace = self._handover.subspace
+            if self._went_back(self._acceptance.settle_loss_trial(problem, same, not subspace)):
+                self._method.went_back()
                 return problem.skip()
-        schedule = Schedule.of(self.config, self._calls)
+        schedule = self._handover.schedule(self._calls)
         if schedule is not None:
             return self._step_with_history(problem, schedule)
         result = problem.advance()
@@ -95,48 +97,47 @@ class Accelerator(AcceleratorState):
             stored = schedule.store and problem.moves  # at learning rate 0 r says nothing
             if stored:
                 with stats.timed("store"):
-                    method.note(w, r, problem.uniform_scaling)  # store
-                    stats.stored += 1
+                    method.note(w, r, problem)  # store
+                if schedule.push:
+                    with stats.timed("average"):
+                        averages.take(w, r)
             if schedule.accelerate:
+                cause, accelerated = None, False
                 try:
                     with stats.timed("gram"):  # one small reduction
                         reduce_payloads(
                             (
                                 averages.of(w, r, shard.sharding.counted),
-                                acceptance.noise,
                                 replicas.of(problem),
-                                method.payload(r, stored),
+                                *method.payloads(problem, r, stored),
                                 acceptance.losses,
                             ),
-                            self._collectives,
-                            stats,
+                            *(self._send, self._collectives.size, stats),
                         )
-                    acceptance.begin()
                     if not replicas.equal:  # replicas equal?
                         replicas.settle(problem, stats.steps)
                         self._reset_on_all()
                         raise Rejected
-                    system = method.system()
-                    if system is None:  # a rank has not stored the same
+                    if not method.same:  # a rank has not stored the same
                         self._reset_on_all()
                         raise Rejected
                     if self._pending is not None:  # versions are equal: all ranks have it
                         self._load_pending(continues=False)
                         raise Rejected
-                    if math.isfinite(system[2]):
+                    if method.finite:
                         with stats.timed("average"):
-                            averages.push(w, r, averages.summed)
-                    columns = acceptance.columns(system)  # which columns
-                    scaling = problem.scaling(*shard.rows)
-                    update, slope = method.propose(columns, w, r, scaling)  # solve, update
-                    acceptance.check_update(slope)  # descent
-                    acceptance.keep_base_step(problem, math.sqrt(system[2]))
-                    rows = shard.complete(w, update, self.config.relaxation)
+                            self._note_gains(w, r)
+                    proposal = method.propose(problem, w, r)  # which columns, solve, descent
+                    acceptance.keep_base_step(problem, method.norm, method.keeps_base_step)
+                    rows = method.complete(w, proposal)  # update
                     shard.publish(problem, rows)  # publish
                     acceptance.start_trial(problem)  # start a trial
                     stats.accelerated += 1
+                    accelerated = True
                 except Rejected as rejected:
-                    self._note_rejection(rejected.cause)
+                    cause = rejected.cause
+                    self._note_rejection(cause)
+                self._hand_over(accelerated, cause)
             if schedule.average:
                 self._average_weights(problem, r)
         return result
@@ -146,15 +147,44 @@ class Accelerator(AcceleratorState):
         if cause is None:
             return
         self.stats.rejected[cause.value] += 1
+        self._method.rejected(cause)
         if cause is Rejection.NONFINITE:
             self.reset(Reset.NONFINITE)
-        if cause is Rejection.DESCENT:
-            self._method.drop_older_half()
+            if self._handover.subspace:  # the averages have taken it in
+                self._averages.clear()
+
+    def _send(self, message: Vector) -> Vector:
+        """The small reduction of the method at work. Collective."""
+        if self._handover.subspace:
+            return self._collectives.block(message)
+        return self._collectives.reduction(message)
+
+    def _hand_over(self, accelerated: bool, cause: Rejection | None) -> None:
+        """Ends an acceleration step. The next ones may be another method's."""
+        handover, method, subspace = self._handover, self._method, self._subspace
+        if handover.subspace:
+            seen = subspace.wanted, accelerated, subspace.noise, subspace.squared
+            changed = handover.block_ended(self._calls, *seen)
+        else:
+            changed = handover.attempted(cause, accelerated, self._calls)
+        if changed:
+            method.release()
+            self._acceptance.noise.clear()
+        self.stats.method = "subspace" if handover.subspace else "residual"
+        self.stats.asleep = handover.asleep
 
     def _note_noise(self, problem: FixedPoint) -> None:
-        if self.config.noise_gate is not None:
+        if self.config.noise_gate is not None and not self._handover.subspace:
             with self.stats.timed("noise"):
                 self._acceptance.noise.note(problem.deviations(), self._calls)
+
+    def _note_gains(self, w: Tensor, r: Tensor) -> None:
+        """Takes the gains of the averages in; with the residual-norm method the iterate, too."""
+        averages = self._averages
+        if not self._handover.subspace:
+            averages.push(w, r, averages.summed)
+        elif averages.count and np.isfinite(averages.summed).all():
+            averages.note_gains(averages.summed)
 
     def _went_back(self, base_rows: Tensor | None) -> bool:
         """Whether a trial ended at the base step, whose rows these are."""
@@ -188,6 +218,8 @@ class Accelerator(AcceleratorState):
 
         The step is the one that runs, in which a closure may be evaluated, or else the next one.
         """
+        if self._handover.subspace:
+            return False
         calls = self._calls
         if self._pending is not None and not self.agreed:  # what the next step will go by
             calls = self._pending.calls

@@ -231,7 +231,7 @@ class Acceptance:
         if cause is not None:
             raise Rejected(cause)
 
-    def keep_base_step(self, problem: FixedPoint, norm: float) -> None:
+    def keep_base_step(self, problem: FixedPoint, norm: float, always: bool) -> None:
         """Keeps what a trial goes back to, before the point is published.
 
         Collective with safeguard="loss".
@@ -239,9 +239,11 @@ class Acceptance:
         Args:
             problem: at the weights of the base step.
             norm: ||r|| of this step.
+            always: even if nothing is on trial.
         """
         safeguard = self._config.safeguard
-        if safeguard not in ("residual", "loss") and not self.losses.observed:
+        trial = safeguard in ("residual", "loss") or self.losses.observed
+        if not trial and not always:
             return
         base_rows = problem.read(*self._shard.rows, self.base_rows())
         if safeguard == "residual":
@@ -265,7 +267,9 @@ class Acceptance:
 
     # One step later
 
-    def settle_loss_trial(self, problem: FixedPoint, same_problem: bool) -> Tensor | None:
+    def settle_loss_trial(
+        self, problem: FixedPoint, same_problem: bool, pauses: bool
+    ) -> Tensor | None:
         """Judges the last accelerated step by the losses now, and goes back if it was bad.
 
         Collective.
@@ -273,6 +277,7 @@ class Acceptance:
         Args:
             problem: at the point on trial.
             same_problem: whether it is still the problem of the trial.
+            pauses: whether acceleration pauses after a rejection.
 
         Returns:
             The rows that this rank went back to, None if the point stays.
@@ -282,7 +287,7 @@ class Acceptance:
                 self.losses.drop_trial()
             sums = self._collectives.loss_verdict(self.losses.verdict_payload())
             rejected, base_rows = self.losses.verdict(sums, self._collectives.size)
-            if rejected is not None:
+            if rejected is not None and pauses:
                 self.backoff.judged_by_loss(rejected)
             if base_rows is None:
                 return None

@@ -121,7 +121,7 @@ class WeightAverages:
         self.summed = sums
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
-        """Takes in an iterate and its residual, unless the gains are not finite.
+        """Takes in an iterate, its residual and its gains, unless these are not finite.
 
         Args:
             w: the iterate, [rows].
@@ -130,6 +130,18 @@ class WeightAverages:
         """
         if not np.isfinite(gains).all():
             return
+        self.take(w, r)
+        if self.count > 1:
+            self.note_gains(gains)
+
+    def note_gains(self, gains: Vector) -> None:
+        """Takes in gains as summed over ranks, [len(decays)] and finite, of an iterate now."""
+        kept = self.SMOOTHING**self._every
+        self._gains = kept * self._gains + (1.0 - kept) * gains
+        self._measured += 1
+
+    def take(self, w: Tensor, r: Tensor) -> None:
+        """Takes in an iterate [rows] and its residual [rows], without gains."""
         if self.count == 0:
             self._means.zero_()
         self.count += 1
@@ -144,10 +156,6 @@ class WeightAverages:
         for rows in () if self.use_kernels else chunks(w):
             for mean, new, weight in pairs:
                 mean[rows].lerp_(new[rows], weight)
-        if self.count > 1:
-            kept = self.SMOOTHING**self._every
-            self._gains = kept * self._gains + (1.0 - kept) * gains
-            self._measured += 1
 
     def mean(self, decay: float) -> Tensor | None:
         """This rank's rows of an average, [rows]; None if no iterate has been taken in."""

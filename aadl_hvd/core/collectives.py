@@ -94,6 +94,17 @@ class Collectives:
         """The payloads of an acceleration step."""
         return self._sum("gram", message)
 
+    @_listed("allreduce", "287 + averages", "the end of every block of the subspace method")
+    def block(self, message: Vector) -> Vector:
+        """The payloads at the end of a block."""
+        return self._sum("gram", message)
+
+    @_listed("broadcast", "12", "the end of a block that solves")
+    def jump(self, message: Vector) -> Vector:
+        """The coefficients of rank 0, and what they promise."""
+        self._stats.bytes["solve"] += message.nbytes
+        return self._comm.broadcast(message)
+
     @_listed("allreduce", "m", "an acceleration step in which R^T r is computed anew")
     def product(self, values: Vector) -> Vector:
         """R^T r, where it cannot be carried forward."""

@@ -54,6 +54,10 @@ class FixedPoint(Protocol):
         """The tensors that w consists of, in order."""
 
     @property
+    def momentum(self) -> float:
+        """mu, the factor by which the base optimizer remembers gradients; the groups' largest."""
+
+    @property
     def moves(self) -> bool:
         """Whether the base optimizer goes anywhere: not every learning rate is 0."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadl_hvd.checkpoint.shard_state import GramState
+from aadl_hvd.checkpoint.history_state import GramState
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.products import Products
 from aadl_hvd.core.reduction import equal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aadl_hvd.checkpoint.shard_state import ColumnsState
+from aadl_hvd.checkpoint.history_state import ColumnsState
 from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.sharding import Sharding
 
@@ -191,6 +191,12 @@ class History:
         if self._y is not None:
             self._y.zero_()
             self._r.zero_()
+
+    def release(self) -> None:
+        """Forgets all pairs, and frees their memory."""
+        self.clear()
+        self._y = None
+        self._r = self._pairs = torch.empty(0, device=self.device)
 
     def state(self) -> ColumnsState:
         """The columns in use that are held here, and the last pair, copied to host memory."""

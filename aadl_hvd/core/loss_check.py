@@ -57,6 +57,15 @@ class LossCheck:
         """The base step's rows [rows] while a point is on trial on this rank."""
         return self._trial
 
+    @property
+    def current(self) -> float | Tensor | None:
+        """This rank's loss of the step that runs, []; None if it was not observed."""
+        losses = self._losses[-1] if self._losses else []
+        if len(losses) > 1:
+            total = sum(losses[1:], losses[0])
+            return total / len(losses)
+        return losses[0] if losses else None
+
     def observe(self, loss: float | Tensor) -> None:
         """Notes this rank's loss at the present weights. The mean of several calls counts."""
         self._given.append(loss.detach().reshape(()) if isinstance(loss, Tensor) else float(loss))

@@ -10,6 +10,7 @@ import torch
 
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.blocks import DEPTH, VECTORS
 from aadl_hvd.core.gram import matrix_bytes
 from aadl_hvd.core.products import working_bytes
 from aadl_hvd.core.sharding import Sharding
@@ -45,9 +46,12 @@ def history_bytes(config: AndersonConfig, sharding: Sharding, work: torch.dtype)
     if not config.enabled:
         return 0
     lo, hi = sharding.rows
-    stored = 2 * len(sharding.slots) * (config.history_dtype or work).itemsize
-    pairs, window = 4, config.average_window or 0
-    return (hi - lo) * (stored + (pairs + window + 2 * len(config.averages)) * work.itemsize)
+    stored, pairs = 2 * len(sharding.slots), 4
+    if config.hands_over or config.method == "subspace":  # one method's memory at a time
+        stored, pairs = max(stored, 2 * DEPTH), max(pairs, VECTORS)
+    others = pairs + (config.average_window or 0) + 2 * len(config.averages)
+    column = stored * (config.history_dtype or work).itemsize
+    return (hi - lo) * (column + others * work.itemsize)
 
 
 def forecast(

@@ -11,7 +11,9 @@ from torch import Tensor
 from aadl_hvd.checkpoint.shard_state import OwnState, ShardState, origin_of
 from aadl_hvd.core.acceptance import Acceptance
 from aadl_hvd.core.averages import WeightAverages
-from aadl_hvd.core.methods.base import Method
+from aadl_hvd.core.handover import Handover
+from aadl_hvd.core.methods.residual import ResidualNorm
+from aadl_hvd.core.methods.subspace import Subspace
 from aadl_hvd.core.moving_average import MovingAverage
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.stats import Stats
@@ -22,7 +24,9 @@ class Persistence:
 
     Args:
         shard: this rank's rows.
-        method: with its history.
+        residual: the residual-norm method with its history.
+        subspace: the subspace method with its blocks.
+        handover: which of them is at work.
         acceptance: with noise, losses, pauses and trials.
         averages: for evaluation.
         moving_average: the paper's; None where it is off.
@@ -32,13 +36,16 @@ class Persistence:
     def __init__(
         self,
         shard: WeightShard,
-        method: Method,
+        residual: ResidualNorm,
+        subspace: Subspace,
+        handover: Handover,
         acceptance: Acceptance,
         averages: WeightAverages,
         moving_average: MovingAverage | None,
         ranks: tuple[int, int],
     ) -> None:
-        self._shard, self._method, self._acceptance = shard, method, acceptance
+        self._shard, self._residual, self._acceptance = shard, residual, acceptance
+        self._subspace, self._handover = subspace, handover
         self._averages, self._moving_average = averages, moving_average
         self._size, self._rank = ranks
 
@@ -49,36 +56,53 @@ class Persistence:
             calls: number of the last step.
         """
         acceptance, window = self._acceptance, self._moving_average
-        own = OwnState(noise=acceptance.noise.own_state(), losses=acceptance.losses.own_state())
+        at_work = self._handover.subspace
+        own = OwnState(
+            noise=acceptance.noise.own_state(),
+            losses=acceptance.losses.own_state(),
+            block=self._subspace.own_state() if at_work else None,
+        )
         return ShardState(
             sharding=origin_of(self._shard.sharding),
             calls=calls,
             ranks=self._size,
-            columns=self._method.history.state(),
-            gram=self._method.gram.state(),
+            columns=self._residual.history.state(),
+            gram=self._residual.gram.state(),
             averages=self._averages.state(),
             window=None if window is None else window.state(),
             noise=acceptance.noise.state(),
             losses=acceptance.losses.state(),
             backoff=acceptance.backoff.state(),
+            handover=self._handover.state(calls),
+            subspace=self._subspace.state() if at_work else None,
             trial=acceptance.trial_state(),
             own={str(self._rank): own},
         )
 
     @torch.no_grad()
-    def load_state(self, state: ShardState, continues: bool) -> None:
+    def load_state(self, state: ShardState, continues: bool, calls: int) -> None:
         """Loads what `shard_state` returned, for this rank's rows and columns.
 
         Args:
             state: of the same sharding.
+            calls: number of the last step, from now on.
             continues: as if the run had not been interrupted; else nothing is on trial.
         """
         own = state.own.get(str(self._rank)) if continues else None
         own_noise, own_losses = (None, None) if own is None else (own.noise, own.losses)
         acceptance, window = self._acceptance, self._moving_average
-        self._method.history.load_state(state.columns)
-        self._method.history.generation = 0  # the same on all ranks
-        self._method.gram.load_state(state.gram)
+        self._handover.load_state(state.handover, calls)
+        residual, subspace = self._residual, self._subspace
+        for method in (residual, subspace):
+            method.release()
+        if self._handover.subspace and state.subspace is not None:
+            own_block = None if own is None else own.block
+            subspace.load_state(state.subspace, own_block)
+        elif not self._handover.subspace:
+            residual.history.load_state(state.columns)
+            residual.gram.load_state(state.gram)
+        for method in (residual, subspace):
+            method.restart_generation()  # the same on all ranks
         self._averages.load_state(state.averages)
         if window is not None:
             window.clear()
@@ -100,9 +124,10 @@ class Persistence:
         Args:
             others: objects beside these modules whose attributes are put back as well.
         """
-        acceptance, method = self._acceptance, self._method
+        acceptance, residual, subspace = self._acceptance, self._residual, self._subspace
         owners: Sequence[Any] = [
-            *(*others, method.history, method.gram, acceptance),
+            *(*others, residual.history, residual.gram, acceptance),
+            *(subspace, subspace.blocks, subspace.trust, self._handover),
             *(acceptance.noise, acceptance.losses, acceptance.backoff),
             self._averages,
             *([] if self._moving_average is None else [self._moving_average]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.stats import Stats
 
@@ -40,8 +39,10 @@ class Payload(Protocol):
         """Takes in the sums of the payloads over `size` ranks."""
 
 
-def reduce_payloads(payloads: Sequence[Payload], collectives: Collectives, stats: Stats) -> None:
-    """Sums all payloads over the ranks in one message. Collective.
+def reduce_payloads(
+    payloads: Sequence[Payload], send: Callable[[Vector], Vector], size: int, stats: Stats
+) -> None:
+    """Sums all payloads over `size` ranks in one message, by `send`. Collective.
 
     The numbers of all payloads are read in one synchronization with the device.
     """
@@ -54,10 +55,10 @@ def reduce_payloads(payloads: Sequence[Payload], collectives: Collectives, stats
         payload.pack([next(numbers) for _ in own])
         for payload, own in zip(payloads, pending, strict=True)
     ]
-    sums = collectives.reduction(np.concatenate(packed))
+    sums = send(np.concatenate(packed))
     ends = np.cumsum([len(own) for own in packed])
     for payload, own in zip(payloads, np.split(sums, ends[:-1]), strict=True):
-        payload.unpack(own, collectives.size)
+        payload.unpack(own, size)
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:

@@ -16,7 +16,10 @@ from aadl_hvd.core.acceptance import Acceptance
 from aadl_hvd.core.averages import WeightAverages
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint, work_dtype
-from aadl_hvd.core.methods import make_method
+from aadl_hvd.core.handover import Handover
+from aadl_hvd.core.methods.base import Method
+from aadl_hvd.core.methods.residual import ResidualNorm
+from aadl_hvd.core.methods.subspace import Subspace
 from aadl_hvd.core.moving_average import MovingAverage
 from aadl_hvd.core.numerics import plain_numerics
 from aadl_hvd.core.persistence import Persistence, put_back_counters
@@ -63,6 +66,7 @@ class AcceleratorState:
         self._collectives = Collectives(comm, group, self.stats)
         self._replicas = Replicas(self.config, self._collectives)
         self._acceptance = Acceptance(self.config, self._collectives, self.stats)
+        self._handover = Handover(self.config)
         self.agreed = False
         self._pending: ShardState | None = None  # a loaded history that is not taken in yet
         self.full_state: ShardState | None = None
@@ -73,15 +77,17 @@ class AcceleratorState:
         """Makes all that depends on the length, the dtype and the device of the weights."""
         config, (lo, hi) = self.config, self.share(n).rows
         self._shard = WeightShard(self.share(n), work, device, self._collectives, self.stats)
-        self._method = make_method(config, self._shard, self._collectives, self.stats)
         self._acceptance.use(self._shard)
+        made = config, self._shard, self._collectives, self.stats, self._acceptance
+        self._residual, self._subspace = ResidualNorm(*made), Subspace(*made, self._handover)
         kinds = config.averages if config.enabled else ()
         self._averages = WeightAverages(kinds, config.frequency, hi - lo, work, device)
         self._moving_average: MovingAverage | None = None
         if config.enabled and config.average_window is not None:
             self._moving_average = MovingAverage(config.average_window, hi - lo, work, device)
         self._persistence = Persistence(
-            *(self._shard, self._method, self._acceptance, self._averages, self._moving_average),
+            *(self._shard, self._residual, self._subspace, self._handover),
+            *(self._acceptance, self._averages, self._moving_average),
             (self._comm.size, self._comm.rank),
         )
         self._use_kernels()
@@ -97,6 +103,11 @@ class AcceleratorState:
         return self._group
 
     @property
+    def _method(self) -> Method:
+        """The method at work."""
+        return self._subspace if self._handover.subspace else self._residual
+
+    @property
     def history_bytes(self) -> int:
         """Bytes of history and of all averages allocated on this rank."""
         average = self._moving_average.nbytes if self._moving_average is not None else 0
@@ -104,8 +115,8 @@ class AcceleratorState:
 
     @property
     def columns(self) -> int:
-        """h, how many columns the history holds now."""
-        return self._method.history.columns
+        """How many columns the history of the method at work holds now."""
+        return self._method.columns
 
     def _prepare(self, problem: FixedPoint) -> None:
         """Sets up the history for this problem, anew where it is no longer the same problem."""
@@ -133,7 +144,7 @@ class AcceleratorState:
 
     def _reset_on_all(self) -> None:
         self.reset(Reset.DESYNCHRONIZED)
-        self._method.history.generation = 0  # from here on the same on all ranks
+        self._method.restart_generation()
 
     def backup(self) -> Callable[[], None]:
         """Copies all that `reset` and `load_state` change, to host memory; the result puts it back.
@@ -180,7 +191,7 @@ class AcceleratorState:
             fingerprint: in [1, 2^36), the same for all shards of one state.
         """
         self._prepare(problem)
-        self._pending, self._method.history.fingerprint = state, fingerprint
+        self._pending, self._method.fingerprint = state, fingerprint
         if self._comm.size == 1 and not isinstance(self._comm, PendingCommunicator):
             self._load_pending(continues=True)
 
@@ -188,9 +199,10 @@ class AcceleratorState:
         """Takes in the pending history; `continues`: as if the run had not been interrupted."""
         state, self._pending = self._pending, None
         assert state is not None
-        self._persistence.load_state(state, continues)
         if continues:
             self._calls = state.calls
+        self._persistence.load_state(state, continues, self._calls)
+        self._use_kernels()
 
     def agree(self, problem: FixedPoint) -> None:
         """Takes in a loaded history if all ranks have loaded the same; else all reset theirs.
@@ -201,7 +213,7 @@ class AcceleratorState:
         if self._pending is not None:
             self._prepare(problem)
         self.agreed = True
-        same = self._replicas.agree(problem, self._method.history.fingerprint)
+        same = self._replicas.agree(problem, self._method.fingerprint)
         self._use_kernels()
         if not same:
             self._reset_on_all()

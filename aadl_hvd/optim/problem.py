@@ -30,6 +30,7 @@ from aadl_hvd.optim.scaling import (
     decay_of,
     learning_rate,
     long_run_rate,
+    momentum_of,
     preconditioned,
     preconditioner_of,
 )
@@ -135,6 +136,10 @@ class OptimizerFixedPoint:
     @property
     def tensors(self) -> list[Tensor]:
         return [*self._parameters]
+
+    @property
+    def momentum(self) -> float:
+        return max((momentum_of(group) for group in self._groups), default=0.0)
 
     @property
     def moves(self) -> bool:

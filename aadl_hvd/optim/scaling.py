@@ -51,6 +51,16 @@ def long_run_rate(group: Group) -> float:
     return learning_rate(group) * (1.0 - float(group.get("dampening", 0.0))) / (1.0 - momentum)
 
 
+def momentum_of(group: Group) -> float:
+    """mu: `momentum`, or the first of `betas`, as in Adam; 0 for none, below 1."""
+    first = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
+    if isinstance(first, np.number) or (isinstance(first, Tensor) and first.numel() == 1):
+        first = float(first)
+    if not isinstance(first, int | float) or not 0.0 < first < 1.0:
+        return 0.0
+    return float(first)
+
+
 def decay_of(optimizer: torch.optim.Optimizer, group: Group) -> tuple[float, float, bool]:
     """How gradient and weights of a group enter the residual -(sign * g + decay * w).
 

@@ -7,65 +7,80 @@ from typing import Protocol
 
 from torch import Tensor
 
-from aadl_hvd.core.gram import Gram
-from aadl_hvd.core.history import History
+from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.reduction import Payload
-from aadl_hvd.core.solve import System
+from aadl_hvd.stats import Rejection
 
 
 class Method(Protocol):
     """Keeps a history of the iteration and proposes points, the same on every rank.
 
-    The calls of an acceleration step, in order: `note`, `payload` in the reduction, `system`,
-    `propose`. Vectors are this rank's rows, [rows].
+    The calls of an acceleration step, in order: `note`, `payloads` in the reduction, `same` and
+    `finite`, `propose`, `complete`. Vectors are this rank's rows, [rows].
 
     Attributes:
-        history: what was noted, this rank's shard of it.
-        gram: products of the history.
+        keeps_base_step: whether the base step before an accelerated point is needed later.
+        fingerprint: of a loaded history that this rank has yet to go on from; 0: there is none.
     """
 
-    history: History
-    gram: Gram
+    keeps_base_step: bool
+
+    @property
+    def fingerprint(self) -> int: ...
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: int) -> None: ...
 
     @property
     def nbytes(self) -> int:
         """Bytes of history allocated on this rank."""
 
+    @property
+    def columns(self) -> int:
+        """How many columns the history holds now."""
+
+    @property
+    def same(self) -> bool:
+        """After the reduction: whether all ranks have noted the same."""
+
+    @property
+    def finite(self) -> bool:
+        """After the reduction: whether what was measured is finite on all ranks."""
+
+    @property
+    def norm(self) -> float:
+        """After the reduction: the norm of the residual."""
+
     def staging_buffer(self) -> tuple[Tensor, Tensor]:
         """Memory for the next w and r."""
 
-    def note(self, w: Tensor, r: Tensor, scaling: float | None) -> None:
-        """Stores a pair of one step.
+    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
+        """Takes in a step that its schedule says to store.
 
         Args:
             w: iterate.
             r: its residual.
-            scaling: the diagonal of M where it is one number, else None.
+            problem: after the base step.
         """
 
-    def payload(self, r: Tensor, stored: bool) -> Payload:
+    def payloads(self, problem: FixedPoint, r: Tensor, stored: bool) -> Sequence[Payload]:
         """What the reduction of this step carries; stored: whether r was noted last of all."""
 
-    def system(self) -> System | None:
-        """After the reduction; None, on every rank, if ranks have not noted the same pairs."""
+    def propose(self, problem: FixedPoint, w: Tensor, r: Tensor) -> Tensor:
+        """What `complete` makes the accelerated point of. Collective.
 
-    def propose(
-        self, columns: Sequence[int], w: Tensor, r: Tensor, scaling: float | Tensor
-    ) -> tuple[Tensor, float]:
-        """The update of this rank, and the slope <w+ - w, r> over all ranks. Collective.
-
-        Args:
-            columns: those to use, counted from the oldest.
-            w: iterate.
-            r: its residual.
-            scaling: the diagonal of M: a number, or [rows].
-
-        Returns:
-            What `WeightShard.complete` makes the new rows of.
+        Raises:
+            Rejected: on every rank; the base step stays.
         """
 
-    def drop_older_half(self) -> None:
-        """Forgets the older half of the columns."""
+    def complete(self, w: Tensor, proposal: Tensor) -> Tensor:
+        """This rank's rows of the accelerated point. May be collective."""
+
+    def rejected(self, cause: Rejection) -> None:
+        """What follows for the history from a rejection in this step."""
+
+    def went_back(self) -> None:
+        """What follows from a rejection one step later, by the loss."""
 
     def use_kernels(self, able: bool) -> bool:
         """Has `kernels` do the work where they can; able: whether all ranks are.
@@ -76,3 +91,9 @@ class Method(Protocol):
 
     def reset(self) -> None:
         """Forgets everything. The memory stays allocated."""
+
+    def release(self) -> None:
+        """Forgets everything, and frees the memory."""
+
+    def restart_generation(self) -> None:
+        """Counts resets from 0 again, on all ranks."""

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.acceptance import Acceptance
 from aadl_hvd.core.collectives import Collectives
+from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.gram import Gram
 from aadl_hvd.core.history import History
 from aadl_hvd.core.products import Products
+from aadl_hvd.core.reduction import Payload
 from aadl_hvd.core.shard import WeightShard
-from aadl_hvd.core.solve import Factorization, System, promised_reduction
-from aadl_hvd.stats import Stats
+from aadl_hvd.core.solve import Factorization, promised_reduction
+from aadl_hvd.stats import Rejection, Stats
 
 
 class ResidualNorm:
@@ -33,14 +37,36 @@ class ResidualNorm:
     next.
     """
 
+    keeps_base_step = False
+
     def __init__(
-        self, config: AndersonConfig, shard: WeightShard, collectives: Collectives, stats: Stats
+        self,
+        config: AndersonConfig,
+        shard: WeightShard,
+        collectives: Collectives,
+        stats: Stats,
+        acceptance: Acceptance,
     ) -> None:
         self._config, self._collectives, self._stats = config, collectives, stats
+        self._shard, self._acceptance = shard, acceptance
         dtype = config.history_dtype or shard.dtype
         self.history = History(shard.sharding, dtype, shard.dtype, shard.device)
         self._products = Products(self.history)
         self.gram = Gram(self._products, collectives)
+
+    @property
+    def fingerprint(self) -> int:
+        """Of a loaded history that this rank has yet to go on from; 0: there is none."""
+        return self.history.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: int) -> None:
+        self.history.fingerprint = fingerprint
+
+    @property
+    def columns(self) -> int:
+        """h, how many columns the history holds now."""
+        return self.history.columns
 
     @property
     def nbytes(self) -> int:
@@ -51,24 +77,52 @@ class ResidualNorm:
         """Memory for the next w and r."""
         return self.history.staging_buffer()
 
-    def note(self, w: Tensor, r: Tensor, scaling: float | None) -> None:
+    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
         """Stores a pair of one step as one more column."""
-        new = self.history.push(w, r, self._config.mixing * (scaling or 0.0))
+        scaling = problem.uniform_scaling or 0.0
+        new = self.history.push(w, r, self._config.mixing * scaling)
         if new is not None:
             self.gram.stored(*new)
+        self._stats.stored += 1
 
-    def payload(self, r: Tensor, stored: bool) -> Gram:
-        """The new rows of R^T R, R^T r and r^T r."""
-        return self.gram.of(r, stored)
+    def payloads(self, problem: FixedPoint, r: Tensor, stored: bool) -> Sequence[Payload]:
+        """The noise of the gradients; new rows of R^T R, R^T r and r^T r."""
+        return self._acceptance.noise, self.gram.of(r, stored)
 
-    def system(self) -> System | None:
-        """R^T R, R^T r and r^T r after the reduction."""
-        return self.gram.system
+    @property
+    def same(self) -> bool:
+        """Whether the last reduction found the same history on all ranks."""
+        return self.gram.system is not None
 
-    def propose(
+    @property
+    def norm(self) -> float:
+        """||r|| of the last reduction."""
+        assert self.gram.system is not None
+        return math.sqrt(self.gram.system[2])
+
+    @property
+    def finite(self) -> bool:
+        """Whether r is finite on all ranks."""
+        return self.gram.system is not None and math.isfinite(self.gram.system[2])
+
+    def propose(self, problem: FixedPoint, w: Tensor, r: Tensor) -> Tensor:
+        """This rank's part of the update: which columns, solve, update, descent. Collective."""
+        acceptance, gram = self._acceptance, self.gram.system
+        assert gram is not None
+        acceptance.begin()
+        columns = acceptance.columns(gram)
+        update, slope = self._update(columns, w, r, problem.scaling(*self._shard.rows))
+        acceptance.check_update(slope)
+        return update
+
+    def complete(self, w: Tensor, proposal: Tensor) -> Tensor:
+        """This rank's rows of the accelerated point. Collective with the column layout."""
+        return self._shard.complete(w, proposal, self._config.relaxation)
+
+    def _update(
         self, columns: Sequence[int], w: Tensor, r: Tensor, scaling: float | Tensor
     ) -> tuple[Tensor, float]:
-        """Solves for gamma and computes this rank's part of the update."""
+        """Solves for gamma; this rank's part of the update, and the slope <w+ - w, r>."""
         config, stats, history = self._config, self._stats, self.history
         with stats.timed("solve"):
             gamma = self._solve(columns)
@@ -83,9 +137,13 @@ class ResidualNorm:
             sums = self._collectives.slope(slope.reshape(1).cpu().numpy())
         return update, float(sums[0])
 
-    def drop_older_half(self) -> None:
-        """Forgets the older half of the columns: the newest know the way down."""
-        self.history.keep(self.history.columns // 2)
+    def rejected(self, cause: Rejection) -> None:
+        """Where descent rejects, the older half is forgotten: the newest know the way down."""
+        if cause is Rejection.DESCENT:
+            self.history.keep(self.history.columns // 2)
+
+    def went_back(self) -> None:
+        """The history stays: it holds what was measured."""
 
     def use_kernels(self, able: bool) -> bool:
         """Has `kernels` do the work if all ranks are able to and dtypes allow it."""
@@ -98,6 +156,15 @@ class ResidualNorm:
         """Forgets all pairs."""
         self.history.clear()
         self.gram.clear()
+
+    def release(self) -> None:
+        """Forgets all pairs, and frees their memory."""
+        self.reset()
+        self.history.release()
+
+    def restart_generation(self) -> None:
+        """From here on the same on all ranks."""
+        self.history.generation = 0
 
     def _solve(self, columns: Sequence[int]) -> Tensor:
         """gamma [m] float64 on the host, 0 for slots that are not used; the same on every rank."""

@@ -1,0 +1,104 @@
+"""The subspace method in a checkpoint: its blocks, its trust, and which method is at work."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from torch import Tensor
+
+from aadl_hvd.checkpoint.state import OWN, ROWS, SHARED, Nested, State, agree, check_optional
+from aadl_hvd.schema import anything, instance, integer, listed, number, optional, tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class BlocksState(State):
+    """Block means and their differences: see `core.blocks.Blocks`.
+
+    Attributes:
+        stored: blocks stored since the last reset.
+        steps: steps noted in the block that runs.
+        columns: dW and dG, [2, columns in use, rows], as stored.
+        vectors: start, sums, last means and noises, [vectors, rows]; None where nothing is stored.
+    """
+
+    stored: Annotated[int, SHARED, integer()]
+    steps: Annotated[int, SHARED, integer()]
+    columns: Annotated[Tensor | None, ROWS, anything]
+    vectors: Annotated[Tensor | None, ROWS, anything]
+
+    def check(self, rows: int) -> None:
+        """Raises a CheckpointError where no run could go on from this."""
+        used = bool(self.stored or self.steps)
+        check_optional(self.columns, "blocks.columns", used, tensor(2, None, rows))
+        check_optional(self.vectors, "blocks.vectors", used, tensor(9, rows))
+        if self.columns is not None:
+            agree("blocks: stored, columns", self.columns.shape[1] <= max(self.stored - 1, 0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TrustState(State):
+    """How far jumps may go: see `core.trust.Trust`."""
+
+    scale: Annotated[float, SHARED, number(0.0, 1.0)]
+    phi: Annotated[float | None, SHARED, optional(number(0.0))]
+    psi: Annotated[float | None, SHARED, optional(number(0.0))]
+    slope: Annotated[float | None, SHARED, optional(number())]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class HandoverState(State):
+    """Which method is at work: see `core.handover.Handover`.
+
+    Attributes:
+        subspace: whether the subspace method is.
+        refused: attempts of the residual-norm method in a row that its noise gate refused.
+        wait: steps for which the residual-norm method is left alone after it was refused.
+        left: steps of these that are left.
+        into: steps since the block that runs began; below 0: before it begins.
+        length: L of the block that runs.
+        idle: blocks in a row without a jump.
+    """
+
+    subspace: Annotated[bool, SHARED, instance(bool)]
+    refused: Annotated[int, SHARED, integer()]
+    wait: Annotated[int, SHARED, integer()]
+    left: Annotated[int, SHARED, integer(-(2**62))]
+    into: Annotated[int, SHARED, integer(-(2**62))]
+    length: Annotated[int, SHARED, integer(2)]
+    idle: Annotated[int, SHARED, integer()]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class OwnBlockState(State):
+    """What one rank alone knows of the block that runs.
+
+    Attributes:
+        dot: its part of the sum of <w - start, g>, over its own rows.
+        rows: half-open range of these rows.
+        losses: its losses, one for each step.
+    """
+
+    dot: Annotated[float, OWN, number(finite=False)]
+    rows: Annotated[tuple[int, int], OWN, listed(integer(), 2)]
+    losses: Annotated[tuple[float, ...], OWN, listed(number(finite=False))]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SubspaceState(State):
+    """The subspace method: see `core.methods.subspace.Subspace`.
+
+    Attributes:
+        blocks: block means and their differences.
+        trust: how far jumps may go.
+        base: the base step before the last jump, [rows]; None where the next block judges none.
+    """
+
+    blocks: Annotated[BlocksState, SHARED, Nested(BlocksState)]
+    trust: Annotated[TrustState, SHARED, Nested(TrustState)]
+    base: Annotated[Tensor | None, ROWS, anything]
+
+    def check(self, rows: int) -> None:
+        """Raises a CheckpointError where no run could go on from this."""
+        self.blocks.check(rows)
+        check_optional(self.base, "subspace.base", self.trust.slope is not None, tensor(rows))

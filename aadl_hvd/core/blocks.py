@@ -1,0 +1,242 @@
+"""Means of iterates and gradients over blocks of steps, and their differences: this rank's rows.
+
+The mean of a quadratic's gradients is its gradient at the mean of the iterates, whatever the noise,
+and the variance of the noise falls with the length of the block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aadl_hvd.checkpoint.subspace_state import BlocksState, OwnBlockState
+from aadl_hvd.core.chunking import chunked_dot, chunks, total
+from aadl_hvd.core.sharding import Sharding
+
+DEPTH = 10  # m, differences that are kept
+NOISES = 3  # blocks whose noise is kept
+VECTORS = 8 + NOISES  # the next w and r, four of the block that runs, two means, the noises
+
+
+class Blocks:
+    """The block that runs, and the differences of those before.
+
+    Memory on this rank, in numbers: 2 DEPTH rows of `dtype` for the differences, and 11 rows of
+    `work` for the sums of the block that runs, the last block's means, the noise of 3 blocks, and
+    the next w and r. It is allocated when it is first needed.
+
+    Args:
+        sharding: which rows are this rank's; the row layout.
+        dtype: of stored differences.
+        work: of sums and means, float32 or float64.
+        device: of the weights.
+
+    Attributes:
+        stored: blocks stored since the last reset.
+        steps: steps noted in the block that runs.
+        generation: number of resets.
+    """
+
+    def __init__(
+        self, sharding: Sharding, dtype: torch.dtype, work: torch.dtype, device: torch.device
+    ) -> None:
+        self.sharding, self.dtype, self.work, self.device = sharding, dtype, work, device
+        self.stored = self.steps = self.generation = 0
+        self._columns: Tensor | None = None  # dW and dG, [2, DEPTH, rows]
+        self._vectors: Tensor  # [VECTORS, rows]
+        self._dot: Tensor | float = 0.0  # sum of <w - start, g> over the block, on own rows
+
+    @property
+    def columns(self) -> int:
+        """k, differences that can be used."""
+        return min(max(self.stored - 1, 0), DEPTH)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated on this rank."""
+        if self._columns is None:
+            return 0
+        return sum(t.numel() * t.element_size() for t in (self._columns, self._vectors))
+
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
+        """Memory for the next w and r, [rows] of `work`."""
+        if self._columns is None:
+            lo, hi = self.sharding.rows
+            n = hi - lo
+            self._columns = torch.zeros(2, DEPTH, n, dtype=self.dtype, device=self.device)
+            self._vectors = torch.zeros(VECTORS, n, dtype=self.work, device=self.device)
+        return self._vectors[0], self._vectors[1]
+
+    @property
+    def start(self) -> Tensor:
+        """w at the beginning of the block, [rows]."""
+        return self._vectors[2]
+
+    @property
+    def gradient(self) -> Tensor:
+        """After `finish`: the mean gradient of the block, [rows]."""
+        return self._vectors[4]
+
+    def note(self, w: Tensor, r: Tensor) -> None:
+        """Takes a step into the block.
+
+        Args:
+            w: iterate, [rows].
+            r: minus its gradient, [rows].
+        """
+        start, moved, *sums = self._vectors[2:6]
+        if self.steps == 0:
+            start.copy_(w)
+            self._vectors[3:6].zero_()
+            self._dot = 0.0
+            sums[0].sub_(r)
+        else:
+            counted, dots = self.sharding.counted, []
+            apart = self.sharding.groups > 1
+            for rows in chunks(w):
+                step = w[rows] - start[rows]
+                moved[rows].add_(step)
+                sums[self.steps % 2][rows].sub_(r[rows])
+                if not apart:
+                    dots.append(torch.dot(step, r[rows]))
+            if apart:
+                dots = [torch.dot(w[rows] - start[rows], r[rows]) for rows in chunks(w, counted)]
+            self._dot = self._dot - total(dots, w)
+        self.steps += 1
+
+    def finish(self) -> Tensor:
+        """Ends the block and stores its means and differences.
+
+        Returns:
+            On own rows: the sum of <w - start, g> over the steps, and <mean w - start, mean g>;
+            [2] float64.
+        """
+        start, moved, even, odd = self._vectors[2:6]
+        last_w, last_g = self._vectors[6:8]
+        first = (self.steps + 1) // 2
+        self.stored += 1
+        for rows in chunks(moved):
+            moved[rows].div_(self.steps)
+            even[rows].div_(first)
+            odd[rows].div_(self.steps - first)
+            # Steps of even and of odd number share nothing but the signal.
+            torch.sub(even[rows], odd[rows], out=self._noise[rows]).mul_(0.5)
+            even[rows].add_(odd[rows]).mul_(0.5)
+        linear = chunked_dot(moved, even, self.sharding.counted)
+        dot = torch.as_tensor(self._dot, dtype=torch.float64, device=linear.device)
+        moved.add_(start)
+        if self.stored > 1:
+            slot = (self.stored - 2) % DEPTH
+            for columns, new, last in zip(self._own, (moved, even), (last_w, last_g), strict=True):
+                for rows in chunks(new):
+                    columns[slot, rows].copy_(new[rows] - last[rows])
+        last_w.copy_(moved)
+        last_g.copy_(even)
+        return torch.stack([dot, linear])
+
+    def products(self, scaling: float | Tensor) -> Tensor:
+        """Sums over own rows that the method needs of the last blocks.
+
+        Args:
+            scaling: the diagonal of M: a number, or [rows]. Rows on which it is 0 are left out.
+
+        Returns:
+            A [k, k], then B [k, k], dW^T of each noise [k, NOISES] and dW^T g [k] in one matrix
+            [k, k + NOISES + 1], then <noise, M noise>, ||noise||^2 and ||g||^2 of the last block:
+            one row, float64.
+        """
+        k, noises = self.columns, self._vectors[8:]
+        dw, dg = self._own[0, :k], self._own[1, :k]
+        tables: list[Tensor] = []
+        metrics: list[Tensor] = []
+        numbers: list[Tensor] = []
+        for rows in chunks(self.gradient, self.sharding.counted, widened=self.dtype != self.work):
+            own, other = dw[:, rows].to(self.work), dg[:, rows].to(self.work)
+            g, noise = self.gradient[rows], self._noise[rows]
+            m, inverse = _with_inverse(scaling, rows)
+            right = torch.cat([other, noises[:, rows], g.unsqueeze(0)])
+            tables.append((own @ right.T).double())
+            metrics.append(((own * inverse) @ own.T).double())
+            dots = torch.dot(noise, m * noise), torch.dot(noise, noise), torch.dot(g, g)
+            numbers.append(torch.stack(dots).double())
+        if not tables:
+            size = k * k + k * (k + NOISES + 1) + 3
+            return torch.zeros(size, dtype=torch.float64, device=self.device)
+        parts = [torch.stack(found).sum(dim=0) for found in (metrics, tables, numbers)]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def combine(self, coefficients: Tensor, out: Tensor) -> Tensor:
+        """Adds dW times coefficients [k] to `out` [rows]."""
+        k = self.columns
+        own = self._own[0, :k]
+        weights = coefficients[:k].to(self.device, self.work)
+        for rows in chunks(out, widened=self.dtype != self.work):
+            out[rows].add_(own[:, rows].to(self.work).T @ weights)
+        return out
+
+    def drop_block(self) -> None:
+        """Forgets the block that runs."""
+        self.steps = 0
+
+    def clear(self) -> None:
+        """Forgets everything; the memory stays allocated."""
+        self.stored = self.steps = 0
+        self.generation += 1
+
+    def release(self) -> None:
+        """Forgets everything, and frees the memory."""
+        self.clear()
+        self._columns = None
+        self._vectors = torch.empty(0)
+
+    @property
+    def _own(self) -> Tensor:
+        self.staging_buffer()
+        assert self._columns is not None
+        return self._columns
+
+    @property
+    def _noise(self) -> Tensor:
+        """The noise of the last block stored."""
+        return self._vectors[8 + (self.stored - 1) % NOISES]
+
+    def state(self) -> BlocksState:
+        """All it knows, copied to host memory, but for what `own_state` has."""
+        used = bool(self.stored or self.steps)
+        return BlocksState(
+            stored=self.stored,
+            steps=self.steps,
+            columns=self._own[:, : self.columns].to("cpu", copy=True) if used else None,
+            vectors=self._vectors[2:].to("cpu", copy=True) if used else None,
+        )
+
+    def own_state(self, losses: tuple[float, ...]) -> OwnBlockState:
+        """What this rank alone knows of the block that runs; losses: its own."""
+        return OwnBlockState(dot=float(self._dot), rows=self.sharding.rows, losses=losses)
+
+    def load_state(self, state: BlocksState, own: OwnBlockState | None) -> bool:
+        """Loads what `state` of the same rows returned; the dtypes may be others.
+
+        Returns:
+            Whether the block that ran goes on: not without what this rank alone knew of it.
+        """
+        self.clear()
+        if state.vectors is None or state.columns is None:
+            return False
+        self.stored = state.stored
+        self._own[:, : state.columns.shape[1]].copy_(state.columns)
+        self._vectors[2:].copy_(state.vectors)
+        if own is None or own.rows != self.sharding.rows:
+            return False
+        self.steps, self._dot = state.steps, own.dot
+        return True
+
+
+def _with_inverse(
+    scaling: float | Tensor, rows: slice
+) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """Rows of the diagonal of M, and of M^-1: 0 where M is."""
+    if isinstance(scaling, Tensor):
+        m = scaling[rows]
+        return m, m.reciprocal().masked_fill_(m == 0.0, 0.0)
+    return scaling, 1.0 / scaling if scaling else 0.0

@@ -1,0 +1,119 @@
+"""Which method is at work, and in which steps.
+
+The residual-norm method begins. Where its noise gate stays shut, the subspace method takes over, and
+the other one costs nothing. It is tried again where the gradients of a block show less noise.
+
+All depends on the number of the step and on results of reductions, which are the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+from aadl_hvd.checkpoint.subspace_state import HandoverState
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.schedule import Schedule
+from aadl_hvd.stats import Rejection
+
+
+class Handover:
+    """Decides between the methods.
+
+    Attributes:
+        subspace: whether the subspace method is at work; else the residual-norm method.
+        length: L, steps in a block of the subspace method.
+    """
+
+    SHORTEST = 10  # steps in a block
+    LONGEST = 1000
+    PATIENCE = 8  # attempts in a row that the noise gate refuses, before the other method begins
+    WAITS = 32, 256  # steps until the gate is tried again, first and at most
+    IDLE = 16  # blocks in a row without a jump, after which one block in so many is looked at
+
+    def __init__(self, config: AndersonConfig) -> None:
+        self._config = config
+        self.subspace = config.method == "subspace"
+        self.length = self.SHORTEST
+        self._begin = config.warmup_steps  # the block has the steps after this one
+        self._idle = self._refused = 0
+        self._wait, self._again = self.WAITS[0], 0
+
+    def schedule(self, calls: int) -> Schedule | None:
+        """What step number `calls` does; None: the base optimizer's step alone."""
+        if not self.subspace:
+            return Schedule.of(self._config, calls)
+        into = calls - self._begin
+        if into < 1:
+            return None
+        averages = calls % self._config.frequency == 0
+        return Schedule(True, into >= self.length, False, False, averages)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the subspace method looks at one block in `IDLE` only."""
+        return self.subspace and self._idle >= self.IDLE
+
+    def attempted(self, cause: Rejection | None, accelerated: bool, calls: int) -> bool:
+        """Notes an acceleration step of the residual-norm method.
+
+        Returns:
+            Whether the subspace method is at work from now on.
+        """
+        if accelerated:
+            self._refused, self._wait = 0, self.WAITS[0]
+        elif cause is Rejection.NOISE:
+            self._refused += 1
+        if self._refused < self.PATIENCE or not self._config.hands_over:
+            return False
+        self.subspace, self._refused, self._idle = True, 0, 0
+        self._begin, self._again = calls, calls + self._wait
+        self._wait = min(2 * self._wait, self.WAITS[1])
+        return True
+
+    def block_ended(
+        self, calls: int, wanted: int, jumped: bool, noise: float, squared: float
+    ) -> bool:
+        """Notes the end of a block.
+
+        Args:
+            calls: number of its last step.
+            wanted: L of the next block.
+            jumped: whether a jump was made.
+            noise: variance of one step's gradient, summed over coordinates; NaN: unknown.
+            squared: square of the norm of the block's mean gradient.
+
+        Returns:
+            Whether the residual-norm method is at work from now on.
+        """
+        self._idle = 0 if jumped else self._idle + 1
+        self.length = min(max(wanted, self.SHORTEST), self.LONGEST)
+        self._begin = calls
+        if self.asleep and self._idle > self.IDLE:
+            self._begin += (self.IDLE - 1) * self.length
+        gate = self._config.noise_gate
+        if self._config.method != "auto" or gate is None or calls < self._again:
+            return False
+        if not (math.isfinite(noise) and squared > (1.0 + gate) * noise):
+            return False
+        self.subspace = False
+        return True
+
+    def state(self, calls: int) -> HandoverState:
+        """All it knows after step number `calls`."""
+        return HandoverState(
+            subspace=self.subspace,
+            refused=self._refused,
+            wait=self._wait,
+            left=self._again - calls,
+            into=calls - self._begin,
+            length=self.length,
+            idle=self._idle,
+        )
+
+    def load_state(self, state: HandoverState, calls: int) -> None:
+        """Loads what `state` returned, after step number `calls` here."""
+        if self._config.method == "auto":
+            self.subspace = state.subspace and self._config.hands_over
+        self._refused, self._wait, self._idle = state.refused, state.wait, state.idle
+        self._again, self._begin = calls + state.left, calls - state.into
+        self.length = state.length

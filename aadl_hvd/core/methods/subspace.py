@@ -1,0 +1,290 @@
+"""Anderson acceleration in the energy norm (type I) on block means, in the span of recent progress.
+
+    dW, dG       differences of successive blocks' mean iterates and mean gradients, n x k
+    H            dW^T dG in an orthonormal basis of the span in the metric M^-1, weighted by noise
+    d            half a Newton step with H, less what the base optimizer does in a block
+
+`reference.subspace` is the same in one plain function; `curvature` has the solve, `trust` says how
+much of d is taken, `blocks` holds the vectors.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadl_hvd.checkpoint.subspace_state import OwnBlockState, SubspaceState
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.acceptance import Acceptance, Rejected
+from aadl_hvd.core.blocks import DEPTH, NOISES, Blocks
+from aadl_hvd.core.chunking import chunks, total
+from aadl_hvd.core.collectives import Collectives
+from aadl_hvd.core.curvature import find_jump
+from aadl_hvd.core.fixed_point import FixedPoint
+from aadl_hvd.core.handover import Handover
+from aadl_hvd.core.reduction import COMPARED, Payload, compared, equal
+from aadl_hvd.core.shard import WeightShard
+from aadl_hvd.core.solve import Vector
+from aadl_hvd.core.trust import Trust
+from aadl_hvd.stats import Rejection, Stats
+
+_TABLE = 2 * DEPTH + NOISES + 1  # columns of one row of A, B, dW^T noise and dW^T g
+_SCALARS = 6
+NUMBERS = DEPTH * _TABLE + _SCALARS + 3 + COMPARED  # in the reduction at a block's end
+
+
+class Subspace:
+    """Implements `Method`, and `reduction.Payload` at a block's end.
+
+    Memory on this rank, see `Blocks`: 20 n/P numbers of `history_dtype`, 11 n/P in float32
+    (float64 where a weight is), and n/P for the base step that a jump started from.
+
+    Attributes:
+        blocks: the vectors.
+        trust: how far a jump may go.
+        fingerprint: of a loaded state that this rank has yet to go on from; 0: none.
+        wanted: L of the next block: no shorter than the memory of the momentum, and even.
+        noise: variance of one step's gradient in the last block; NaN: unknown.
+        squared: square of the norm of the last block's mean gradient.
+    """
+
+    part = "gram"
+    keeps_base_step = True  # the next block measures how the loss has gone along the jump
+
+    def __init__(
+        self,
+        config: AndersonConfig,
+        shard: WeightShard,
+        collectives: Collectives,
+        stats: Stats,
+        acceptance: Acceptance,
+        handover: Handover,
+    ) -> None:
+        self._collectives, self._stats, self._acceptance = collectives, stats, acceptance
+        self._handover = handover
+        dtype = config.history_dtype or shard.dtype
+        self.blocks = Blocks(shard.sharding, dtype, shard.dtype, shard.device)
+        self.trust = Trust()
+        self.fingerprint = 0
+        self.same = False
+        self.wanted = 0
+        self.noise = self.squared = math.nan
+        self._problem: FixedPoint | None = None  # only during a reduction
+        self._momentum = 0.0
+        self._losses: list[float | Tensor] = []  # one for each step that had one
+        self._sums: Vector = np.zeros(0)
+        self._steps = 0  # of the block that has ended
+        self._complete = self._observed = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of history allocated on this rank."""
+        return self.blocks.nbytes
+
+    @property
+    def columns(self) -> int:
+        """Differences that can be used."""
+        return self.blocks.columns
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums of the last reduction are."""
+        return bool(np.isfinite(self._sums).all())
+
+    @property
+    def norm(self) -> float:
+        """The norm of the last block's mean gradient."""
+        return math.sqrt(self.squared)
+
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
+        """Memory for the next w and r."""
+        return self.blocks.staging_buffer()
+
+    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
+        """Takes a step into the block."""
+        if not self.blocks.steps:
+            self._losses = []
+        self.blocks.note(w, r)
+        if (loss := self._acceptance.losses.current) is not None:
+            self._losses.append(loss)
+
+    def payloads(self, problem: FixedPoint, r: Tensor, stored: bool) -> Sequence[Payload]:
+        """What the reduction at a block's end carries; it stores the block."""
+        self._problem, self._momentum = problem, problem.momentum
+        return (self,)
+
+    # The payload
+
+    def pending(self) -> list[Tensor]:
+        """Sums over this rank's rows, and losses that are still on the device."""
+        blocks, problem = self.blocks, self._problem
+        assert problem is not None
+        self.same, self._problem = False, None
+        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
+        self._complete = blocks.steps >= self._handover.length - 1
+        if not self._complete:
+            return tensors
+        numbers = blocks.finish()
+        judged = total(self._along_jump(), blocks.gradient).reshape(1)
+        products = blocks.products(problem.scaling(*blocks.sharding.rows))
+        return [torch.cat([numbers, judged.to(numbers.device), products]), *tensors]
+
+    def _along_jump(self) -> list[Tensor]:
+        """Parts of <d, g>: d is where the block began, less the base step before the jump."""
+        if not self.trust.judges:
+            return []
+        blocks, base = self.blocks, self._acceptance.base_rows()
+        start, g = blocks.start, blocks.gradient
+        counted = chunks(g, blocks.sharding.counted)
+        return [torch.dot(start[rows] - base[rows], g[rows]) for rows in counted]
+
+    def pack(self, numbers: list[Vector]) -> Vector:
+        """[NUMBERS] numbers to be summed over ranks: what `pending` began, and the version."""
+        blocks, k = self.blocks, self.blocks.columns
+        table, scalars = np.zeros((DEPTH, _TABLE)), np.zeros(_SCALARS)
+        if self._complete:
+            own, *numbers = numbers
+            squared, rest = np.split(own[3:], [k * k])
+            products = rest[:-3].reshape(k, k + NOISES + 1)
+            table[:k, :k] = squared.reshape(k, k)
+            table[:k, DEPTH : DEPTH + k] = products[:, :k]
+            table[:k, 2 * DEPTH :] = products[:, k:]
+            scalars[:] = *own[:3], *rest[-3:]
+        known = iter(numbers)
+        losses = [float(next(known)[0]) if isinstance(x, Tensor) else x for x in self._losses]
+        observed = self._complete and len(losses) == blocks.steps
+        loss = [float(np.mean(losses)), 1.0] if observed else [0.0, 0.0]
+        wanted = 2.0 * round(0.5 * self._memory)
+        counts = blocks.stored, blocks.generation, blocks.steps, self.fingerprint, self._complete
+        version = compared(zlib.crc32(repr(counts).encode()))
+        return np.concatenate([table.reshape(-1), scalars, loss, [wanted], version])
+
+    def unpack(self, sums: Vector, size: int) -> None:
+        """Takes in their sums, and begins the next block."""
+        numbers, version = np.split(sums, [NUMBERS - COMPARED])
+        self._sums, self.same = numbers, equal(version, size)
+        self.wanted = 2 * round(0.5 * numbers[-1] / size) if math.isfinite(numbers[-1]) else 0
+        self._steps = steps = self.blocks.steps
+        self.blocks.drop_block()
+        self.noise = self.squared = math.nan
+        if not (self.same and self._complete and self.finite):
+            return
+        moved, linear, judged, metric, noise, squared = numbers[DEPTH * _TABLE : -3]
+        self.noise, self.squared = steps * noise, squared
+        self.trust.judge(judged)
+        loss, observed = numbers[-3:-1]
+        self._observed = bool(observed == size and loss > 0.0)
+        phi = psi = None
+        if self._observed:  # half of what the loss is above that of the mean iterate, over it
+            phi = 0.5 * max(0.0, moved / steps - linear) / (loss / size)
+        k = self.blocks.columns
+        travelled = numbers[: DEPTH * _TABLE].reshape(DEPTH, _TABLE)[:k, :k].sum()
+        if travelled > 0.0:
+            psi = k * steps**2 * metric / travelled
+        self.trust.note_noise(phi, psi)
+        self._stats.note_block(steps, self.trust.noise(self._observed))
+
+    # After the reduction
+
+    def propose(self, problem: FixedPoint, w: Tensor, r: Tensor) -> Tensor:
+        """Coefficients of the columns [DEPTH] float64 on the host. Collective.
+
+        Raises:
+            Rejected: noise hides what there is, or nothing is to be gained.
+        """
+        if not self._complete:
+            raise Rejected
+        if not self.finite:
+            raise Rejected(Rejection.NONFINITE)
+        fraction = self.trust.fraction(self._observed)
+        k = self.blocks.columns
+        if k < 2:
+            raise Rejected  # too early
+        if fraction == 0.0:
+            raise Rejected(Rejection.NOISE)
+        with self._stats.timed("solve"):
+            message = self._collectives.jump(self._solve(k, fraction))
+        coefficients, (slope, gain) = message[:DEPTH], message[DEPTH:]
+        if not coefficients.any():
+            raise Rejected(Rejection.GAIN)
+        self.trust.jumped(float(slope))
+        self._stats.note_jump(float(gain))
+        return torch.from_numpy(coefficients)
+
+    def _solve(self, k: int, fraction: float) -> Vector:
+        """[DEPTH + 2]: coefficients, slope and gain of the jump that is made."""
+        table = self._sums[: DEPTH * _TABLE].reshape(DEPTH, _TABLE)[:k]
+        a, b = table[:, :k], table[:, DEPTH : DEPTH + k]
+        noises, gradient = table[:, 2 * DEPTH : -1], table[:, -1]
+        farthest = self.trust.farthest(self._observed)
+        share = self.trust.scale * fraction
+        jump = find_jump(a, b, gradient, noises, self._steps, self._memory, farthest / share)
+        message = np.zeros(DEPTH + 2)
+        message[:k] = share * jump.coefficients
+        # Along the jump the loss is a parabola: see Jump.
+        curved = -2.0 * (jump.gain + jump.slope)
+        message[DEPTH:] = share * jump.slope, -share * jump.slope - 0.5 * share**2 * curved
+        return message
+
+    def complete(self, w: Tensor, proposal: Tensor) -> Tensor:
+        """This rank's rows of the base step plus the jump, in the memory of w."""
+        return self.blocks.combine(proposal, w.copy_(self._acceptance.base_rows()))
+
+    def rejected(self, cause: Rejection) -> None:
+        """Nothing follows: the next block is another one."""
+
+    def went_back(self) -> None:
+        """The loss after a jump was higher, and the jump was taken back."""
+        self.trust.lower()
+        self.trust.forget_jump()
+        self.blocks.drop_block()
+
+    def use_kernels(self, able: bool) -> bool:
+        """There are no kernels for this method."""
+        return able
+
+    def reset(self) -> None:
+        """Forgets all blocks; trust in jumps stays."""
+        self.blocks.clear()
+        self.trust.clear()
+        self.fingerprint = 0
+
+    def release(self) -> None:
+        """Forgets all blocks, and frees their memory."""
+        self.reset()
+        self.blocks.release()
+
+    def restart_generation(self) -> None:
+        """From here on the same on all ranks."""
+        self.blocks.generation = 0
+
+    def state(self) -> SubspaceState:
+        """All it knows that is shared or divided among ranks, in host memory."""
+        base = self._acceptance.base_rows().to("cpu", copy=True) if self.trust.judges else None
+        return SubspaceState(blocks=self.blocks.state(), trust=self.trust.state(), base=base)
+
+    def own_state(self) -> OwnBlockState:
+        """What this rank alone knows of the block that runs."""
+        return self.blocks.own_state(tuple(float(loss) for loss in self._losses))
+
+    def load_state(self, state: SubspaceState, own: OwnBlockState | None) -> None:
+        """Loads what `state` and, where that is known, `own_state` returned."""
+        self.reset()
+        if self.blocks.load_state(state.blocks, own):
+            assert own is not None
+            self._losses = list(own.losses)
+        self.trust.load_state(state.trust)
+        if state.base is None:
+            self.trust.forget_jump()
+        else:
+            self._acceptance.base_rows().copy_(state.base)
+
+    @property
+    def _memory(self) -> float:
+        """Steps for which the base optimizer's momentum remembers a gradient: 1 / (1 - mu)."""
+        return 1.0 / max(1.0 - self._momentum, 1e-3)
