@@ -210,8 +210,8 @@ def test_another_depth_keeps_the_newest_columns():
         assert torch.equal(found["gram"]["matrix"], G)
         iterates = history["window"]["iterates"]
         assert torch.equal(found["window"]["iterates"], iterates[-min(window, 5) :])
-        assert found["averages"]["kinds"] == [0.8]
-        assert torch.equal(found["averages"]["sums"][0], history["averages"]["sums"][1])
+        assert found["averages"]["decays"] == [0.8]
+        assert torch.equal(found["averages"]["means"][0], history["averages"]["means"][1])
         new.k = 25
         accelerated = new.opt.anderson.stats.accelerated
         new.train(STEPS)
