@@ -119,6 +119,7 @@ class WeightAverages:
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
         self.summed = sums
+        del self._iterate  # between steps nothing here keeps it alive
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
         """Takes in an iterate and its residual, unless the gains are not finite.
