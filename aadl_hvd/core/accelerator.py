@@ -113,8 +113,8 @@ class Accelerator(AcceleratorState):
                         )
                     acceptance.begin()
                     if not replicas.equal:  # replicas equal?
+                        self._reset_on_all()  # first: a warning may be an error (python -W error)
                         replicas.settle(problem, stats.steps)
-                        self._reset_on_all()
                         raise Rejected
                     system = method.system()
                     if system is None:  # a rank has not stored the same

@@ -104,6 +104,8 @@ class Replicas:
     def settle(self, problem: FixedPoint, step: int) -> None:
         """Decides what follows from different weights, the same on all ranks. Collective.
 
+        The caller has reset the history: where warnings are errors this raises one.
+
         Args:
             problem: whose weights differ.
             step: its number, for messages.
@@ -133,9 +135,9 @@ class Replicas:
                 "on_desync='resync'."
             )
         if self._were_equal:
-            message = f"{what}: these ranks get weights and state of rank {root}"
-            warnings.warn(message, stacklevel=_level_of_user())
             self._resync(problem, root)
+            message = f"{what}: these ranks get weights and state of rank {root}"
+            warnings.warn(message, stacklevel=_level_of_user())  # last: it may be an error
         elif not self._warned:
             self._warned = True
             warnings.warn(
