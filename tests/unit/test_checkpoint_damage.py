@@ -121,6 +121,32 @@ def test_part_alone_with_other_rates_is_left_out():
         built(0.3).load_state_dict(part)
 
 
+def test_each_tensor_is_copied_once(monkeypatch):
+    """A base step on trial, which two hold; a load that is refused puts it back."""
+    run = Run(None).train(20, observe=True)
+    anderson = run.opt.anderson
+    while anderson._acceptance.losses.trial is None:
+        run.train(run.k + 1, observe=True)
+    assert anderson._acceptance.losses.trial is anderson._acceptance.base_rows()
+    to, copied = torch.Tensor.to, []
+
+    def counted(tensor, *args, **kwargs):
+        copied.extend([tensor.data_ptr()] * (tensor.numel() > 0))
+        return to(tensor, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", counted)
+        put_back = anderson.backup()
+    rows = anderson._acceptance.base_rows()
+    before = rows.clone()
+    assert rows.data_ptr() in copied
+    assert len(copied) == len({*copied})
+    anderson.reset()
+    rows.zero_()
+    put_back()
+    assert anderson._acceptance.losses.trial is rows and torch.equal(rows, before)
+
+
 HISTORY = "anderson", "history"
 COLUMNS, GRAM, AVERAGES, BACKOFF = (
     (*HISTORY, name) for name in ("columns", "gram", "averages", "backoff")
