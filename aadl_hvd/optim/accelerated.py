@@ -281,14 +281,15 @@ class AcceleratedOptimizer(_Optimizer):
         """
         loading.load(self.anderson_engine, state_dict)
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
+    def zero_grad(self, set_to_none: bool | None = None, **more: object) -> None:
         """As in torch.
 
         Args:
             set_to_none: None: as the given optimizer's class has it.
+            more: what else the given optimizer's class takes.
         """
         given = () if set_to_none is None else (set_to_none,)
-        self.anderson_engine.base.zero_grad(*given)
+        self.anderson_engine.base.zero_grad(*given, **more)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the history is reset in the next step."""

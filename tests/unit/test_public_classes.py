@@ -116,6 +116,27 @@ def test_methods_that_the_given_class_extends_by_super():
     assert opt.added == 2
 
 
+def test_zero_grad_takes_what_the_given_class_takes():
+    class Partly(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True, *, first=0):
+            self.asked = set_to_none, first
+            for p in self.param_groups[0]["params"][first:]:
+                p.grad = None if set_to_none else torch.zeros_like(p)
+
+    model = network()
+    opt = AndersonOptimizer(Partly(model.parameters(), lr=0.1), anderson=OFTEN)
+    weights = [*model.parameters()]
+    for given, asked in (((), True), ((False,), False)):
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        opt.zero_grad(*given, first=1)
+        assert opt.asked == (asked, 1)
+        assert bool(weights[0].grad.all())
+        assert not any(p.grad is not None and p.grad.any() for p in weights[1:])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'second'"):
+        opt.zero_grad(second=1)
+
+
 @pytest.mark.parametrize("hooks", ["own", "everywhere"])
 def test_a_step_that_the_user_has_wrapped_fires_hooks_once(hooks, monkeypatch):
     """functools.wraps keeps the mark that torch has wrapped it already."""
