@@ -274,7 +274,7 @@ def test_loaded_in_the_middle_of_a_run_on_all_ranks(agree):
         run.resumed(weights, part)
         assert run.opt.anderson.columns == 0
         if agree:
-            run.opt.anderson.agree(run.opt._anderson_problem)
+            run.opt.anderson.agree(run.opt.anderson_engine.problem)
             assert_same(run.train(STEPS).outcome(), expected)
             return run.weights()
         run.train(20 + P)

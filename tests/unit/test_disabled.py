@@ -61,9 +61,9 @@ def test_nothing_beside_it():
         opt.step()
     accelerator = opt.anderson
     assert accelerator.history_bytes == 0
-    assert not accelerator.forecast(opt._anderson_problem)
+    assert not accelerator.forecast(opt.anderson_engine.problem)
     assert accelerator.columns == 0 and accelerator.average_gains == {}
-    assert opt._anderson_problem.samples is None and not accelerator.measures_noise
+    assert opt.anderson_engine.problem.samples is None and not accelerator.measures_noise
     stats = accelerator.stats
     assert stats.steps == STEPS
     assert stats.stored == stats.accelerated == stats.averaged == 0

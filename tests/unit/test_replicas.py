@@ -182,7 +182,7 @@ def test_ranks_that_were_never_equal_are_not_accelerated_but_go_on():
         opt = problem.optimizer(settings, comm)
         if comm.rank == 1:
             flip(opt)
-        assert not opt.anderson.compare_replicas(opt._anderson_problem)
+        assert not opt.anderson.compare_replicas(opt.anderson_engine.problem)
         problem.run(settings, 9, opt=opt)
         assert opt.anderson.stats.accelerated == 0
         start = problem.optimizer(settings)

@@ -119,7 +119,7 @@ def test_closure_that_raises_leaves_nothing_behind():
 
     with pytest.raises(RuntimeError, match="no data"):
         opt.step(broken)
-    problem = opt._anderson_problem
+    problem = opt.anderson_engine.problem
     assert problem._due is None and problem._gradient is None and problem._deviations is None
     for _ in range(4):
         p.grad = p.detach() * torch.arange(1.0, 5.0)
