@@ -159,8 +159,7 @@ def build_environment(
         more.update(CUDA_HOME=cuda, CUDACXX=f"{cuda}/bin/nvcc", CUDAToolkit_ROOT=cuda)
         more.update(HOROVOD_CUDA_HOME=cuda, HOROVOD_GPU_OPERATIONS="NCCL")
         more.update(HOROVOD_NCCL_HOME=str(nccl), HOROVOD_NCCL_LINK="SHARED")
-        if gpu["archs"]:
-            more["HOROVOD_BUILD_CUDA_CC_LIST"] = gpu["archs"]
+        more.update({"HOROVOD_BUILD_CUDA_CC_LIST": gpu["archs"]} if gpu["archs"] else {})
     else:
         more["HOROVOD_WITHOUT_NVTX"] = "1"
     if mpi["kind"] == "wheel":

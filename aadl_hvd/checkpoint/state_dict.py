@@ -79,9 +79,9 @@ def examine(
         _compare(anderson["parameters"], parameters, dtypes=history is not None)
         if history is None:
             return Examined()
+        if not config["enabled"]:  # no use is made of it, so its insides do not matter
+            return Examined(left_out="" if _stores_nothing(history) else "enabled=False keeps none")
         found = ShardState.from_dict(_in_host_memory(history), "history")
-        if not config["enabled"]:
-            return Examined(left_out="enabled=False keeps none" if found.columns.stored else "")
         before = anderson["config"]
         if before["residual"] != config["residual"]:
             why = f"residual={config['residual']!r}, and was {before['residual']!r}"
@@ -123,6 +123,13 @@ def _compare(saved: list[list[Any]], here: list[list[Any]], dtypes: bool) -> Non
         raise CheckpointError(
             f"Invalid state_dict of another model: {'; '.join(different[:5])}{more}."
         )
+
+
+def _stores_nothing(history: Any) -> bool:
+    """Whether a history is that of a run that has stored nothing; False if it is damaged."""
+    columns = history.get("columns") if isinstance(history, dict) else None
+    stored = columns.get("stored") if isinstance(columns, dict) else None
+    return isinstance(stored, int) and stored == 0
 
 
 def _in_host_memory(value: Any) -> Any:

@@ -115,8 +115,8 @@ class Accelerator(AcceleratorState):
                             *(self._send, self._collectives.size, stats),
                         )
                     if not replicas.equal:  # replicas equal?
+                        self._reset_on_all()  # first: a warning may be an error (python -W error)
                         replicas.settle(problem, stats.steps)
-                        self._reset_on_all()
                         raise Rejected
                     if not method.same:  # a rank has not stored the same
                         self._reset_on_all()

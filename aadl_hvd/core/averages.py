@@ -119,6 +119,7 @@ class WeightAverages:
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
         self.summed = sums
+        del self._iterate  # between steps nothing here keeps it alive
 
     def push(self, w: Tensor, r: Tensor, gains: Vector) -> None:
         """Takes in an iterate, its residual and its gains, unless these are not finite.
@@ -164,12 +165,12 @@ class WeightAverages:
     def state(self) -> AveragesState:
         """All it knows, with this rank's rows of the averages copied to the host."""
         return AveragesState(
-            kinds=self.decays,
+            decays=self.decays,
             every=self._every,
             gains=tuple(self._gains.tolist()),
             measured=self._measured,
             count=self.count,
-            sums=self._means.to("cpu", copy=True) if self.count else None,
+            means=self._means.to("cpu", copy=True) if self.count else None,
         )
 
     def load_state(self, state: AveragesState) -> bool:
@@ -179,14 +180,14 @@ class WeightAverages:
             Whether it contains all these averages; if not, all begin anew.
         """
         self.clear()
-        known = state.every == self._every and set(self.decays) <= set(state.kinds)
-        if not known or state.sums is None:
+        known = state.every == self._every and set(self.decays) <= set(state.decays)
+        if not known or state.means is None:
             return known
-        indices = [state.kinds.index(decay) for decay in self.decays]
+        indices = [state.decays.index(decay) for decay in self.decays]
         self._gains = np.array(state.gains, dtype=np.float64)[indices]
         self._measured, self.count = state.measured, state.count
         for means, index in zip(self._means, indices, strict=True):
-            means.copy_(state.sums[index])
+            means.copy_(state.means[index])
         return True
 
     def clear(self) -> None:

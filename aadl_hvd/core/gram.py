@@ -145,7 +145,8 @@ class Gram:
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Brings R^T R up to date and sets `system`. Collective: rarely, one more allreduce."""
-        k, m = len(self._fresh), self._depth
+        r, k, m = self._r, len(self._fresh), self._depth
+        del self._r  # between steps nothing here keeps it alive
         numbers, versions = np.split(sums, [(m + 1) * m + 1])
         if not equal(versions, size):
             return
@@ -154,7 +155,7 @@ class Gram:
             self._matrix[slot, :] = row
             self._matrix[:, slot] = row
         norm = math.sqrt(max(rr, 0.0))
-        b = self._multiply(table[:k], table[m], norm, self._r, self._newest)
+        b = self._multiply(table[:k], table[m], norm, r, self._newest)
         self._fresh.clear()
         live = self._history.live
         self.system = self._matrix[np.ix_(live, live)], b[live], rr

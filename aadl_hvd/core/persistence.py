@@ -132,19 +132,18 @@ class Persistence:
             self._averages,
             *([] if self._moving_average is None else [self._moving_average]),
         ]
-        kept = []
-        for owner in owners:
-            attributes = dict(vars(owner))
-            tensors = [value for value in attributes.values() if isinstance(value, Tensor)]
-            kept.append((owner, attributes, [(t, t.to("cpu", copy=True)) for t in tensors]))
+        kept = [(owner, dict(vars(owner))) for owner in owners]
+        held = (value for _, attributes in kept for value in attributes.values())
+        tensors = {id(value): value for value in held if isinstance(value, Tensor)}  # each once
+        copies = [(tensor, tensor.to("cpu", copy=True)) for tensor in tensors.values()]
 
         def put_back() -> None:
-            for owner, attributes, tensors in kept:
+            for owner, attributes in kept:
                 vars(owner).clear()
                 vars(owner).update(attributes)
-                with torch.no_grad():
-                    for tensor, contents in tensors:
-                        tensor.copy_(contents)
+            with torch.no_grad():
+                for tensor, contents in copies:
+                    tensor.copy_(contents)
 
         return put_back
 

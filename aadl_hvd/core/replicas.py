@@ -70,13 +70,14 @@ class Replicas:
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
+        del self._problem  # between steps nothing here keeps the model alive
         self.equal = equal(sums, size)
         if self.equal:
             self._were_equal, self.stepped_apart = True, False
 
     def compare(self, problem: FixedPoint) -> bool:
         """Whether all ranks hold the same weights now. Collective."""
-        sums = self._collectives.agree(self.pack(numbers_of(self.of(problem).pending())))
+        sums = self._collectives.agree(self.pack(numbers_of([self._checksum_of(problem)])))
         same = equal(sums, self._collectives.size)
         self._were_equal |= same
         return same
@@ -102,6 +103,8 @@ class Replicas:
 
     def settle(self, problem: FixedPoint, step: int) -> None:
         """Decides what follows from different weights, the same on all ranks. Collective.
+
+        The caller has reset the history: where warnings are errors this raises one.
 
         Args:
             problem: whose weights differ.
@@ -132,9 +135,9 @@ class Replicas:
                 "on_desync='resync'."
             )
         if self._were_equal:
-            message = f"{what}: these ranks get weights and state of rank {root}"
-            warnings.warn(message, stacklevel=_level_of_user())
             self._resync(problem, root)
+            message = f"{what}: these ranks get weights and state of rank {root}"
+            warnings.warn(message, stacklevel=_level_of_user())  # last: it may be an error
         elif not self._warned:
             self._warned = True
             warnings.warn(

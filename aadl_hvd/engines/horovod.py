@@ -200,14 +200,15 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
         """As in Horovod."""
         self._horovods("set_backward_passes_per_step", passes)
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
+    def zero_grad(self, set_to_none: bool | None = None, **more: object) -> None:
         """As in torch; not between backward() and step() or synchronize().
 
         Args:
             set_to_none: None: as the given optimizer's class has it.
+            more: what else the given optimizer's class takes.
         """
         self.anderson_engine.check_zero_grad()
-        super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none, **more)
 
     # Horovod's hooks on parameters call these.
 

@@ -13,6 +13,7 @@ distributed optimizer made in an elastic job waits for nobody.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -112,12 +113,13 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         own = _shard(optimizer)
         engine = optimizer.anderson_engine
         comm, group = engine.meet()
-        state, calls = _of_rank_0((_state(optimizer), _calls(own)))
+        shards = _readable([shard for shard in (own, *self._handed) if shard is not None])
+        unreadable = own is not None and not shards  # rank 0's says which history it is
+        state, calls, unreadable = _of_rank_0((_state(optimizer), _calls(own), unreadable))
         engine.connect(comm, group, calls)
         problem, accelerator = engine.problem, engine.accelerator
-        held = [shard for shard in (own, *self._handed) if shard is not None]
-        shards = [ShardState.from_dict(shard, "history") for shard in held]
         new, lost = transfer.redistribute(comm, shards, accelerator.share(problem.n))
+        lost = "the shard of rank 0 is damaged" if unreadable else lost
         _load(optimizer, state, None if new is None else new.to_dict())
         if lost:
             accelerator.stats.resets[Reset.RANKS.value] += 1
@@ -182,6 +184,15 @@ def _shard(optimizer: DistributedAndersonOptimizer) -> dict[str, Any] | None:
         return None
     shard: dict[str, Any] = optimizer.sharded_state_dict()["anderson"]["history"]
     return shard
+
+
+def _readable(shards: Sequence[dict[str, Any]]) -> list[ShardState]:
+    """Those that can be read. Others are lost, as if their ranks had left: nobody ends for them."""
+    found = []
+    for shard in shards:
+        with contextlib.suppress(CheckpointError):
+            found.append(ShardState.from_dict(shard, "history"))
+    return found
 
 
 def _calls(shard: dict[str, Any] | None) -> int:

@@ -21,7 +21,6 @@ from aadl_hvd.errors import ConfigError, UnsupportedError
 from aadl_hvd.optim import averaged, job, loading
 from aadl_hvd.optim.classes import accelerated_class, attributes_of
 from aadl_hvd.optim.engine import Closure, Engine
-from aadl_hvd.optim.problem import OptimizerFixedPoint
 
 _Loss = TypeVar("_Loss", bound=float | Tensor)
 _Batch = TypeVar("_Batch")
@@ -47,7 +46,6 @@ class AcceleratedOptimizer(_Optimizer):
 
     anderson: Accelerator
     anderson_engine: Engine
-    _anderson_problem: OptimizerFixedPoint
     _anderson_public: ClassVar[type]  # the class that the constructor was called on
 
     @classmethod
@@ -89,7 +87,6 @@ class AcceleratedOptimizer(_Optimizer):
     ) -> Self:
         engine.attach(self, given, config, comm, group)
         self.anderson, self.anderson_engine = engine.accelerator, engine
-        self._anderson_problem = engine.problem
         self._patch_step_function()  # torch's own: step hooks and the name in profiles
         return self
 
@@ -244,7 +241,7 @@ class AcceleratedOptimizer(_Optimizer):
             `aadl_hvd.checkpoint.merge_shards` joins the shards of all ranks.
         """
         state = loading.anderson_state(self.anderson_engine)
-        state["history"] = self.anderson.shard_state(self._anderson_problem).to_dict()
+        state["history"] = self.anderson.shard_state(self.anderson_engine.problem).to_dict()
         return {"anderson": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -281,14 +278,15 @@ class AcceleratedOptimizer(_Optimizer):
         """
         loading.load(self.anderson_engine, state_dict)
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
+    def zero_grad(self, set_to_none: bool | None = None, **more: object) -> None:
         """As in torch.
 
         Args:
             set_to_none: None: as the given optimizer's class has it.
+            more: what else the given optimizer's class takes.
         """
         given = () if set_to_none is None else (set_to_none,)
-        self.anderson_engine.base.zero_grad(*given)
+        self.anderson_engine.base.zero_grad(*given, **more)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the history is reset in the next step."""

@@ -24,6 +24,7 @@ import torch
 from aadl_hvd.optim.engine import Closure
 
 _Public = TypeVar("_Public")
+_Attribute = tuple[Any, str, Any]  # whose, its name, its value
 
 # Holds hooks of all optimizers: torch.optim.optimizer.register_optimizer_step_pre_hook.
 TORCH_MODULE: Any = sys.modules[torch.optim.Optimizer.__module__]
@@ -87,11 +88,12 @@ def _keeping_gradient(given: type[torch.optim.Optimizer], hooked: bool) -> Any:
 
         def evaluate() -> Any:
             assert closure is not None
-            loss = engine.evaluate(closure)
+            with _exchanged(heard):  # the closure may step another optimizer
+                loss = engine.evaluate(closure)
             engine.problem.keep_gradient()
             return loss
 
-        with _silenced(self) if inside else contextlib.nullcontext():
+        with _exchanged(_no_hooks(self) if inside else []) as heard:
             if closure is not None:
                 return bare(self, evaluate)
             engine.problem.keep_gradient()
@@ -116,19 +118,25 @@ def _without_hooks(step: Any) -> tuple[Any, bool]:
     return step, bool(getattr(step, "hooked", False))
 
 
-@contextlib.contextmanager
-def _silenced(optimizer: Any) -> Iterator[None]:
-    """No step hooks fire within: they fire around it."""
-    changed = []
+def _no_hooks(optimizer: Any) -> list[_Attribute]:
+    """For `_exchanged`: no step hooks fire within, for they fire around it."""
+    changed: list[_Attribute] = []
     for kind in ("pre", "post"):
-        changed.append((optimizer, f"_optimizer_step_{kind}_hooks"))
-        if getattr(TORCH_MODULE, f"_global_optimizer_{kind}_hooks"):
-            changed.append((TORCH_MODULE, f"_global_optimizer_{kind}_hooks"))
-    before = [(owner, name, getattr(owner, name)) for owner, name in changed]
-    for owner, name in changed:
-        setattr(owner, name, OrderedDict())
+        changed.append((optimizer, f"_optimizer_step_{kind}_hooks", OrderedDict()))
+        name = f"_global_optimizer_{kind}_hooks"
+        if getattr(TORCH_MODULE, name):
+            changed.append((TORCH_MODULE, name, OrderedDict()))
+    return changed
+
+
+@contextlib.contextmanager
+def _exchanged(attributes: list[_Attribute]) -> Iterator[list[_Attribute]]:
+    """Within, attributes have other values. Yields what they had before."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
+    for attribute in attributes:
+        setattr(*attribute)
     try:
-        yield
+        yield before
     finally:
-        for owner, name, hooks in before:
-            setattr(owner, name, hooks)
+        for attribute in before:
+            setattr(*attribute)

@@ -95,7 +95,7 @@ class AndersonOptimizer(AcceleratedOptimizer):
             )
         engine = LocalEngine(backward_passes_per_step, independent, must_be_alone)
         made = cls.accelerate(optimizer, engine, config, LocalCommunicator())
-        made.anderson.check_memory(made._anderson_problem)
+        made.anderson.check_memory(made.anderson_engine.problem)
         return made
 
     def __reduce_ex__(self, protocol: object) -> Any:

@@ -108,7 +108,7 @@ def one_step(step, x, y):
     if here("is killed amid the step", step):
         opt.anderson._shard.publish = kill_itself
     if here("raises amid the gathering", step):
-        opt._anderson_problem.write = raise_error
+        opt.anderson_engine.problem.write = raise_error
     if here("shuts down", step):
         hvd.shutdown()
         time.sleep(2)

@@ -80,6 +80,7 @@ class Recorded(Setup):
     def __init__(self, root, broken=None):
         super().__init__(root)
         self.ran, self.broken, self.installed = [], broken, None
+        self.said = "2.15.0+cu130 13.0\n"
         self.mpi, self.gpu, self.gpu_seen = WHEEL, None, False
         self.compiler = {"cxx": "c++", "version": "g++ 12"}
         self.temporary.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ class Recorded(Setup):
             self.installed = Path(command[-1]).read_text()
         if "--mpi" in command and self.installed == self.broken:
             raise SetupError(("it does not work", "?"))
-        return "2.15.0+cu130 13.0\n"
+        return self.said
 
     def ran_with(self, word):
         return [command for command, _ in self.ran if word in command]
@@ -179,6 +180,12 @@ def test_choice_of_mpi_and_gpu_stays_until_another_is_asked_for(finished, tmp_pa
     (tmp_path / "mpi" / "mpirun").unlink()
     monkeypatch.setattr(build_horovod, "find_system_mpi", lambda _: None)
     assert looked("auto", "auto") == (WHEEL, CUDA)
+    newer = CUDA | {"version": "13.1"}  # nvcc as it is now comes before that of the record
+    monkeypatch.setattr(build_horovod, "gpu_present", lambda: True)
+    monkeypatch.setattr(build_horovod, "find_gpu", lambda _: newer)
+    assert looked("auto", "auto") == (WHEEL, newer)
+    monkeypatch.setattr(build_horovod, "find_gpu", lambda _: None)
+    assert looked("auto", "on") == (WHEEL, CUDA)
 
 
 def test_second_clone_takes_the_cached_horovod(checkout, tmp_path, monkeypatch):
@@ -205,6 +212,21 @@ def test_second_clone_takes_the_cached_horovod(checkout, tmp_path, monkeypatch):
     setup.gpu = CUDA | {"version": "12.4"}
     with pytest.raises(SetupError, match=r"torch is for CUDA 13.0, nvcc 12.4"):
         setup.install_horovod()
+    setup.said = "2.15.0+cpu None\n"
+    with pytest.raises(SetupError, match=r"torch is for the CPU only.*AADL_HVD_GPU=off"):
+        setup.install_horovod()
+    setup.gpu = None
+    setup.install_horovod()
+
+
+def test_horovod_is_built_from_source_and_no_check_of_it_waits_for_ever(checkout):
+    setup = Recorded(checkout)
+    setup.install_horovod()
+    (build,) = setup.ran_with(" wheel ")
+    assert " --no-binary=horovod " in build and build.endswith("horovod==0.28.1")
+    checks = setup.ran_with("build_horovod.py")
+    assert [check.split()[-1] for check in checks] == ["--alone", "--mpi", "--gloo"]
+    assert all(check.startswith("timeout 180 ") for check in checks)
 
 
 def test_packages(finished):

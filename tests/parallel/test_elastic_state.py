@@ -257,6 +257,34 @@ def test_a_part_that_cannot_be_handed_over_holds_nobody_up(monkeypatch, caplog):
     assert ("shard['entry'], of type datetime.date" in caplog.text) == (hvd.rank() == 1)
 
 
+@pytest.mark.parametrize("of_rank_0", [True, False])
+def test_a_part_that_cannot_be_read_is_a_lost_one(of_rank_0, monkeypatch, caplog):
+    """As if its rank had left: no rank ends, and all begin their history anew."""
+    state = make_state(ANY_STEP)
+    state.sync()
+    opt = state.optimizer
+    train(state.model, opt, DATA[:20])
+    accelerated, weights = opt.anderson.stats.accelerated, flat(state.model)
+    assert opt.anderson.columns > 0
+    whole, unread = horovod_elastic._shard, [{"gram": None}]
+    damaged = 0 if of_rank_0 else hvd.size() - 1
+
+    def part(optimizer):  # damaged once
+        found = whole(optimizer)
+        return found | unread.pop() if unread and hvd.rank() == damaged else found
+
+    monkeypatch.setattr(horovod_elastic, "_shard", part)
+    with caplog.at_level(logging.WARNING, "aadl_hvd"):
+        state.sync()
+    assert torch.equal(flat(state.model), weights)
+    assert opt.anderson.columns == 0
+    assert opt.anderson.stats.resets["ranks"] == 1
+    assert ("the history is reset, the shard of rank" in caplog.text) == (hvd.rank() == 0)
+    train(state.model, opt, DATA[20:])
+    assert opt.anderson.stats.accelerated > accelerated
+    assert_replicas_equal(state.model)
+
+
 def test_horovods_own_state_does_the_same(monkeypatch):
     """`hvd.elastic.TorchState`, if nobody changed it: its handler forgets the history."""
     elastic_job(monkeypatch)

@@ -350,7 +350,7 @@ def test_consolidate_with_a_hook_that_raises_on_one_rank():
         opt.load_state_dict(copy.deepcopy(state))
         if parts:  # fires no hook, or it would raise
             opt.load_state_dict(part)
-        opt.anderson.agree(opt._anderson_problem)
+        opt.anderson.agree(opt.anderson_engine.problem)
         assert opt.anderson.columns > 0
         assert opt.anderson.stats.steps == 4
         with torch.no_grad():

@@ -274,12 +274,12 @@ def test_gate_on_digits():
 def test_no_gate_and_adasum_take_no_samples():
     problem = Regression()
     opt = wrapped(problem, config=AndersonConfig(noise_gate=None))
-    assert opt._anderson_problem.samples is None
+    assert opt.anderson_engine.problem.samples is None
     if hvd.size() == 2 and hvd.mpi_enabled():
         config = AndersonConfig(residual="step")
         with contextlib.suppress(UserWarning):
             opt = wrapped(Regression(), config=config, op=hvd.Adasum)
-        assert opt._anderson_problem.samples is None
+        assert opt.anderson_engine.problem.samples is None
 
 
 LOOPS = ["step", "synchronize first", "closure", "observed"]

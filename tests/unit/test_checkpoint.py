@@ -210,8 +210,8 @@ def test_another_depth_keeps_the_newest_columns():
         assert torch.equal(found["gram"]["matrix"], G)
         iterates = history["window"]["iterates"]
         assert torch.equal(found["window"]["iterates"], iterates[-min(window, 5) :])
-        assert found["averages"]["kinds"] == [0.8]
-        assert torch.equal(found["averages"]["sums"][0], history["averages"]["sums"][1])
+        assert found["averages"]["decays"] == [0.8]
+        assert torch.equal(found["averages"]["means"][0], history["averages"]["means"][1])
         new.k = 25
         accelerated = new.opt.anderson.stats.accelerated
         new.train(STEPS)
@@ -274,7 +274,7 @@ def test_loaded_in_the_middle_of_a_run_on_all_ranks(agree):
         run.resumed(weights, part)
         assert run.opt.anderson.columns == 0
         if agree:
-            run.opt.anderson.agree(run.opt._anderson_problem)
+            run.opt.anderson.agree(run.opt.anderson_engine.problem)
             assert_same(run.train(STEPS).outcome(), expected)
             return run.weights()
         run.train(20 + P)

@@ -57,8 +57,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
         "3 parameters. Must have 4": fewer,
         r"shard of rank 1 of 2, rows 16 to 31, and this rank needs 0 to 31": part,
         "different number of parameter groups": torchs,  # torch's own error
-        r"format of .*: 4. Must be 3: .* a newer version": damaged(
-            state, lambda a: a.update(format=4)
+        r"format of .*: 5. Must be 4: .* a newer version": damaged(
+            state, lambda a: a.update(format=5)
         ),
         "format of .*: 'x'": damaged(state, lambda a: a.update(format="x")),
         "damaged.*counters": damaged(state, lambda a: a.pop("counters")),
@@ -121,6 +121,32 @@ def test_part_alone_with_other_rates_is_left_out():
         built(0.3).load_state_dict(part)
 
 
+def test_each_tensor_is_copied_once(monkeypatch):
+    """A base step on trial, which two hold; a load that is refused puts it back."""
+    run = Run(None).train(20, observe=True)
+    anderson = run.opt.anderson
+    while anderson._acceptance.losses.trial is None:
+        run.train(run.k + 1, observe=True)
+    assert anderson._acceptance.losses.trial is anderson._acceptance.base_rows()
+    to, copied = torch.Tensor.to, []
+
+    def counted(tensor, *args, **kwargs):
+        copied.extend([tensor.data_ptr()] * (tensor.numel() > 0))
+        return to(tensor, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", counted)
+        put_back = anderson.backup()
+    rows = anderson._acceptance.base_rows()
+    before = rows.clone()
+    assert rows.data_ptr() in copied
+    assert len(copied) == len({*copied})
+    anderson.reset()
+    rows.zero_()
+    put_back()
+    assert anderson._acceptance.losses.trial is rows and torch.equal(rows, before)
+
+
 HISTORY = "anderson", "history"
 COLUMNS, GRAM, AVERAGES, BACKOFF = (
     (*HISTORY, name) for name in ("columns", "gram", "averages", "backoff")
@@ -152,7 +178,7 @@ NONSENSE = {
     (*HISTORY, "noise", "share"): ["x", math.nan, 2],
     (*HISTORY, "window"): [2, "x", {}, {"pushed": 2, "iterates": torch.zeros(3, 32)}],
     AVERAGES: [None, {}],
-    **{(*AVERAGES, name): [GONE] for name in ("kinds", "every", "gains", "measured")},
+    **{(*AVERAGES, name): [GONE] for name in ("decays", "every", "gains", "measured")},
     (*AVERAGES, "count"): [GONE, -1, None],
     (*AVERAGES, "gains"): [[0.0], [math.nan] * 4],
     BACKOFF: [[], None, {}],
@@ -166,7 +192,7 @@ NONSENSE = {
         *(torch.full((4, 4), math.nan).double(), torch.ones(4, 4), -torch.ones(4, 4).double()),
         torch.ones(4, 4).double().triu(),
     ],
-    (*AVERAGES, "sums"): [GONE, None, torch.zeros(2, 32), torch.full((1, 2, 32), math.nan)],
+    (*AVERAGES, "means"): [GONE, None, torch.zeros(2, 32), torch.full((1, 2, 32), math.nan)],
     (*COLUMNS, "pair"): [GONE, torch.zeros(2, 31), torch.zeros(2, 32).long(), None],
     (*HISTORY, "unheard of"): [torch.zeros(32)],
     (*COLUMNS, "index"): [[3, 2, 1, 0], [0, 1, 2, 3.0], [0, True, 2, 3], [0, 0, 2, 3]],

@@ -21,7 +21,7 @@ def test_missing_parts_are_named():
     with pytest.raises(CheckpointError, match=r"shards=\[\]"):
         checkpoint.merge_shards([])
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.merge_shards([{"anderson": {"format": 3, "history": {"own": {}, "rows": 3}}}])
+        checkpoint.merge_shards([{"anderson": {"format": 4, "history": {"own": {}, "rows": 3}}}])
     columns = {"layout": "columns", "history_depth": 4}
     parts = run_ranks(2, lambda comm: Run(comm, columns).train(20).opt.sharded_state_dict())
     with pytest.raises(CheckpointError, match=r"of column [01], counted from the oldest"):
@@ -36,15 +36,19 @@ def test_an_older_format_is_refused_in_one_line(tmp_path):
     before = copy.deepcopy(run.opt.consolidate_state_dict())
     state = copy.deepcopy(before)
     state["anderson"] |= {"format": 2, "history": {"replicated": {}, "rows": {}, "columns": {}}}
+    renamed = copy.deepcopy(before)  # before two entries got other names
+    averages = renamed["anderson"]["history"]["averages"]
+    averages |= {"kinds": averages.pop("decays"), "sums": averages.pop("means")}
+    renamed["anderson"]["format"] = 3
     for load in (
         lambda: checkpoint.load(path),
-        lambda: run.opt.load_state_dict(state),
-        lambda: checkpoint.merge_shards([state]),
+        *(lambda state=state: run.opt.load_state_dict(state) for state in (state, renamed)),
+        *(lambda state=state: checkpoint.merge_shards([state]) for state in (state, renamed)),
     ):
         with pytest.raises(CheckpointError) as error:
             load()
         assert re.fullmatch(
-            r"Invalid format of .*: [12]\. Must be 3: it was written by an older version of "
+            r"Invalid format of .*: [123]\. Must be 4: it was written by an older version of "
             r"aadl_hvd, or is damaged\. Load it with the version that wrote it, or train anew\.",
             str(error.value),
         )

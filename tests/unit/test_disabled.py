@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
+from checkpointing import GONE, changed
 from problems import TEXTBOOK
 from test_optimizer import OPTIMIZERS, assert_same_state, data, flat, network, train
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, checkpoint
+from aadl_hvd import AndersonConfig, AndersonOptimizer, CheckpointError, checkpoint
 from aadl_hvd.core import memory
 
 OFF = AndersonConfig(enabled=False)
@@ -60,9 +61,9 @@ def test_nothing_beside_it():
         opt.step()
     accelerator = opt.anderson
     assert accelerator.history_bytes == 0
-    assert not accelerator.forecast(opt._anderson_problem)
+    assert not accelerator.forecast(opt.anderson_engine.problem)
     assert accelerator.columns == 0 and accelerator.average_gains == {}
-    assert opt._anderson_problem.samples is None and not accelerator.measures_noise
+    assert opt.anderson_engine.problem.samples is None and not accelerator.measures_noise
     stats = accelerator.stats
     assert stats.steps == STEPS
     assert stats.stored == stats.accelerated == stats.averaged == 0
@@ -162,6 +163,28 @@ def test_it_loads_what_was_saved(before, kind, recwarn):
     train(plain_model, plain, data(STEPS))
     train(again, new, data(STEPS))
     assert torch.equal(flat(again), flat(plain_model))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [(), ("columns",), ("columns", "stored"), ("columns", "y"), ("gram", "matrix"), ("calls",)],
+)
+@pytest.mark.parametrize("value", [GONE, "x", -1])
+def test_a_damaged_history_is_no_hindrance(path, value):
+    """It is left out as a sound one is; an enabled optimizer refuses it."""
+    model, opt = trained(ON)
+    sound = saved_by(opt, "consolidated")
+    if value is GONE and not path:
+        return  # no history at all is no damage
+    state = changed(sound, ("anderson", "history", *path), value)
+    with pytest.raises(CheckpointError):
+        trained(ON)[1].load_state_dict(copy.deepcopy(state))
+    again = copy.deepcopy(model)
+    new = AndersonOptimizer(OPTIMIZERS["Nesterov"](again.parameters()), anderson=OFF)
+    with pytest.warns(UserWarning, match="enabled=False keeps none"):
+        new.load_state_dict(state)
+    assert new.anderson.stats.steps == STEPS
+    assert_same_state(new.state_dict(), opt.state_dict())
 
 
 def test_a_copy_is_disabled_too():

@@ -83,7 +83,7 @@ def train(
         if config is not None:
             config = dataclasses.replace(config, history_depth=3, frequency=p)
             opt = AndersonOptimizer(opt, backward_passes_per_step=passes, anderson=config)
-            problem = opt._anderson_problem
+            problem = opt.anderson_engine.problem
             if comm is not None:
                 opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
                 if config.noise_gate is not None:

@@ -127,7 +127,7 @@ class Training:
                 p.copy_(value)
         self.opt.load_state_dict(copy.deepcopy(state))
         if not new:
-            self.opt.anderson.agree(self.opt._anderson_problem)
+            self.opt.anderson.agree(self.opt.anderson_engine.problem)
 
     @property
     def w(self):

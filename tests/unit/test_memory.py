@@ -26,7 +26,7 @@ CASES = {
 
 
 def needed(opt):
-    problem, accelerator = opt._anderson_problem, opt.anderson
+    problem, accelerator = opt.anderson_engine.problem, opt.anderson
     sharding = accelerator.share(problem.n)
     return memory.history_bytes(accelerator.config, sharding, work_dtype(problem))
 
@@ -72,7 +72,7 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch):
         here.free = most + 1
         said = needed(opt)
         with pytest.raises(HistoryMemoryError, match="on rank 0"):
-            opt.anderson.check_memory(opt._anderson_problem)
+            opt.anderson.check_memory(opt.anderson_engine.problem)
         return said
 
     assert max(run_ranks(3, program)) == most
@@ -162,7 +162,7 @@ def test_what_the_solve_takes_is_in_the_forecast():
     )
     opt = AndersonOptimizer(torch.optim.SGD([weight], lr=0.3), anderson=config)
     generator = torch.Generator().manual_seed(1)
-    problem, host = opt._anderson_problem, torch.device("cpu")
+    problem, host = opt.anderson_engine.problem, torch.device("cpu")
     for _ in range(m + 4):
         weight.grad = weight.detach() + torch.randn(len(weight), generator=generator)
         opt.step()

@@ -226,7 +226,7 @@ def test_full_batch_of_unlike_ranks_stays_open():
         base = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, nesterov=True)
         opt = AndersonOptimizer(base)
         opt.anderson = opt.anderson_engine.accelerator = Accelerator(opt.anderson.config, comm)
-        opt._anderson_problem.sample_gradients(1, 1.0)
+        opt.anderson_engine.problem.sample_gradients(1, 1.0)
 
         def reduce():
             for p in parameters:

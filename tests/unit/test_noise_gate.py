@@ -117,7 +117,7 @@ def test_gate_on_digits(digits, passes):
 
 def test_no_gate_measures_nothing(digits):
     opt, _ = train_on_digits(digits, 10, 8, 2, noise_gate=None)
-    assert opt._anderson_problem.samples is None
+    assert opt.anderson_engine.problem.samples is None
     assert math.isnan(opt.anderson.stats.batch_factor)
     assert opt.anderson.stats.rejected["noise"] == 0
 
@@ -178,11 +178,11 @@ def test_frozen_and_added_parameters(digits):
     try:
         run(6)
         assert None not in measured and len(measured) == 3
-        assert opt._anderson_problem.samples._own.shape[1] == 16 + 160
+        assert opt.anderson_engine.problem.samples._own.shape[1] == 16 + 160
         opt.add_param_group({"params": [model[2].bias]})
         model[0].weight.requires_grad_(True)
         run(4)
-        assert opt._anderson_problem.samples._own.shape[1] == 16 + 160 + 10 + 1024
+        assert opt.anderson_engine.problem.samples._own.shape[1] == 16 + 160 + 10 + 1024
         model[0].weight.requires_grad_(False)
         run(4)
         assert sum(found is not None for found in measured) >= len(measured) - 2
@@ -254,7 +254,7 @@ def test_simulated_ranks_decide_alike():
         opt.anderson = opt.anderson_engine.accelerator = Accelerator(
             AndersonConfig(safeguard="none"), comm
         )
-        opt._anderson_problem.sample_gradients(1, 1.0)
+        opt.anderson_engine.problem.sample_gradients(1, 1.0)
         generator = torch.Generator().manual_seed(comm.rank)
         target, path = torch.arange(6.0, dtype=DOUBLE), []
 

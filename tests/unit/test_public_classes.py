@@ -116,6 +116,27 @@ def test_methods_that_the_given_class_extends_by_super():
     assert opt.added == 2
 
 
+def test_zero_grad_takes_what_the_given_class_takes():
+    class Partly(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True, *, first=0):
+            self.asked = set_to_none, first
+            for p in self.param_groups[0]["params"][first:]:
+                p.grad = None if set_to_none else torch.zeros_like(p)
+
+    model = network()
+    opt = AndersonOptimizer(Partly(model.parameters(), lr=0.1), anderson=OFTEN)
+    weights = [*model.parameters()]
+    for given, asked in (((), True), ((False,), False)):
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        opt.zero_grad(*given, first=1)
+        assert opt.asked == (asked, 1)
+        assert bool(weights[0].grad.all())
+        assert not any(p.grad is not None and p.grad.any() for p in weights[1:])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'second'"):
+        opt.zero_grad(second=1)
+
+
 @pytest.mark.parametrize("hooks", ["own", "everywhere"])
 def test_a_step_that_the_user_has_wrapped_fires_hooks_once(hooks, monkeypatch):
     """functools.wraps keeps the mark that torch has wrapped it already."""
@@ -157,5 +178,50 @@ def test_a_step_that_the_user_has_wrapped_fires_hooks_once(hooks, monkeypatch):
         train(model, opt, data(1))
         assert calls.count("pre") == 4, "a hook that was removed has fired"
         assert count == 12
+        found.append(flat(model))
+    assert torch.equal(*found)
+
+
+def test_hooks_that_fire_in_a_closure_are_not_silenced(monkeypatch):
+    """A closure may step another optimizer; hooks of all optimizers hear of that one, too."""
+    found = []
+    for accelerated in (False, True):
+        model, other, calls = network(), torch.nn.Parameter(torch.ones(2)), []
+        torch.optim.SGD([other], lr=0.1)  # torch wraps step at the first construction
+        inside = torch.optim.SGD.step
+
+        @functools.wraps(inside)
+        def wrapped(self, *args, inside=inside, **kwargs):
+            return inside(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.SGD, "step", wrapped)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        if accelerated:
+            opt = AndersonOptimizer(opt, anderson=NEVER)
+        another = torch.optim.Adam([other])
+
+        def closure(model=model, opt=opt, other=other, another=another):
+            opt.zero_grad()
+            other.grad = torch.ones(2)
+            another.step()
+            loss = model(torch.ones(2, 3)).square().mean()
+            loss.backward()
+            return loss
+
+        def note(optimizer, *_, opt=opt, calls=calls):
+            calls.append("its own" if optimizer is opt else "another's")
+
+        handles = [
+            register_optimizer_step_pre_hook(note),
+            register_optimizer_step_post_hook(note),
+        ]
+        try:
+            for _ in range(2):
+                opt.step(closure)
+        finally:
+            for handle in handles:
+                handle.remove()
+            monkeypatch.undo()
+        assert calls == ["its own", "another's", "another's", "its own"] * 2
         found.append(flat(model))
     assert torch.equal(*found)

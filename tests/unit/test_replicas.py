@@ -145,6 +145,34 @@ def test_resync_makes_weights_and_state_equal(residual):
     assert not np.array_equal(results[0][1][1], path[1])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("were_equal", [True, False])
+def test_a_warning_that_is_an_error_leaves_all_ranks_alike(were_equal):
+    """As with python -W error, in a script that goes on all the same."""
+    problem = Problem(MOMENTUM)
+    settings = config(on_desync="resync", safeguard="none")
+
+    def program(comm):
+        opt = problem.optimizer(settings, comm)
+        if were_equal:
+            problem.run(settings, 7, opt=opt)
+        if comm.rank == 1:
+            flip(opt)
+        with pytest.raises(UserWarning, match="rank 1 differ from those of rank 0"):
+            problem.run(settings, 9, opt=opt, first=7)
+        same = opt.anderson.compare_replicas(opt.anderson_engine.problem)
+        stats = opt.anderson.stats
+        if were_equal:
+            accelerated = stats.accelerated
+            problem.run(settings, 20, opt=opt, first=stats.steps)
+            assert stats.accelerated > accelerated + 4
+        return same, opt.anderson.columns, stats.resets["desynchronized"]
+
+    for same, columns, resets in run_ranks(3, program):
+        assert same == were_equal and resets == 1
+        assert (columns > 0) == were_equal  # stored since
+
+
 def test_ranks_that_were_never_equal_are_not_accelerated_but_go_on():
     """Horovod trains them, and so does this class; it says so once."""
     problem = Problem(PLAIN)
@@ -154,7 +182,7 @@ def test_ranks_that_were_never_equal_are_not_accelerated_but_go_on():
         opt = problem.optimizer(settings, comm)
         if comm.rank == 1:
             flip(opt)
-        assert not opt.anderson.compare_replicas(opt._anderson_problem)
+        assert not opt.anderson.compare_replicas(opt.anderson_engine.problem)
         problem.run(settings, 9, opt=opt)
         assert opt.anderson.stats.accelerated == 0
         start = problem.optimizer(settings)

@@ -169,7 +169,7 @@ def test_decoupled_decay_rests_where_adamw_rests():
     p = torch.nn.Parameter(w.clone())
     base = torch.optim.AdamW([p], lr=0.125, weight_decay=decay, eps=eps, betas=(0.5, 0.5))
     opt = AndersonOptimizer(base, anderson=AndersonConfig(**SETTINGS | {"frequency": 10}))
-    problem, rows = opt._anderson_problem, torch.empty(3, dtype=torch.float64)
+    problem, rows = opt.anderson_engine.problem, torch.empty(3, dtype=torch.float64)
     residuals = []
     read = problem.read_residual
     problem.read_residual = lambda *a: residuals.append(read(*a).clone()) or residuals[-1]

@@ -59,7 +59,7 @@ def full_state():
             products=numbers(H, 1, dtype=torch.float64),
         ),
         averages=AveragesState(
-            kinds=(0.9,), every=3, gains=(0.1,), measured=1, count=2, sums=numbers(1, 2, N)
+            decays=(0.9,), every=3, gains=(0.1,), measured=1, count=2, means=numbers(1, 2, N)
         ),
         window=WindowState(pushed=9, iterates=numbers(2, N)),
         noise=NoiseState(share=0.25),
@@ -110,7 +110,7 @@ def with_other(state, path):
 def test_the_fingerprint_covers_what_all_ranks_share(path):
     divided = {
         *("columns.index", "columns.pair", "columns.y", "columns.r", "columns.weights"),
-        *("gram.products", "averages.sums", "window.iterates", "ranks", "own"),
+        *("gram.products", "averages.means", "window.iterates", "ranks", "own"),
     }
     alone = path[0] in ("sharding", "trial") or ".".join(path) in divided
     same = with_other(full_state(), path).fingerprint() == full_state().fingerprint()
@@ -147,5 +147,5 @@ def test_a_smaller_depth_keeps_the_newest():
     fitted.check()
     assert (fitted.columns.count, fitted.columns.index, fitted.gram.fresh) == (2, (0, 1), (1,))
     assert torch.equal(fitted.columns.y, state.columns.y[1:, 3:])
-    assert torch.equal(fitted.averages.sums, state.averages.sums[..., 3:])
+    assert torch.equal(fitted.averages.means, state.averages.means[..., 3:])
     assert fitted.own == {} and fitted.gram.products is None

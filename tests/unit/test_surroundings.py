@@ -1,13 +1,17 @@
 """What a training script may have switched on, or do wrong, around an accelerated step."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.accelerator import Accelerator
 
 SCRIPT = """
 import torch
@@ -115,12 +119,35 @@ def test_closure_that_raises_leaves_nothing_behind():
 
     with pytest.raises(RuntimeError, match="no data"):
         opt.step(broken)
-    problem = opt._anderson_problem
+    problem = opt.anderson_engine.problem
     assert problem._due is None and problem._gradient is None and problem._deviations is None
     for _ in range(4):
         p.grad = p.detach() * torch.arange(1.0, 5.0)
         opt.step()
     assert opt.anderson.stats.accelerated > 0
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_between_steps_the_algorithm_does_not_keep_the_model_alive(size, layout):
+    """One who keeps the statistics of a training, and so its algorithm, can free its weights."""
+
+    def program(comm):
+        weight = torch.nn.Parameter(torch.ones(40))
+        config = AndersonConfig(noise_gate=None, frequency=2, store_every=1, layout=layout)
+        opt = AndersonOptimizer(torch.optim.SGD([weight], lr=0.1), anderson=config)
+        opt.anderson = opt.anderson_engine.accelerator = Accelerator(config, comm)
+        for _ in range(8):
+            weight.grad = weight.detach() * torch.linspace(0.1, 1.0, 40)
+            opt.step()
+        assert opt.anderson.compare_replicas(opt.anderson_engine.problem)
+        return opt.anderson, weakref.ref(weight)
+
+    results = run_ranks(size, program)
+    gc.collect()
+    for accelerator, alive in results:
+        assert accelerator.stats.accelerated > 0
+        assert alive() is None
 
 
 def test_a_rejected_point_is_not_averaged():
