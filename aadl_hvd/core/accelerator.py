@@ -112,7 +112,7 @@ class Accelerator(AcceleratorState):
                                 *method.payloads(problem, r, stored),
                                 acceptance.losses,
                             ),
-                            *(self._send, self._collectives.size, stats),
+                            *(self._collectives, stats, self._send),
                         )
                     if not replicas.equal:  # replicas equal?
                         self._reset_on_all()  # first: a warning may be an error (python -W error)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.stats import Stats
 
@@ -40,11 +41,20 @@ class Payload(Protocol):
 
 
 def reduce_payloads(
-    payloads: Sequence[Payload], send: Callable[[Vector], Vector], size: int, stats: Stats
+    payloads: Sequence[Payload],
+    collectives: Collectives,
+    stats: Stats,
+    send: Callable[[Vector], Vector] | None = None,
 ) -> None:
-    """Sums all payloads over `size` ranks in one message, by `send`. Collective.
+    """Sums all payloads over the ranks in one message. Collective.
 
     The numbers of all payloads are read in one synchronization with the device.
+
+    Args:
+        payloads: in the order in which they lie in the message.
+        collectives: of the ranks that train together.
+        stats: timers.
+        send: which of the collectives; None: `reduction`.
     """
     pending = []
     for payload in payloads:
@@ -55,10 +65,10 @@ def reduce_payloads(
         payload.pack([next(numbers) for _ in own])
         for payload, own in zip(payloads, pending, strict=True)
     ]
-    sums = send(np.concatenate(packed))
+    sums = (send or collectives.reduction)(np.concatenate(packed))
     ends = np.cumsum([len(own) for own in packed])
     for payload, own in zip(payloads, np.split(sums, ends[:-1]), strict=True):
-        payload.unpack(own, size)
+        payload.unpack(own, collectives.size)
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:

@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.acceptance import Acceptance
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.methods.reference import residual_norm
 from aadl_hvd.core.methods.residual import ResidualNorm
@@ -56,17 +58,18 @@ def fast(pairs, size, layout, scaling=1.0, rates=None, every=1, other=None, **se
         collectives = Collectives(comm, group, stats)
         sharding = sharding_of(config, group, N)
         shard = WeightShard(sharding, torch.float64, torch.device("cpu"), collectives, stats)
-        method = ResidualNorm(config, shard, collectives, stats)
+        acceptance = Acceptance(config, collectives, stats)
+        method = ResidualNorm(config, shard, collectives, stats, acceptance)
         part = slice(*shard.rows)
         for i, ((w, r), rate) in enumerate(zip(pairs, rates, strict=True), start=1):
-            method.note(w[part], r[part], rate)
+            method.note(w[part], r[part], SimpleNamespace(uniform_scaling=rate))
             if i % every == 0 and i < len(pairs):
-                reduce_payloads([method.payload(r[part], True)], collectives, stats)
+                reduce_payloads([method.gram.of(r[part], True)], collectives, stats)
         w, r = (vector[part] for vector in other or pairs[-1])
-        reduce_payloads([method.payload(r, other is None)], collectives, stats)
+        reduce_payloads([method.gram.of(r, other is None)], collectives, stats)
         columns = list(range(method.history.columns))
         assert len(columns) == min(len(pairs) - 1, DEPTH)
-        update, slope = method.propose(columns, w, r, scaling[part] if by_row else scaling)
+        update, slope = method.update(columns, w, r, scaling[part] if by_row else scaling)
         return shard.complete(w, update, config.relaxation).clone(), slope
 
     found = run_ranks(size, program)

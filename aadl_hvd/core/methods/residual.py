@@ -111,7 +111,7 @@ class ResidualNorm:
         assert gram is not None
         acceptance.begin()
         columns = acceptance.columns(gram)
-        update, slope = self._update(columns, w, r, problem.scaling(*self._shard.rows))
+        update, slope = self.update(columns, w, r, problem.scaling(*self._shard.rows))
         acceptance.check_update(slope)
         return update
 
@@ -119,10 +119,20 @@ class ResidualNorm:
         """This rank's rows of the accelerated point. Collective with the column layout."""
         return self._shard.complete(w, proposal, self._config.relaxation)
 
-    def _update(
+    def update(
         self, columns: Sequence[int], w: Tensor, r: Tensor, scaling: float | Tensor
     ) -> tuple[Tensor, float]:
-        """Solves for gamma; this rank's part of the update, and the slope <w+ - w, r>."""
+        """This rank's part of the update, and the slope <w+ - w, r> over all ranks. Collective.
+
+        Args:
+            columns: those to use, counted from the oldest.
+            w: iterate, [rows].
+            r: its residual, [rows].
+            scaling: the diagonal of M: a number, or [rows].
+
+        Returns:
+            What `WeightShard.complete` makes the new rows of, [rows]; the slope.
+        """
         config, stats, history = self._config, self._stats, self.history
         with stats.timed("solve"):
             gamma = self._solve(columns)
