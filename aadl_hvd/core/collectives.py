@@ -94,7 +94,7 @@ class Collectives:
         """The payloads of an acceleration step."""
         return self._sum("gram", message)
 
-    @_listed("allreduce", "287 + averages", "the end of every block of the subspace method")
+    @_listed("allreduce", "260 + averages", "the end of every block of the subspace method")
     def block(self, message: Vector) -> Vector:
         """The payloads at the end of a block."""
         return self._sum("gram", message)

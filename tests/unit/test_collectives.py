@@ -22,6 +22,8 @@ NUMBERS = {
     "loss_verdict": {4},
     "residual_verdict": {2},
     "reduction": {(M + 1) * M + 20},
+    "block": {260},
+    "jump": {12},
     "product": {M},
     "coefficients": {M},
     "slope": {1},
@@ -93,18 +95,22 @@ CASES = {
     "paper": {"safeguard": "residual", "residual": "step", "average_window": 2},
     "drift": {},
     "resync": {"on_desync": "resync"},
+    "subspace": {"method": "subspace"},
 }
 
 
+STEPS = dict.fromkeys(CASES, 14) | {"subspace": 40}
+
+
 def steps_of(case, comm):
-    """What a rank sent in 14 steps: by the communicator, and by the list."""
+    """What a rank sent in a few steps: by the communicator, and by the list."""
     problem = Problem(PLAIN)
     settings = {**TEXTBOOK, "history_depth": M, "frequency": 2, "safeguard": "none"}
     config = AndersonConfig(**(settings | CASES[case]))
     sent, names = [], []
     opt = problem.optimizer(config, Recorder(comm, sent))
     listed_calls(opt.anderson._collectives, names)
-    for k in range(14):
+    for k in range(STEPS[case]):
         if case == "resync" and k == 9 and comm.rank == 1:
             with torch.no_grad():
                 parameters_of(opt)[0].add_(1.0)
@@ -156,6 +162,7 @@ def test_a_step_sends_what_is_listed(case, request):
         "paper": {"residual_verdict", "average_spread", "weights"},
         "drift": {"product"},
         "resync": {"all_objects", "from_one_rank"},
+        "subspace": {"agree", "block", "jump", "weights"},
     }[case]
     assert wanted <= {*everybody[0][1]}
 

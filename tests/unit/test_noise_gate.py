@@ -61,7 +61,9 @@ def test_fallback_through_the_optimizer():
     """Known noise on a quadratic that hardly moves: the gate closes; without noise it is open."""
     for size, closed in ((0.0, False), (1.0, True)):
         problem = Problem(PLAIN, noise=size)
-        config = AndersonConfig(safeguard="none", frequency=2, history_depth=10)
+        config = AndersonConfig(
+            method="residual", safeguard="none", frequency=2, history_depth=10
+        )
         _, opt = problem.run(config, 60)
         stats = opt.anderson.stats
         assert stats.rejected["noise"] > 25 if closed else stats.accelerated > 25
@@ -109,7 +111,7 @@ def test_gate_on_digits(digits, passes):
     assert stats.rejected["noise"] <= 1  # too few columns to estimate by
     assert stats.accelerated >= 29
     assert stats.batch_factor < 0.5
-    noisy, _ = train_on_digits(digits, 60, 8, passes)
+    noisy, _ = train_on_digits(digits, 60, 8, passes, method="residual")
     stats = noisy.anderson.stats
     assert stats.rejected["noise"] >= 28
     assert stats.batch_factor > 1.0
@@ -144,7 +146,7 @@ def test_samples_are_taken_only_where_they_are_needed(digits, frequency, monkeyp
     )
     step = Accelerator.step
     monkeypatch.setattr(Accelerator, "step", lambda self, p: (step(self, p), steps.append(1))[0])
-    train_on_digits(digits, 20, 8, 2, frequency=frequency)
+    train_on_digits(digits, 20, 8, 2, method="residual", frequency=frequency)
     needed = [k for k in range(1, 21) if k % frequency == 0 or (k + 1) % frequency == 0]
     assert sorted(set(taken)) == needed
     assert len(taken) == len(needed) * 2 * 4  # micro-batches times parameters
