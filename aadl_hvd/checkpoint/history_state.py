@@ -48,6 +48,7 @@ class ColumnsState(State):
     weights: Annotated[Tensor, COLUMNS, anything]
 
     def check(self, rows: int) -> None:
+        """Raises a CheckpointError where no run could go on from this."""
         h, held, index = self.count, len(self.index), self.index
         agree("columns: stored, count", h < self.stored or h == self.stored == 0)
         agree("columns: index", [*index] == sorted({*index}) and all(i < h for i in index))
@@ -78,6 +79,7 @@ class GramState(State):
     products: Annotated[Tensor | None, COLUMNS, anything]
 
     def check(self, columns: ColumnsState) -> None:
+        """Raises a CheckpointError where no run could go on from this."""
         h, fresh, held = columns.count, self.fresh, len(columns.index)
         agree("gram: fresh", len({*fresh}) == len(fresh) and all(i < h for i in fresh))
         where = "history['gram']"

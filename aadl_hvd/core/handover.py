@@ -1,7 +1,7 @@
 """Which method is at work, and in which steps.
 
-The residual-norm method begins. Where its noise gate stays shut, the subspace method takes over, and
-the other one costs nothing. It is tried again where the gradients of a block show less noise.
+The residual-norm method begins. Where its noise gate stays shut, the subspace method takes over.
+The other one then costs nothing. It is tried again where the gradients of a block show less noise.
 
 All depends on the number of the step and on results of reductions, which are the same on all ranks.
 """

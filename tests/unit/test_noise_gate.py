@@ -61,9 +61,7 @@ def test_fallback_through_the_optimizer():
     """Known noise on a quadratic that hardly moves: the gate closes; without noise it is open."""
     for size, closed in ((0.0, False), (1.0, True)):
         problem = Problem(PLAIN, noise=size)
-        config = AndersonConfig(
-            method="residual", safeguard="none", frequency=2, history_depth=10
-        )
+        config = AndersonConfig(method="residual", safeguard="none", frequency=2, history_depth=10)
         _, opt = problem.run(config, 60)
         stats = opt.anderson.stats
         assert stats.rejected["noise"] > 25 if closed else stats.accelerated > 25

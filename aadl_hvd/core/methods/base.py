@@ -20,13 +20,13 @@ class Method(Protocol):
 
     Attributes:
         keeps_base_step: whether the base step before an accelerated point is needed later.
-        fingerprint: of a loaded history that this rank has yet to go on from; 0: there is none.
     """
 
     keeps_base_step: bool
 
     @property
-    def fingerprint(self) -> int: ...
+    def fingerprint(self) -> int:
+        """Of a loaded history that this rank has yet to go on from; 0: there is none."""
 
     @fingerprint.setter
     def fingerprint(self, fingerprint: int) -> None: ...

@@ -52,3 +52,56 @@ def residual_norm(
     # Eq. 4 and 6, with M and the mixing parameter.
     point: Tensor = w + relaxation * (-(W @ gamma) + mixing * scaling * (r - R @ gamma))
     return point
+
+
+def subspace(
+    blocks: Sequence[tuple[Tensor, Tensor, Tensor]],
+    scaling: float | Tensor,
+    steps: int,
+    momentum: float,
+    share: float = 1.0,
+    farthest: float = 0.5,
+) -> Tensor:
+    """The jump d of the subspace method: half a Newton step in the span, in the energy norm.
+
+    Args:
+        blocks: of the last m + 1 blocks, from the oldest: mean iterate, mean gradient, and half the
+            difference between the mean gradients of its even and its odd steps, [n] each.
+        scaling: M, the diagonal that makes a step of a gradient; [n] or a number.
+        steps: L, steps in a block.
+        momentum: mu of the base optimizer.
+        share: of the jump, by trust and noise.
+        farthest: the longest jump, as a share of the way from the oldest to the newest block mean.
+
+    Returns:
+        d [n] float64; the weights become w + d after the block's last base step.
+    """
+    pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(blocks)]
+    W = torch.stack([dw.double() for dw, _ in pairs], dim=1)
+    G = torch.stack([dg.double() for _, dg in pairs], dim=1)
+    D = torch.stack([noise.double() for _, _, noise in blocks[-3:]], dim=1)
+    g = blocks[-1][1].double()
+    M = torch.as_tensor(scaling, dtype=torch.float64).expand(len(g)).unsqueeze(1)
+    # A basis of the span, orthonormal in the metric M^-1.
+    A = W.T @ (W / M)
+    a, V = torch.linalg.eigh(A)
+    kept = a > 1e-7 * a[-1]
+    a, Q = a[kept], V[:, kept] / a[kept].sqrt()
+    # The curvature H in the span. Entry ji is seen along direction i and along direction j; each
+    # counts by its precision. A prior of mean h0 and variance h0^2 (off the diagonal, 0 and h0^2)
+    # stands for what noise hides. h0 is near the largest curvature at which the base is stable.
+    h0 = 1.0 / (1.0 - momentum)
+    N = (Q.T @ (W.T @ D)).square().mean(dim=1)
+    precision = a[None, :] / (0.5 * N + 0.5 * N.mean())[:, None]
+    I = torch.eye(len(a), dtype=torch.float64)  # noqa: E741
+    prior = (1.0 + I) / h0**2
+    seen = (Q.T @ (W.T @ G) @ Q) * precision
+    H = (seen + seen.T + prior * h0 * I) / (precision + precision.T + prior)
+    # Half a Newton step where the curvature is positive, less what the base does in a block.
+    h, E = torch.linalg.eigh(H)
+    c = E.T @ (Q.T @ (W.T @ g))
+    z = -((0.5 / h - steps).clamp(0.0, 19.0 * steps) * c).where(h > 0.0, 0.0)
+    length, way = float(z.norm()), float(A.sum().sqrt())
+    share = min(share, farthest * way / length) if length else 0.0
+    jump: Tensor = W @ (Q @ (E @ (share * z)))
+    return jump
