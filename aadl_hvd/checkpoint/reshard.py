@@ -179,6 +179,7 @@ class Held:
         place: its place among that rank's shards.
         rows: half-open range.
         index: its columns, counted from the oldest in use.
+        holds: whether anything is stored.
         stored: pairs stored since the last reset.
         columns: how many are in use.
         size: how many ranks shared the history.
@@ -190,6 +191,7 @@ class Held:
     place: int
     rows: tuple[int, int]
     index: frozenset[int]
+    holds: bool
     stored: int
     columns: int
     size: int
@@ -208,6 +210,7 @@ class Held:
             place=place,
             rows=shard.sharding.rows,
             index=frozenset(shard.columns.index),
+            holds=shard.holds,
             stored=shard.columns.stored,
             columns=shard.columns.count,
             size=shard.sharding.size,

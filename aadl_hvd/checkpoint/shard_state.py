@@ -223,6 +223,12 @@ class ShardState(State):
     trial: Annotated[TrialState | None, OWN, Nested(TrialState, optional=True)]
     own: Annotated[dict[str, OwnState], OWN, Nested(OwnState, each=True)]
 
+    @property
+    def holds(self) -> bool:
+        """Whether either method has stored anything."""
+        blocks = None if self.subspace is None else self.subspace.blocks
+        return bool(self.columns.stored or (blocks is not None and (blocks.stored or blocks.steps)))
+
     def check(self) -> None:
         """Raises a CheckpointError where no run could go on from this.
 

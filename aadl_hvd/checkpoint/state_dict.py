@@ -129,7 +129,7 @@ def _stores_nothing(history: Any) -> bool:
     """Whether a history is that of a run that has stored nothing; False if it is damaged."""
     columns = history.get("columns") if isinstance(history, dict) else None
     stored = columns.get("stored") if isinstance(columns, dict) else None
-    return isinstance(stored, int) and stored == 0
+    return isinstance(stored, int) and stored == 0 and history.get("subspace", 0) is None
 
 
 def _in_host_memory(value: Any) -> Any:

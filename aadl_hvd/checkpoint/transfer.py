@@ -114,13 +114,13 @@ def redistribute(
     everybody = comm.allgather_object((held, sharding))
     said = [shard for shards_there, _ in everybody for shard in shards_there]
     first = next(iter(everybody[0][0]), None)
-    if first is None or not first.stored:
+    if first is None or not first.holds:
         return None, ""
     known = [shard for shard in said if shard.fingerprint == first.fingerprint]
     pieces = plan(known, [wanted for _, wanted in everybody])
     if pieces is None:
         gone = sorted(set(range(first.size)) - {shard.rank for shard in known})
-        other = any(shard.stored and shard.fingerprint != first.fingerprint for shard in said)
+        other = any(shard.holds and shard.fingerprint != first.fingerprint for shard in said)
         return None, (
             f"the shard of {_named(gone)} of {first.size} that shared it is lost"
             + (", or of another moment" if other else "")

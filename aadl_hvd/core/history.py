@@ -195,7 +195,7 @@ class History:
     def release(self) -> None:
         """Forgets all pairs, and frees their memory."""
         self.clear()
-        self._y = None
+        self._last, self._y = 0, None
         self._r = self._pairs = torch.empty(0, device=self.device)
 
     def state(self) -> ColumnsState:

@@ -224,6 +224,9 @@ def _log_history(own: dict[str, Any], ranks: int, lost: str) -> None:
         _log.warning("%s the history is reset, %s", where, lost)
     elif columns["stored"]:
         _log.info("%s the history goes on, %d columns resharded", where, columns["count"])
+    elif own["subspace"] is not None:
+        blocks = own["subspace"]["blocks"]["stored"]
+        _log.info("%s the history goes on, means of %d blocks resharded", where, blocks)
 
 
 def _handler(optimizer: torch.optim.Optimizer) -> Any:

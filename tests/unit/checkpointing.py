@@ -22,6 +22,7 @@ DATA = torch.randn(STEPS + 20, 2, 16, 3, generator=GENERATOR)
 TARGETS = torch.randn(STEPS + 20, 2, 16, 2, generator=GENERATOR)
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "slow SGD": lambda p: torch.optim.SGD(p, lr=0.002, momentum=0.9, nesterov=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "Neumann": lambda p: NeumannOptimizer(p, lr=0.01, steps_per_epoch=10),
 }

@@ -34,7 +34,10 @@ SETTINGS = {
     "bfloat16, columns": {"history_dtype": "bfloat16", "layout": "columns"},
     "bfloat16": {"history_dtype": "bfloat16"},
     "ridge": {"regularization": 1e-8},
-    "gate": {"noise_gate": 0.01},
+    "gate": {"noise_gate": 0.01, "method": "residual"},
+    "subspace": {"method": "subspace"},
+    "subspace, bfloat16": {"method": "subspace", "history_dtype": "bfloat16"},
+    "handed over": {"noise_gate": 1e9, "frequency": 1},
 }
 
 
@@ -54,7 +57,9 @@ RESUMED = [
 @pytest.mark.parametrize(("name", "ranks", "observe"), RESUMED)
 def test_resume_is_bitwise(name, ranks, observe, tmp_path):
     """At every step of a period: with a verdict due, and without; whole, and part by part."""
-    noisy = {"noisy": True, "passes": 2} if name == "gate" else {}
+    noisy = {"noisy": True, "passes": 2} if name in ("gate", "handed over") else {}
+    if "subspace" in name or name == "handed over":
+        noisy["optimizer"] = "slow SGD"
 
     def program(comm):
         run = Run(comm, SETTINGS[name], **noisy)
@@ -81,7 +86,13 @@ def test_resume_is_bitwise(name, ranks, observe, tmp_path):
 
     stats = run_ranks(ranks, program)[0]
     counters = stats[3]
+    if name == "handed over":
+        assert stats[5]["handover"]["subspace"]
+        assert counters["rejected"]["noise"] >= 8
+        assert stats[5]["subspace"]["blocks"]["stored"] >= 2
+        return
     assert counters["accelerated"] >= 2, counters
+    assert counters["jumps"] == ("optimizer" in noisy) * counters["accelerated"], counters
     assert not sum(counters["resets"].values()), counters
     if observe:
         assert counters["rejected"]["loss"] >= 1, counters

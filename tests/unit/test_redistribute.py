@@ -19,7 +19,9 @@ LAYOUTS = {
     "columns": {"layout": "columns", "history_depth": 5, "safeguard": "residual"},
     "bfloat16": {"history_dtype": "bfloat16", "history_depth": 4},
     "groups": {"history_depth": 7},
+    "subspace": {"method": "subspace"},
 }
+STEPS = {"subspace": 53}  # in mid-block
 
 
 def groups_of(layout, size):
@@ -27,11 +29,12 @@ def groups_of(layout, size):
 
 
 @functools.cache
-def trained(layout, size, steps=22):
+def trained(layout, size, steps=None):
     """The state_dict of every rank, with its part."""
 
     def program(comm):
-        run = Run(comm, LAYOUTS[layout], groups=groups_of(layout, size)).train(steps)
+        run = Run(comm, LAYOUTS[layout], groups=groups_of(layout, size))
+        run.train(steps or STEPS.get(layout, 22))
         assert run.opt.anderson.columns > 2
         return run.opt.sharded_state_dict()
 

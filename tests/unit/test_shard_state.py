@@ -24,6 +24,13 @@ from aadl_hvd.checkpoint.shard_state import (
     TrialState,
     WindowState,
 )
+from aadl_hvd.checkpoint.subspace_state import (
+    BlocksState,
+    HandoverState,
+    OwnBlockState,
+    SubspaceState,
+    TrustState,
+)
 from aadl_hvd.core.sharding import Sharding
 
 N, H = 5, 3
@@ -37,6 +44,7 @@ def full_state():
     """Of one rank, with something in every field."""
     noise = OwnNoiseState(call=6, now=(numbers(2, 4), numbers()), changes=((4, numbers(2, 4)),))
     losses = OwnLossState(losses=((1.0,), (2.0, 3.0)), variances=(0.5,), last_difference=0.1)
+    block = OwnBlockState(dot=0.5, rows=(0, N), losses=(1.0, 2.0))
     return ShardState(
         sharding=Origin(layout="columns", n=N, size=1, rank=0, rows=(0, N)),
         calls=7,
@@ -68,7 +76,15 @@ def full_state():
         trial=TrialState(
             base=numbers(N), residual=ResidualTrial(norm=2.0, undo={"entries": {}}), loss=True
         ),
-        own={"0": OwnState(noise=noise, losses=losses)},
+        handover=HandoverState(
+            subspace=True, refused=1, wait=32, left=-3, into=4, length=10, idle=2
+        ),
+        subspace=SubspaceState(
+            blocks=BlocksState(stored=3, steps=4, columns=numbers(2, 2, N), vectors=numbers(9, N)),
+            trust=TrustState(scale=0.5, phi=0.1, psi=0.2, slope=-0.3),
+            base=numbers(N),
+        ),
+        own={"0": OwnState(noise=noise, losses=losses, block=block)},
     )
 
 
@@ -111,6 +127,7 @@ def test_the_fingerprint_covers_what_all_ranks_share(path):
     divided = {
         *("columns.index", "columns.pair", "columns.y", "columns.r", "columns.weights"),
         *("gram.products", "averages.means", "window.iterates", "ranks", "own"),
+        *("subspace.blocks.columns", "subspace.blocks.vectors", "subspace.base"),
     }
     alone = path[0] in ("sharding", "trial") or ".".join(path) in divided
     same = with_other(full_state(), path).fingerprint() == full_state().fingerprint()
