@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from aadl_hvd import AndersonConfig
-from aadl_hvd.errors import ConfigError
+from aadl_hvd import AndersonConfig, ConfigError
 from benchmarks.command import at_least
 from benchmarks.minibatch.bases import CASES, chosen
 from benchmarks.minibatch.results import BASE, Runs

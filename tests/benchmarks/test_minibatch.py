@@ -137,6 +137,20 @@ def test_grid_counts_and_contents():
     assert len({base.name for base in grid(plain, "both")}) == 40
 
 
+def test_bases_are_what_their_names_say():
+    model = make("digits_mlp-100", 0).make_model()
+    (sgd,), (nesterov,), (adam,), (adamw,) = (
+        base.make(model, 1e-4).param_groups
+        for base in (Base("sgd", 0.5, 0.0), NESTEROV, Base("adam", 1e-3, 0.95), Base("adamw", 1e-3))
+    )
+    assert (sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (0, False, 1e-4)
+    assert (nesterov["momentum"], nesterov["nesterov"], nesterov["lr"]) == (0.9, True, 0.1)
+    assert (adam["betas"], adam["weight_decay"]) == ((0.95, 0.999), 1e-4)
+    assert adamw["weight_decay"] == DECOUPLED_DECAY
+    names = [base.name for base in (Base("sgd", 0.5, 0.0), NESTEROV, Base("adam", 0.1, 0.9, True))]
+    assert names == ["sgd0.5", "nesterov0.1m0.9", "adam0.1m0.9-cosine"]
+
+
 def test_cosine_goes_from_the_rate_to_nearly_0():
     base = Base("adam", 0.1, cosine=True)
     rates = [base.rate(step, 100) for step in range(100)]
@@ -250,18 +264,18 @@ def test_ratios_of_made_up_results():
     base = [made_up(1.0, curve=(2.0, 1.5, 1.0)), made_up(4.0, loss=2.0, curve=(5.0, 4.5, 4.0))]
     ours = [
         made_up(0.5, loss=0.5, validation=2.0, accuracy=0.92, curve=(1.0, 0.7, 0.5)),
-        made_up(8.0, loss=4.0, validation=0.5, accuracy=0.93, curve=(9.0, 9.0, 8.0)),
+        made_up(8.0, loss=16.0, validation=8.0, accuracy=0.93, curve=(9.0, 9.0, 8.0)),
     ]
     best = [made_up(0.25), made_up(4.0)]
-    row = table.summarise(ours, base, best, floors=[0.25, 2.0])
+    row = table.summarise(ours, base, best, floors=[0.25, 3.0])
     assert row["f"] == 4.25
     assert row["f_ratio"] == pytest.approx(1.0)  # sqrt(0.5 * 2)
     assert row["f_of_means"] == pytest.approx(4.25 / 2.5)
     assert row["f_worst"] == 2.0
     assert row["f_over_best"] == pytest.approx(2.0)  # sqrt(2 * 2)
-    assert row["gap_ratio"] == pytest.approx(1.0)  # sqrt(0.25 / 0.75 * 6 / 2)
-    assert row["loss_ratio"] == pytest.approx(1.0)
-    assert row["validation_ratio"] == pytest.approx(1.0)
+    assert row["gap_ratio"] == pytest.approx(math.sqrt(5 / 3))  # 0.25 / 0.75, 5 / 1
+    assert row["loss_ratio"] == pytest.approx(2.0)  # sqrt(0.5 * 8)
+    assert row["validation_ratio"] == pytest.approx(4.0)  # sqrt(2 * 8)
     assert row["accuracy_points"] == pytest.approx(2.5)
     assert row["steps"] == math.inf  # 10 and never
     own = table.summarise(base, base)
