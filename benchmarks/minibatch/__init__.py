@@ -1,0 +1,1 @@
+"""Small mini-batch trainings in one process: the yardstick for methods that accelerate them."""
