@@ -30,7 +30,7 @@ FILES = {
     # What reduces: other collectives and other errors, no Adasum, elastic runs.
     (2, "gloo"): files(
         "bad_numbers communicators disabled dropin dropin_accelerated elastic_state errors hooks"
-        " observe replicas resume"
+        " observe replicas resume subspace"
     ),
     (3, "gloo"): files("communicators errors layouts replicas"),
 }

@@ -22,7 +22,9 @@ HALF = (torch.float16, torch.bfloat16)
 OFF = (
     AndersonConfig(frequency=10**9),  # stores in every step
     AndersonConfig(enabled=False),
-    AndersonConfig(frequency=1, noise_gate=1e30),  # tries in every step and finds noise
+    AndersonConfig(
+        frequency=1, noise_gate=1e30, method="residual"
+    ),  # tries in every step and finds noise
     AndersonConfig(frequency=10**9, layout="columns", residual="step", safeguard="residual"),
 )
 OPTIMIZERS = {

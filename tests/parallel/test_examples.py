@@ -18,7 +18,7 @@ from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OFF = AndersonConfig(enabled=False)
-SHUT = AndersonConfig(noise_gate=1e30)  # tries, and finds nothing but noise
+SHUT = AndersonConfig(noise_gate=1e30, method="residual")  # tries, and finds nothing but noise
 IMAGES = (
     *("--model", "shufflenet_v2_x0_5", "--size", "32", "--random-images", "64"),
     *("--batch-size", "8", "--epochs", "2", "--warmup-epochs", "1"),

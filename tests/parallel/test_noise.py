@@ -14,7 +14,9 @@ from aadl_hvd.core.noise import NoiseMeter
 
 DOUBLE = torch.float64
 # Measures in every step and accelerates in none.
-MEASURE = AndersonConfig(frequency=1, history_depth=3, noise_gate=1e30, averages=())
+MEASURE = AndersonConfig(
+    method="residual", frequency=1, history_depth=3, noise_gate=1e30, averages=()
+)
 ALONE = hvd.size() == 1
 PASSES = 2 if ALONE else 1  # one rank needs micro-batches
 
@@ -250,7 +252,7 @@ def test_gate_on_digits():
             torch.optim.SGD(model.parameters(), lr=0.5 / PASSES),
             model.named_parameters(),
             backward_passes_per_step=PASSES,
-            anderson=AndersonConfig(safeguard="none"),
+            anderson=AndersonConfig(method="residual", safeguard="none"),
         )
         for _ in range(40):
             opt.zero_grad()
