@@ -131,7 +131,7 @@ class Accelerator(AcceleratorState):
                     acceptance.keep_base_step(problem, method.norm, method.keeps_base_step)
                     rows = method.complete(w, proposal)  # update
                     shard.publish(problem, rows)  # publish
-                    acceptance.start_trial(problem)  # start a trial
+                    acceptance.start_trial(problem, method.loss_spreads)  # start a trial
                     stats.accelerated += 1
                     accelerated = True
                 except Rejected as rejected:

@@ -166,7 +166,7 @@ class Acceptance:
         if state.residual is not None:
             self.trial = Trial(base_rows, state.residual.undo, state.residual.norm)
         if state.loss:
-            self.losses.start_trial(base_rows)
+            self.losses.start_trial(base_rows)  # with the tolerance that was loaded
 
     # Before the solve
 
@@ -251,8 +251,12 @@ class Acceptance:
         if safeguard == "loss":
             self._base_loss = self._mean_loss(problem)
 
-    def start_trial(self, problem: FixedPoint) -> None:
+    def start_trial(self, problem: FixedPoint, spreads: float) -> None:
         """Puts the published point on trial; with safeguard="loss" it is judged now.
+
+        Args:
+            problem: at the published point.
+            spreads: see `LossCheck.start_trial`.
 
         Raises:
             Rejected: its loss is higher. The base step is in place again.
@@ -263,7 +267,7 @@ class Acceptance:
                 self._shard.publish(problem, self.base_rows())
                 raise Rejected(cause)
         if self.losses.observed:
-            self.losses.start_trial(self.base_rows())
+            self.losses.start_trial(self.base_rows(), spreads)
 
     # One step later
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,13 +107,15 @@ class LossCheck:
         self._tolerance = self.TOLERANCE * math.sqrt(2.0 * max(spread, 0.0)) / size
         self._tolerance += self.ROUNDING * abs(self._loss)
 
-    def start_trial(self, base_rows: Tensor) -> None:
+    def start_trial(self, base_rows: Tensor, spreads: float = TOLERANCE) -> None:
         """Puts an accepted point on trial.
 
         Args:
             base_rows: this rank's rows of the weights that the base step had reached, [rows].
+            spreads: the rise that rejects it, in standard deviations of a difference of losses.
         """
         self.verdict_due, self._trial = True, base_rows
+        self._tolerance *= spreads / self.TOLERANCE
 
     def drop_trial(self) -> None:
         """Forgets the base step. The next verdict will be that the point stays."""
@@ -170,6 +173,13 @@ class LossCheck:
             self._losses = [list(losses) for losses in own.losses]
             self._last_difference = own.last_difference
             self._variances = deque(own.variances, maxlen=self.SPREADS)
+
+    def note_losses(self, losses: Sequence[float]) -> None:
+        """Takes in the spread of this rank's losses of successive steps."""
+        for before, after in itertools.pairwise(losses):
+            square = (after - before) * (after - before)  # a power raises where it overflows
+            if math.isfinite(square):
+                self._variances.append(square / 2.0)
 
     def _note_spread(self, difference: float) -> None:
         # Successive differences of a smooth curve are nearly equal, whatever its slope.

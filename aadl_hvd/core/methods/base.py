@@ -20,9 +20,11 @@ class Method(Protocol):
 
     Attributes:
         keeps_base_step: whether the base step before an accelerated point is needed later.
+        loss_spreads: how far the next loss may rise, in standard deviations of a difference.
     """
 
     keeps_base_step: bool
+    loss_spreads: float
 
     @property
     def fingerprint(self) -> int:

@@ -22,6 +22,7 @@ from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.gram import Gram
 from aadl_hvd.core.history import History
+from aadl_hvd.core.loss_check import LossCheck
 from aadl_hvd.core.products import Products
 from aadl_hvd.core.reduction import Payload
 from aadl_hvd.core.shard import WeightShard
@@ -38,6 +39,7 @@ class ResidualNorm:
     """
 
     keeps_base_step = False
+    loss_spreads = LossCheck.TOLERANCE
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class Subspace:
 
     part = "gram"
     keeps_base_step = True  # the next block measures how the loss has gone along the jump
+    loss_spreads = 5.0  # noise is large here, and bad jumps show in the next block as well
 
     def __init__(
         self,
@@ -157,6 +158,7 @@ class Subspace:
             scalars[:] = *own[:3], *rest[-3:]
         known = iter(numbers)
         losses = [float(next(known)[0]) if isinstance(x, Tensor) else x for x in self._losses]
+        self._acceptance.losses.note_losses(losses)
         observed = self._complete and len(losses) == blocks.steps
         loss = [float(np.mean(losses)), 1.0] if observed else [0.0, 0.0]
         wanted = 2.0 * round(0.5 * self._memory)
