@@ -137,7 +137,7 @@ class Accelerator(AcceleratorState):
                 except Rejected as rejected:
                     cause = rejected.cause
                     self._note_rejection(cause)
-                self._hand_over(accelerated, cause)
+                self._hand_over(problem, accelerated, cause)
             if schedule.average:
                 self._average_weights(problem, r)
         return result
@@ -159,7 +159,7 @@ class Accelerator(AcceleratorState):
             return self._collectives.block(message)
         return self._collectives.reduction(message)
 
-    def _hand_over(self, accelerated: bool, cause: Rejection | None) -> None:
+    def _hand_over(self, problem: FixedPoint, accelerated: bool, cause: Rejection | None) -> None:
         """Ends an acceleration step. The next ones may be another method's."""
         handover, method, subspace = self._handover, self._method, self._subspace
         if handover.subspace:
@@ -169,6 +169,7 @@ class Accelerator(AcceleratorState):
             changed = handover.attempted(cause, accelerated, self._calls)
         if changed:
             method.release()
+            problem.forget_buffers()
             self._acceptance.noise.clear()
         self.stats.method = "subspace" if handover.subspace else "residual"
         self.stats.asleep = handover.asleep

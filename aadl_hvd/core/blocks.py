@@ -101,7 +101,7 @@ class Blocks:
                     dots.append(torch.dot(step, r[rows]))
             if apart:
                 dots = [torch.dot(w[rows] - start[rows], r[rows]) for rows in chunks(w, counted)]
-            self._dot = self._dot - total(dots, w)
+            self._dot = self._dot - (dots[0].double() if len(dots) == 1 else total(dots, w))
         self.steps += 1
 
     def finish(self) -> Tensor:
@@ -154,9 +154,11 @@ class Blocks:
             own, other = dw[:, rows].to(self.work), dg[:, rows].to(self.work)
             g, noise = self.gradient[rows], self._noise[rows]
             m, inverse = _with_inverse(scaling, rows)
-            right = torch.cat([other, noises[:, rows], g.unsqueeze(0)])
-            tables.append((own @ right.T).double())
-            metrics.append(((own * inverse) @ own.T).double())
+            few = torch.cat([noises[:, rows], g.unsqueeze(0)])
+            tables.append(torch.cat([own @ other.T, own @ few.T], dim=1).double())
+            # A number is multiplied with the product, and not with all rows.
+            metric = (own * inverse) @ own.T if isinstance(m, Tensor) else (own @ own.T) * inverse
+            metrics.append(metric.double())
             dots = torch.dot(noise, m * noise), torch.dot(noise, noise), torch.dot(g, g)
             numbers.append(torch.stack(dots).double())
         if not tables:

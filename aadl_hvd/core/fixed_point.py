@@ -67,6 +67,9 @@ class FixedPoint(Protocol):
         `advance` may use the memory of `residual`.
         """
 
+    def forget_buffers(self) -> None:
+        """Lets go of memory that `read_before` was given."""
+
     def advance(self) -> Any:
         """Takes one step of the base optimizer. The user gets its return value."""
 

@@ -1,17 +1,21 @@
 """A list of tensors seen as one flat vector, of which any range of rows can be read or written.
 
 The order inside a tensor is its logical (row-major) order, whatever its strides are, so that
-channels_last weights, their gradients and their momentum all line up. Nothing is cached: the
-storage of a parameter may be replaced between two steps.
+channels_last weights, their gradients and their momentum all line up. Of the tensors nothing is
+kept between two calls: the storage of a parameter may be replaced. Views of a flat vector that is
+read into are kept, until `forget_views`: with many small tensors they take longer than the copy.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+_KEPT = 8  # ranges and flat vectors that are remembered
 
 
 class FlatLayout:
@@ -26,14 +30,24 @@ class FlatLayout:
         self.offsets = [0]
         for shape in self.shapes:
             self.offsets.append(self.offsets[-1] + shape.numel())
+        self._found: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        self._views: dict[tuple[int, torch.dtype, int, int], list[Tensor]] = {}
 
     @property
     def n(self) -> int:
         """Length of the flat vector."""
         return self.offsets[-1]
 
-    def segments(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+    def segments(self, lo: int, hi: int) -> list[tuple[int, int, int]]:
         """The tensors that meet rows [lo, hi): (index, first row, row after the last)."""
+        found = self._found.get((lo, hi))
+        if found is None:
+            if len(self._found) >= _KEPT:  # as many as rows are read by different callers
+                self._found.clear()
+            found = self._found[lo, hi] = [*self._segments(lo, hi)]
+        return found
+
+    def _segments(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
         index = max(bisect.bisect_right(self.offsets, lo) - 1, 0)
         while index < len(self.shapes) and self.offsets[index] < hi:
             first, last = max(self.offsets[index], lo), min(self.offsets[index + 1], hi)
@@ -41,8 +55,28 @@ class FlatLayout:
                 yield index, first, last
             index += 1
 
-    def read(self, tensors: Sequence[Tensor | None], lo: int, hi: int, out: Tensor) -> Tensor:
-        """Copies rows [lo, hi) into `out` [hi - lo], converting the dtype; None reads as zeros."""
+    def read(
+        self, tensors: Sequence[Tensor | None], lo: int, hi: int, out: Tensor, again: bool = False
+    ) -> Tensor:
+        """Copies rows [lo, hi) into `out`, converting the dtype; None reads as zeros.
+
+        Args:
+            tensors: one for each shape.
+            lo: first row.
+            hi: row after the last.
+            out: [hi - lo].
+            again: whether `out` is read into in many steps, so that views of it are worth keeping.
+        """
+        segments = self.segments(lo, hi)
+        if again and len(segments) > 1 and self._reads_whole(tensors, segments):
+            key = out.data_ptr(), out.dtype, lo, hi
+            views = self._views.get(key)
+            if views is None:
+                if len(self._views) >= _KEPT:
+                    self._views.clear()
+                views = self._views[key] = _pieces(out, [t for t in tensors if t is not None])
+            torch._foreach_copy_(views, tensors)
+            return out
         whole: list[Tensor] = []
         start = 0  # of the whole tensors in `out`, which are copied at once
         for index, first, last in self.segments(lo, hi):
@@ -63,6 +97,19 @@ class FlatLayout:
             piece.copy_(dense.reshape(-1)[begin : begin + last - first])
         _read_whole(whole, out[start:])
         return out
+
+    def _reads_whole(
+        self, tensors: Sequence[Tensor | None], segments: list[tuple[int, int, int]]
+    ) -> TypeGuard[list[Tensor]]:
+        """Whether all tensors are there, dense, and read from their first to their last row."""
+        if segments[0][1] != 0 or segments[-1][2] != self.n or len(segments) < len(self.shapes):
+            return False
+        strided = torch.strided
+        return all(tensor is not None and tensor.layout is strided for tensor in tensors)
+
+    def forget_views(self) -> None:
+        """Lets go of the flat vectors that were read into."""
+        self._views.clear()
 
     def write(self, tensors: Sequence[Tensor | None], flat: Tensor, lo: int = 0) -> None:
         """Copies rows of the flat vector, from `lo` on, into the tensors; None takes nothing.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -31,14 +32,20 @@ from aadl_hvd.optim.scaling import (
     learning_rate,
     long_run_rate,
     momentum_of,
+    of_second_moment,
     preconditioned,
     preconditioner_of,
+    second_moments,
 )
 
 # The base optimizer's state: {"entries": {index of the parameter: its state}}.
 Undo = dict[str, Any]
 # Rows of the flat gradient, and the indices of the parameters that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
+# What `decay_of` returns: sign, weight decay, whether it is decoupled.
+_Kind = tuple[float, float, bool]
+# Rows, what they have in common, and the parameters that meet them: (index, first row, last row).
+_Run = tuple[slice, _Kind, list[tuple[int, int, int]]]
 
 
 class OptimizerFixedPoint:
@@ -78,6 +85,12 @@ class OptimizerFixedPoint:
         self._due: tuple[int, int, Tensor] | None = None
         self._gradient: _Gradient | None = None
         self._layout = FlatLayout([])
+        self._parameters: list[Tensor] = []
+        self._group_of: list[dict[str, Any]] = []
+        self._seen: Any = None
+        self._described: Hashable = ()
+        self._widest = torch.float16
+        self._runs: tuple[Any, list[_Run]] | None = None
         self._deviations: Deviations | None = None
         self._check()
         self._refresh()
@@ -105,7 +118,7 @@ class OptimizerFixedPoint:
     @property
     def signature(self) -> Hashable:
         self._refresh()
-        parameters = tuple((id(p), p.shape, p.dtype, p.device) for p in self._parameters)
+        parameters = self._described
         decays = tuple(group.get("weight_decay", 0) for group in self._groups)
         rates = tuple(learning_rate(group) for group in self._groups)
         if not any(rates):  # as at the start of a warm-up: take earlier rates, or later ones
@@ -126,8 +139,7 @@ class OptimizerFixedPoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtypes = (p.dtype for p in self._parameters)
-        return functools.reduce(torch.promote_types, dtypes, torch.float16)
+        return self._widest
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +160,7 @@ class OptimizerFixedPoint:
     @property
     def uniform_scaling(self) -> float | None:
         if self._residual == "step":
-            return max((abs(rate) for rate in self._rates), default=0.0)
+            return max((abs(learning_rate(group)) for group in self._group_of), default=0.0)
         rates = {long_run_rate(group) for group in self._groups}
         if len(rates) == 1 and not preconditioned(self._optimizer):
             return rates.pop()
@@ -159,6 +171,21 @@ class OptimizerFixedPoint:
             return uniform
         rates = {id(group): long_run_rate(group) for group in self._groups}
         diagonal = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
+        moments = second_moments(self._optimizer, self._parameters, self._groups)
+        if moments is not None:
+            v, steps = moments
+            self._layout.read(v, lo, hi, diagonal)
+
+            def kind_of(segment: tuple[int, int, int]) -> tuple[int, float]:
+                return id(self._group_of[segment[0]]), steps[segment[0]]
+
+            for _, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
+                (index, first, last), *others = run
+                rows = diagonal[first - lo : (others[-1][2] if others else last) - lo]
+                group = self._group_of[index]
+                t = torch.tensor(steps[index], dtype=torch.float64, device="cpu")
+                torch.mul(of_second_moment(group, t, rows), rates[id(group)], out=rows)
+            return diagonal
         for index, first, last in self._layout.segments(lo, hi):
             rows = diagonal[first - lo : last - lo]
             rows.fill_(rates[id(self._group_of[index])])
@@ -175,7 +202,10 @@ class OptimizerFixedPoint:
             self._due = lo, hi, residual
         self._gradient = None
         parameters = [self._weights_before(p) for p in self._parameters]
-        return self._layout.read(parameters, lo, hi, out)
+        return self._layout.read(parameters, lo, hi, out, again=True)
+
+    def forget_buffers(self) -> None:
+        self._layout.forget_views()
 
     def keep_gradient(self) -> None:
         """To be called when the gradients are final, before the optimizer uses them.
@@ -288,21 +318,26 @@ class OptimizerFixedPoint:
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
-        before = [id(p) for p in getattr(self, "_parameters", [])]
         pairs = [(p, group) for group in self._groups for p in group["params"] if p.requires_grad]
-        self._parameters: list[Tensor] = [p for p, _ in pairs]
-        self._group_of = [group for _, group in pairs]
-        self._rates = [learning_rate(group) for group in self._group_of]
-        shapes = tuple(p.shape for p in self._parameters)
-        if self._layout.shapes != shapes:
-            self._layout = FlatLayout(shapes)
-        if len({p.device for p in self._parameters}) > 1:
-            devices = sorted({str(p.device) for p in self._parameters})
-            raise UnsupportedError(
-                f"Invalid parameters on several devices {devices}. All trainable parameters of "
-                "one optimizer must be on one device."
-            )
-        if [id(p) for p in self._parameters] != before:
+        ps, group_of = [p for p, _ in pairs], [group for _, group in pairs]
+        changed = not _same(ps, self._parameters)
+        if changed or not _same(group_of, self._group_of):
+            self._parameters, self._group_of, self._runs = ps, group_of, None
+        # `model.half()` keeps the parameters and changes their dtypes.
+        seen = [p.shape for p in ps], [p.dtype for p in ps], [p.device for p in ps]
+        if changed or seen != self._seen:
+            self._seen, self._runs = seen, None
+            shapes, dtypes, devices = seen
+            if len(set(devices)) > 1:
+                raise UnsupportedError(
+                    f"Invalid parameters on several devices {sorted(map(str, set(devices)))}. All "
+                    "trainable parameters of one optimizer must be on one device."
+                )
+            self._described = tuple(zip(map(id, ps), shapes, dtypes, devices, strict=True))
+            self._widest = functools.reduce(torch.promote_types, dtypes, torch.float16)
+            if self._layout.shapes != tuple(shapes):
+                self._layout = FlatLayout(shapes)
+        if changed:
             self._make_samples()
 
     def _make_samples(self) -> None:
@@ -334,38 +369,52 @@ class OptimizerFixedPoint:
     def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
         gradients = [p.grad for p in self._parameters]
         absent = {index for index, gradient in enumerate(gradients) if gradient is None}
-        return self._layout.read(gradients, lo, hi, out), absent
+        return self._layout.read(gradients, lo, hi, out, again=True), absent
 
     def _with_decay(self, found: _Gradient, lo: int, hi: int, w: Tensor) -> Tensor:
         """Makes the residual -(g + weight decay) of a gradient, in place. w: [hi - lo]."""
         gradient, absent = found
-
-        def kind_of(segment: tuple[int, int, int]) -> tuple[float, float, bool] | None:
-            index = segment[0]
-            if index in absent:
-                return None
-            if not self._rates[index]:  # the parameter does not move
-                return 0.0, 0.0, False
-            return decay_of(self._optimizer, self._group_of[index])
-
-        for kind, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
-            if kind is None:  # optimizers leave such parameters alone, their weight decay included
-                continue
-            segments = list(run)
+        for rows, kind, segments in self._runs_of(absent, lo, hi):
             sign, weight_decay, decoupled = kind
-            rows = slice(segments[0][1] - lo, segments[-1][2] - lo)
+            own = gradient[rows]
             if not sign:
-                gradient[rows].zero_()
+                own.zero_()
                 continue
-            gradient[rows].mul_(-sign)
             if weight_decay and not decoupled:
-                gradient[rows].sub_(w[rows], alpha=weight_decay)
-            elif weight_decay:
-                for index, first, last in segments:
-                    if (preconditioner := self._preconditioner(index, first, last)) is not None:
-                        own = slice(first - lo, last - lo)
-                        gradient[own].sub_(w[own] / preconditioner, alpha=weight_decay)
+                torch.add(own.mul_(-sign), w[rows], alpha=-weight_decay, out=own)
+                continue
+            own.mul_(-sign)
+            for index, first, last in segments if weight_decay else ():
+                if (preconditioner := self._preconditioner(index, first, last)) is not None:
+                    rows = slice(first - lo, last - lo)
+                    gradient[rows].sub_(w[rows] / preconditioner, alpha=weight_decay)
         return gradient
+
+    def _runs_of(self, absent: set[int], lo: int, hi: int) -> list[_Run]:
+        """Runs of rows whose gradient and weight decay enter the residual alike.
+
+        Parameters without a gradient are in none: optimizers leave them alone, and their weight
+        decay too.
+        """
+        rest = 0.0, 0.0, False  # parameters that do not move
+        kinds = {
+            id(group): decay_of(self._optimizer, group) if learning_rate(group) else rest
+            for group in self._groups
+        }
+        now = lo, hi, absent, kinds
+        if self._runs is None or self._runs[0] != now:
+
+            def kind_of(segment: tuple[int, int, int]) -> _Kind | None:
+                index = segment[0]
+                return None if index in absent else kinds[id(self._group_of[index])]
+
+            runs: list[_Run] = []
+            for kind, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
+                segments = list(run)
+                if kind is not None:
+                    runs.append((slice(segments[0][1] - lo, segments[-1][2] - lo), kind, segments))
+            self._runs = now, runs
+        return self._runs[1]
 
     def _preconditioner(self, index: int, first: int, last: int) -> Tensor | None:
         """`preconditioner_of` rows [first, last) of the flat vector, which lie in one parameter."""
@@ -378,6 +427,10 @@ class OptimizerFixedPoint:
     @property
     def _work_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _placed(value: Any, present: Any, parameter: Tensor) -> Any:

@@ -111,14 +111,39 @@ def preconditioner_of(
     elif isinstance(optimizer, torch.optim.Adamax):
         found = 1.0 / read("exp_inf")  # it includes eps
     else:
-        beta, steps = group["betas"][1], _steps(state)
         v = read("max_exp_avg_sq" if group.get("amsgrad", False) else "exp_avg_sq")
-        v = v / (1.0 - beta**steps)
-        found = 1.0 / (v.sqrt_() + group["eps"])
+        found = of_second_moment(group, _steps(state), v)
         if isinstance(optimizer, torch.optim.RAdam):  # does not divide in its first steps
-            factor = _rectification(beta, steps).to(found)
+            factor = _rectification(group["betas"][1], _steps(state)).to(found)
             found = torch.where(factor > 0.0, factor * found, 1.0)
     return found
+
+
+def of_second_moment(group: Group, steps: float | Tensor, v: Tensor) -> Tensor:
+    """1 / (sqrt(v / (1 - beta^t)) + eps), as in Adam; v [rows] is not changed."""
+    v = v / (1.0 - group["betas"][1] ** steps)
+    found: Tensor = 1.0 / (v.sqrt_() + group["eps"])
+    return found
+
+
+def second_moments(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], groups: list[Group]
+) -> tuple[list[Tensor], list[float]] | None:
+    """v and t of all parameters, where Adam's or AdamW's preconditioner is all there is to M.
+
+    Returns:
+        None if it is another optimizer, a parameter has no state yet, or a state is on a device
+        that would have to be waited for.
+    """
+    if not isinstance(optimizer, torch.optim.Adam) or any(g.get("amsgrad", False) for g in groups):
+        return None
+    states = [optimizer.state.get(p) for p in parameters]
+    if not all(states):
+        return None
+    steps = [state["step"] for state in states if state]
+    if any(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
+        return None
+    return [state["exp_avg_sq"] for state in states if state], [float(step) for step in steps]
 
 
 def _steps(state: State) -> Any:
