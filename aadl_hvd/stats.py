@@ -59,7 +59,7 @@ _SMOOTHING = 0.9
 _COUNTED = "steps", "stored", "accelerated", "jumps", "averaged"
 _MEASURED = (
     *("promised_reduction", "condition", "rank", "noise_variance", "signal", "gate"),
-    *("wobble", "block_length", "promised_gain"),
+    *("wobble", "walk", "block_length", "promised_gain"),
 )
 _CAUSES = every(integer(), key=instance(str))
 _COUNTERS = entries(dict.fromkeys(_COUNTED, integer()) | {"rejected": _CAUSES, "resets": _CAUSES})
@@ -94,8 +94,9 @@ class Stats:
         asleep: whether the subspace method looks at one block in 16 only, because nothing was
             gained for long.
         wobble: phi of the subspace method, the share of the loss that the iterates' own wobble
-            makes up, or psi where no loss is observed. Jumps are whole up to phi = 0.1 or psi = 0.5
-            and end at phi = 0.3 or psi = 1.5.
+            makes up. Jumps are whole up to 0.2 and end at 0.4. NaN where no loss is observed.
+        walk: psi of the subspace method, 1 where the block means go no farther than noise would
+            carry them. Jumps are whole up to 0.5 and end at 1.5.
         block_length: L, steps in the last block.
         promised_gain: what the loss fell by through jumps in all, by the method's own prediction.
         rank: columns' worth of directions that the last solve used.
@@ -125,6 +126,7 @@ class Stats:
     method: str = "residual"
     asleep: bool = False
     wobble: float = math.nan
+    walk: float = math.nan
     block_length: int = 0
     promised_gain: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
@@ -154,9 +156,9 @@ class Stats:
                 new = value if math.isnan(old) else _SMOOTHING * old + (1.0 - _SMOOTHING) * value
                 setattr(self, name, new)
 
-    def note_block(self, length: int, wobble: float) -> None:
-        """Notes a block of the subspace method: L, and phi or psi."""
-        self.block_length, self.wobble = length, wobble
+    def note_block(self, length: int, wobble: float, walk: float) -> None:
+        """Notes a block of the subspace method: L, phi and psi."""
+        self.block_length, self.wobble, self.walk = length, wobble, walk
         self.stored += 1
 
     def note_jump(self, gain: float) -> None:
@@ -210,12 +212,21 @@ class Stats:
             return f"{self.steps} steps of the base optimizer alone: enabled=False"
         rejected = ", ".join(f"{cause} {count}" for cause, count in self.rejected.items() if count)
         resets = ", ".join(f"{cause} {count}" for cause, count in self.resets.items() if count)
-        return (
+        text = (
             f"{self.steps} steps: {self.stored} stored, {self.accelerated} accelerated, "
             f"{sum(self.rejected.values())} rejected{f' ({rejected})' if rejected else ''}, "
             f"{self.averaged} averaged, {sum(self.resets.values())} resets"
-            f"{f' ({resets})' if resets else ''}; last solve: promised reduction "
-            f"{self.promised_reduction:.3g}, condition {self.condition:.3g}; "
-            f"gate opens at {self.batch_factor:.3g} times this batch; "
-            f"{sum(self.seconds.values()):.3g} s in Anderson acceleration"
+            f"{f' ({resets})' if resets else ''}; "
         )
+        if self.method == "subspace":
+            text += (
+                f"subspace method at work{', asleep' if self.asleep else ''}: {self.jumps} jumps, "
+                f"promised gain {self.promised_gain:.3g}, blocks of {self.block_length} steps, "
+                f"wobble {self.wobble:.3g}, walk {self.walk:.3g}; "
+            )
+        else:
+            text += (
+                f"last solve: promised reduction {self.promised_reduction:.3g}, condition "
+                f"{self.condition:.3g}; gate opens at {self.batch_factor:.3g} times this batch; "
+            )
+        return f"{text}{sum(self.seconds.values()):.3g} s in Anderson acceleration"

@@ -67,6 +67,7 @@ class AcceleratorState:
         self._replicas = Replicas(self.config, self._collectives)
         self._acceptance = Acceptance(self.config, self._collectives, self.stats)
         self._handover = Handover(self.config)
+        self.stats.method = "subspace" if self._handover.subspace else "residual"
         self.agreed = False
         self._pending: ShardState | None = None  # a loaded history that is not taken in yet
         self.full_state: ShardState | None = None

@@ -5,6 +5,7 @@ iteration is near the edge of stability under noise, and a jump would excite it.
 losses.
 
 psi compares the way of the block means with that of a random walk, which scores 1. It needs none.
+It is blind to the edge of stability, as phi is to noise beneath a large loss: both must allow it.
 
 All inputs come out of reductions, so the results are the same on every rank.
 """
@@ -43,11 +44,15 @@ class Trust:
         return math.nan if known is None else known
 
     def fraction(self, observed: bool) -> float:
-        """Share of a jump that noise allows, from 0 to 1: all up to phi = 0.1 or psi = 0.5."""
-        noise = self.noise(observed)
-        if math.isnan(noise):
+        """Share of a jump that noise allows, from 0 to 1; 0 where psi, or phi, is unknown.
+
+        By psi it is 1 up to 0.5 and 0 from 1.5 on. Where losses are observed it is at most 1 up to
+        phi = 0.2 and 0 from 0.4 on.
+        """
+        phi, psi = self.noise(True) if observed else 0.0, self.noise(False)
+        if math.isnan(phi) or math.isnan(psi):
             return 0.0
-        return min(max((0.3 - noise) / 0.2 if observed else 1.5 - noise, 0.0), 1.0)
+        return max(0.0, min(1.5 - psi, (0.4 - phi) / 0.2, 1.0))
 
     def farthest(self, observed: bool) -> float:
         """The longest jump, as a share of the way that the block means have gone in all."""

@@ -187,7 +187,7 @@ def test_at_the_noise_floor_nothing_is_done():
     ours = Watched(problem, 400, observe=False)
     stats = ours.opt.anderson.stats
     assert stats.jumps == 0
-    assert stats.wobble > 1.5
+    assert stats.walk > 1.5
     assert stats.asleep
     assert 14 <= stats.rejected["noise"] <= 20  # 16 blocks, then one in 16
     assert np.array_equal(ours.w, base.w)

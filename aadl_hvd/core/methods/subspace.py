@@ -189,7 +189,7 @@ class Subspace:
         if travelled > 0.0:
             psi = k * steps**2 * metric / travelled
         self.trust.note_noise(phi, psi)
-        self._stats.note_block(steps, self.trust.noise(self._observed))
+        self._stats.note_block(steps, self.trust.noise(True), self.trust.noise(False))
 
     # After the reduction
 
