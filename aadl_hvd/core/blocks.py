@@ -74,7 +74,7 @@ class Blocks:
 
     @property
     def gradient(self) -> Tensor:
-        """After `finish`: the mean gradient of the block, [rows]."""
+        """After `finish`: the mean gradient of the block, weight decay included, [rows]."""
         return self._vectors[4]
 
     def note(self, w: Tensor, r: Tensor) -> None:
@@ -82,7 +82,7 @@ class Blocks:
 
         Args:
             w: iterate, [rows].
-            r: minus its gradient, [rows].
+            r: minus its gradient, without weight decay, [rows].
         """
         start, moved, *sums = self._vectors[2:6]
         if self.steps == 0:
@@ -104,8 +104,11 @@ class Blocks:
             self._dot = self._dot - (dots[0].double() if len(dots) == 1 else total(dots, w))
         self.steps += 1
 
-    def finish(self) -> Tensor:
+    def finish(self, decay: float | Tensor) -> Tensor:
         """Ends the block and stores its means and differences.
+
+        Args:
+            decay: the diagonal D by which weight decay adds D w to a gradient: a number, or [rows].
 
         Returns:
             On own rows: the sum of <w - start, g> over the steps, and <mean w - start, mean g>;
@@ -132,13 +135,16 @@ class Blocks:
                     columns[slot, rows].copy_(new[rows] - last[rows])
         last_w.copy_(moved)
         last_g.copy_(even)
+        if isinstance(decay, Tensor) or decay:
+            even.add_(decay * moved)
         return torch.stack([dot, linear])
 
-    def products(self, scaling: float | Tensor) -> Tensor:
+    def products(self, scaling: float | Tensor, decay: float | Tensor) -> Tensor:
         """Sums over own rows that the method needs of the last blocks.
 
         Args:
             scaling: the diagonal of M: a number, or [rows]. Rows on which it is 0 are left out.
+            decay: see `finish`.
 
         Returns:
             A [k, k], then B [k, k], dW^T of each noise [k, NOISES] and dW^T g [k] in one matrix
@@ -152,6 +158,10 @@ class Blocks:
         numbers: list[Tensor] = []
         for rows in chunks(self.gradient, self.sharding.counted, widened=self.dtype != self.work):
             own, other = dw[:, rows].to(self.work), dg[:, rows].to(self.work)
+            if isinstance(decay, Tensor):
+                other = other + decay[rows] * own
+            elif decay:
+                other = torch.add(other, own, alpha=decay)
             g, noise = self.gradient[rows], self._noise[rows]
             m, inverse = _with_inverse(scaling, rows)
             few = torch.cat([noises[:, rows], g.unsqueeze(0)])

@@ -35,7 +35,11 @@ class FixedPoint(Protocol):
 
     @property
     def signature(self) -> Hashable:
-        """What stored pairs depend on. The history is reset when it changes."""
+        """What iterates and gradients depend on. The history is reset when it changes."""
+
+    @property
+    def decays(self) -> Hashable:
+        """The weight decays: what residuals depend on beside `signature`."""
 
     @property
     def n(self) -> int:
@@ -58,6 +62,10 @@ class FixedPoint(Protocol):
         """mu, the factor by which the base optimizer remembers gradients; the groups' largest."""
 
     @property
+    def scale_free(self) -> bool:
+        """Whether a step does not depend on the size of the gradient, so that M r is no step."""
+
+    @property
     def moves(self) -> bool:
         """Whether the base optimizer goes anywhere: not every learning rate is 0."""
 
@@ -76,8 +84,16 @@ class FixedPoint(Protocol):
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         """Copies rows [lo, hi) of the current weights to `out`."""
 
-    def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
-        """Copies rows [lo, hi) of r to `out`, after `advance`; w: these rows from before it."""
+    def read_residual(
+        self, lo: int, hi: int, w: Tensor, out: Tensor, decayed: bool = True
+    ) -> Tensor:
+        """Copies rows [lo, hi) of r to `out`, after `advance`; w: these rows from before it.
+
+        With decayed=False of minus the gradient alone, without `decay` times w.
+        """
+
+    def decay(self, lo: int, hi: int) -> float | Tensor:
+        """D, by which weight decay enters r = -(g + D w): one number, or rows [lo, hi) of it."""
 
     def scaling(self, lo: int, hi: int) -> float | Tensor:
         """The diagonal of M: one number, or rows [lo, hi) of it."""

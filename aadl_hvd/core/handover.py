@@ -26,7 +26,7 @@ class Handover:
 
     SHORTEST = 10  # steps in a block
     LONGEST = 1000
-    PATIENCE = 8  # attempts in a row that the noise gate refuses, before the other method begins
+    PATIENCE = 8  # attempts without a point for the noise, before the other method begins
     WAITS = 32, 256  # steps until the gate is tried again, first and at most
     IDLE = 16  # blocks in a row without a jump, after which one block in so many is looked at
 
@@ -61,7 +61,7 @@ class Handover:
         """
         if accelerated:
             self._refused, self._wait = 0, self.WAITS[0]
-        elif cause is Rejection.NOISE:
+        elif cause in (Rejection.NOISE, None):  # None: too few pairs, as after many resets
             self._refused += 1
         if self._refused < self.PATIENCE or not self._config.hands_over:
             return False

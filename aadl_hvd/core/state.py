@@ -72,6 +72,7 @@ class AcceleratorState:
         self._pending: ShardState | None = None  # a loaded history that is not taken in yet
         self.full_state: ShardState | None = None
         self._signature: Hashable = None
+        self._decays: Hashable = None
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
@@ -121,8 +122,10 @@ class AcceleratorState:
 
     def _prepare(self, problem: FixedPoint) -> None:
         """Sets up the history for this problem, anew where it is no longer the same problem."""
-        signature = problem.signature
-        if signature == self._signature:
+        signature, decays = problem.signature, problem.decays
+        same = decays == self._decays or not self._method.decayed
+        self._decays = decays
+        if signature == self._signature and same:
             return
         if self._signature is not None:
             self.reset(Reset.CHANGED)

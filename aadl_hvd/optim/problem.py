@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -24,28 +23,16 @@ from torch import Tensor
 
 from aadl_hvd.core.fixed_point import Deviations
 from aadl_hvd.errors import UnsupportedError
+from aadl_hvd.optim.diagonals import Diagonals
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.job import check_whole
-from aadl_hvd.optim.scaling import (
-    decay_of,
-    learning_rate,
-    long_run_rate,
-    momentum_of,
-    of_second_moment,
-    preconditioned,
-    preconditioner_of,
-    second_moments,
-)
+from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
 
 # The base optimizer's state: {"entries": {index of the parameter: its state}}.
 Undo = dict[str, Any]
 # Rows of the flat gradient, and the indices of the parameters that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
-# What `decay_of` returns: sign, weight decay, whether it is decoupled.
-_Kind = tuple[float, float, bool]
-# Rows, what they have in common, and the parameters that meet them: (index, first row, last row).
-_Run = tuple[slice, _Kind, list[tuple[int, int, int]]]
 
 
 class OptimizerFixedPoint:
@@ -90,7 +77,7 @@ class OptimizerFixedPoint:
         self._seen: Any = None
         self._described: Hashable = ()
         self._widest = torch.float16
-        self._runs: tuple[Any, list[_Run]] | None = None
+        self._diagonals = Diagonals(optimizer, self._layout, [], [])
         self._deviations: Deviations | None = None
         self._check()
         self._refresh()
@@ -119,7 +106,6 @@ class OptimizerFixedPoint:
     def signature(self) -> Hashable:
         self._refresh()
         parameters = self._described
-        decays = tuple(group.get("weight_decay", 0) for group in self._groups)
         rates = tuple(learning_rate(group) for group in self._groups)
         if not any(rates):  # as at the start of a warm-up: take earlier rates, or later ones
             initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
@@ -131,7 +117,15 @@ class OptimizerFixedPoint:
             # Only ratios matter. They are rounded, so that a schedule's last bit does not count.
             largest = max(rates, default=1.0) or 1.0
             rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
-        return parameters, decays, rates
+        return parameters, rates
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return tuple(group.get("weight_decay", 0) for group in self._groups)
+
+    @property
+    def scale_free(self) -> bool:
+        return scale_free(self._optimizer)
 
     @property
     def n(self) -> int:
@@ -161,37 +155,15 @@ class OptimizerFixedPoint:
     def uniform_scaling(self) -> float | None:
         if self._residual == "step":
             return max((abs(learning_rate(group)) for group in self._group_of), default=0.0)
-        rates = {long_run_rate(group) for group in self._groups}
-        if len(rates) == 1 and not preconditioned(self._optimizer):
-            return rates.pop()
-        return None
+        return self._diagonals.uniform_scaling
 
     def scaling(self, lo: int, hi: int) -> float | Tensor:
         if (uniform := self.uniform_scaling) is not None:
             return uniform
-        rates = {id(group): long_run_rate(group) for group in self._groups}
-        diagonal = torch.empty(hi - lo, dtype=self._work_dtype, device=self.device)
-        moments = second_moments(self._optimizer, self._parameters, self._groups)
-        if moments is not None:
-            v, steps = moments
-            self._layout.read(v, lo, hi, diagonal)
+        return self._diagonals.scaling(lo, hi)
 
-            def kind_of(segment: tuple[int, int, int]) -> tuple[int, float]:
-                return id(self._group_of[segment[0]]), steps[segment[0]]
-
-            for _, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
-                (index, first, last), *others = run
-                rows = diagonal[first - lo : (others[-1][2] if others else last) - lo]
-                group = self._group_of[index]
-                t = torch.tensor(steps[index], dtype=torch.float64, device="cpu")
-                torch.mul(of_second_moment(group, t, rows), rates[id(group)], out=rows)
-            return diagonal
-        for index, first, last in self._layout.segments(lo, hi):
-            rows = diagonal[first - lo : last - lo]
-            rows.fill_(rates[id(self._group_of[index])])
-            if (preconditioner := self._preconditioner(index, first, last)) is not None:
-                rows.mul_(preconditioner)
-        return diagonal
+    def decay(self, lo: int, hi: int) -> float | Tensor:
+        return self._diagonals.decay(lo, hi)
 
     def deviations(self) -> Deviations | None:
         found, self._deviations = self._deviations, None
@@ -227,12 +199,15 @@ class OptimizerFixedPoint:
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return self._layout.read(self._parameters, lo, hi, out)
 
-    def read_residual(self, lo: int, hi: int, w: Tensor, out: Tensor) -> Tensor:
+    def read_residual(
+        self, lo: int, hi: int, w: Tensor, out: Tensor, decayed: bool = True
+    ) -> Tensor:
         gradient, self._gradient, self._due = self._gradient, None, None
         if not self.moves:  # every learning rate is 0: M would be a divisor of 0
             return out.zero_()
         if self._residual == "gradient":
-            return self._with_decay(gradient or self._read_gradient(lo, hi, out), lo, hi, w)
+            found = gradient or self._read_gradient(lo, hi, out)
+            return self._diagonals.residual(*found, lo, hi, w if decayed else None)
         # The learning rate may change while the residual is stored, so it is divided out.
         scale = self.scaling(lo, hi)
         return self.read(lo, hi, out).sub_(w).div_(scale)
@@ -286,8 +261,8 @@ class OptimizerFixedPoint:
     def settings(self) -> list[list[float]]:
         """What stored pairs depend on besides the parameters: weight decays and rates by group."""
         signature: Any = self.signature
-        _, decays, rates = signature
-        return [[float(value) for value in values] for values in (decays, rates)]
+        _, rates = signature
+        return [[float(value) for value in values] for values in (self.decays, rates)]
 
     @property
     def config_lines(self) -> list[str]:
@@ -322,11 +297,11 @@ class OptimizerFixedPoint:
         ps, group_of = [p for p, _ in pairs], [group for _, group in pairs]
         changed = not _same(ps, self._parameters)
         if changed or not _same(group_of, self._group_of):
-            self._parameters, self._group_of, self._runs = ps, group_of, None
+            self._parameters, self._group_of, self._seen = ps, group_of, None
         # `model.half()` keeps the parameters and changes their dtypes.
         seen = [p.shape for p in ps], [p.dtype for p in ps], [p.device for p in ps]
         if changed or seen != self._seen:
-            self._seen, self._runs = seen, None
+            self._seen = seen
             shapes, dtypes, devices = seen
             if len(set(devices)) > 1:
                 raise UnsupportedError(
@@ -337,6 +312,7 @@ class OptimizerFixedPoint:
             self._widest = functools.reduce(torch.promote_types, dtypes, torch.float16)
             if self._layout.shapes != tuple(shapes):
                 self._layout = FlatLayout(shapes)
+            self._diagonals = Diagonals(self._optimizer, self._layout, ps, group_of)
         if changed:
             self._make_samples()
 
@@ -370,63 +346,6 @@ class OptimizerFixedPoint:
         gradients = [p.grad for p in self._parameters]
         absent = {index for index, gradient in enumerate(gradients) if gradient is None}
         return self._layout.read(gradients, lo, hi, out, again=True), absent
-
-    def _with_decay(self, found: _Gradient, lo: int, hi: int, w: Tensor) -> Tensor:
-        """Makes the residual -(g + weight decay) of a gradient, in place. w: [hi - lo]."""
-        gradient, absent = found
-        for rows, kind, segments in self._runs_of(absent, lo, hi):
-            sign, weight_decay, decoupled = kind
-            own = gradient[rows]
-            if not sign:
-                own.zero_()
-                continue
-            if weight_decay and not decoupled:
-                torch.add(own.mul_(-sign), w[rows], alpha=-weight_decay, out=own)
-                continue
-            own.mul_(-sign)
-            for index, first, last in segments if weight_decay else ():
-                if (preconditioner := self._preconditioner(index, first, last)) is not None:
-                    rows = slice(first - lo, last - lo)
-                    gradient[rows].sub_(w[rows] / preconditioner, alpha=weight_decay)
-        return gradient
-
-    def _runs_of(self, absent: set[int], lo: int, hi: int) -> list[_Run]:
-        """Runs of rows whose gradient and weight decay enter the residual alike.
-
-        Parameters without a gradient are in none: optimizers leave them alone, and their weight
-        decay too.
-        """
-        rest = 0.0, 0.0, False  # parameters that do not move
-        kinds = {
-            id(group): decay_of(self._optimizer, group) if learning_rate(group) else rest
-            for group in self._groups
-        }
-        now = lo, hi, absent, kinds
-        if self._runs is None or self._runs[0] != now:
-
-            def kind_of(segment: tuple[int, int, int]) -> _Kind | None:
-                index = segment[0]
-                return None if index in absent else kinds[id(self._group_of[index])]
-
-            runs: list[_Run] = []
-            for kind, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
-                segments = list(run)
-                if kind is not None:
-                    runs.append((slice(segments[0][1] - lo, segments[-1][2] - lo), kind, segments))
-            self._runs = now, runs
-        return self._runs[1]
-
-    def _preconditioner(self, index: int, first: int, last: int) -> Tensor | None:
-        """`preconditioner_of` rows [first, last) of the flat vector, which lie in one parameter."""
-        state = self._optimizer.state.get(self._parameters[index], {})
-        start = self._layout.offsets[index]
-        rows = slice(first - start, last - start)
-        group = self._group_of[index]
-        return preconditioner_of(self._optimizer, group, state, rows, self._work_dtype)
-
-    @property
-    def _work_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:

@@ -31,9 +31,23 @@ _PRECONDITIONED = (
 )
 
 
+_SCALE_FREE = {"muon", "lion", "adafactor", "signsgd", "signum", "lars", "lamb"}
+
+
 def preconditioned(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer has a preconditioner."""
     return isinstance(optimizer, _PRECONDITIONED)
+
+
+def scale_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step does not depend on the size of the gradient.
+
+    M is not known for these: a gradient that is twice as large makes the same step. Those of other
+    libraries are told by the name of their class.
+    """
+    if isinstance(optimizer, (torch.optim.Adafactor, torch.optim.Rprop, torch.optim.Muon)):
+        return True
+    return not _SCALE_FREE.isdisjoint(cls.__name__.lower() for cls in type(optimizer).__mro__)
 
 
 def learning_rate(group: Group) -> float:

@@ -95,8 +95,8 @@ def test_the_noise_gate_hands_over():
     assert_replicas_equal(ours.model)
     assert ours.stats.method == "subspace"
     assert ours.stats.block_length == 10
-    # Two attempts come too early to be refused; on one rank, noise has to be told from columns.
-    assert ours.stats.rejected["noise"] >= 8
+    # The first attempts have too few pairs, and are counted under no cause.
+    assert ours.stats.rejected["noise"] >= 5
     assert ours.stats.jumps > 0, ours.stats
 
 

@@ -31,7 +31,7 @@ class Watched:
 
     def __init__(self, problem, steps, comm=None, observe=True, config=SUBSPACE, groups=1):
         self.problem, self.opt = problem, problem.optimizer(config, comm, shard_groups=groups)
-        self.w, self.g, self.ends, self.jumps = [], [], [], []
+        self.w, self.g, self.loss_g, self.ends, self.jumps = [], [], [], [], []
         v = np.zeros(problem.n)
         for k in range(steps):
             w = flat(self.opt)
@@ -43,6 +43,7 @@ class Watched:
             self.opt.step()
             self.w.append(w)
             self.g.append(-problem.residual(k, w) * (problem.rates > 0.0))
+            self.loss_g.append(problem.gradient(k, w) * (problem.rates > 0.0))
             if self.opt.anderson.stats.jumps > before:
                 self.ends.append(k + 1)
                 self.jumps.append(flat(self.opt) - base)
@@ -50,8 +51,9 @@ class Watched:
     def block(self, end, length):
         """Mean iterate, mean gradient and noise of the `length` steps up to `end`."""
         w, g = np.array(self.w[end - length : end]), np.array(self.g[end - length : end])
-        even, odd = g[::2].mean(axis=0), g[1::2].mean(axis=0)
-        means = w.mean(axis=0), 0.5 * (even + odd), 0.5 * (even - odd)
+        noisy = np.array(self.loss_g[end - length : end])  # weight decay has no noise
+        half = 0.5 * (noisy[::2].mean(axis=0) - noisy[1::2].mean(axis=0))
+        means = w.mean(axis=0), g.mean(axis=0), half
         return tuple(map(torch.from_numpy, means))
 
 

@@ -20,10 +20,12 @@ class Method(Protocol):
 
     Attributes:
         keeps_base_step: whether the base step before an accelerated point is needed later.
+        decayed: whether its residuals contain the weight decay.
         loss_spreads: how far the next loss may rise, in standard deviations of a difference.
     """
 
     keeps_base_step: bool
+    decayed: bool
     loss_spreads: float
 
     @property

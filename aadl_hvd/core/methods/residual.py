@@ -39,6 +39,7 @@ class ResidualNorm:
     """
 
     keeps_base_step = False
+    decayed = True
     loss_spreads = LossCheck.TOLERANCE
 
     def __init__(
@@ -81,7 +82,7 @@ class ResidualNorm:
 
     def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
         """Stores a pair of one step as one more column."""
-        scaling = problem.uniform_scaling or 0.0
+        scaling = 0.0 if problem.scale_free else problem.uniform_scaling or 0.0
         new = self.history.push(w, r, self._config.mixing * scaling)
         if new is not None:
             self.gram.stored(*new)
@@ -113,7 +114,9 @@ class ResidualNorm:
         assert gram is not None
         acceptance.begin()
         columns = acceptance.columns(gram)
-        update, slope = self.update(columns, w, r, problem.scaling(*self._shard.rows))
+        # There is no mixing term where M r is no step of the base optimizer.
+        scaling = 0.0 if problem.scale_free else problem.scaling(*self._shard.rows)
+        update, slope = self.update(columns, w, r, scaling)
         acceptance.check_update(slope)
         return update
 

@@ -55,6 +55,7 @@ class Subspace:
 
     part = "gram"
     keeps_base_step = True  # the next block measures how the loss has gone along the jump
+    decayed = False  # it is added at a block's end, so that it may change from step to step
     loss_spreads = 5.0  # noise is large here, and bad jumps show in the next block as well
 
     def __init__(
@@ -130,9 +131,11 @@ class Subspace:
         self._complete = blocks.steps >= self._handover.length - 1
         if not self._complete:
             return tensors
-        numbers = blocks.finish()
+        rows = blocks.sharding.rows
+        decay = problem.decay(*rows)
+        numbers = blocks.finish(decay)
         judged = total(self._along_jump(), blocks.gradient).reshape(1)
-        products = blocks.products(problem.scaling(*blocks.sharding.rows))
+        products = blocks.products(problem.scaling(*rows), decay)
         return [torch.cat([numbers, judged.to(numbers.device), products]), *tensors]
 
     def _along_jump(self) -> list[Tensor]:

@@ -1,0 +1,170 @@
+"""The diagonals M and D over the flat vector: how rates and weight decays act on its rows.
+
+M      the step that the optimizer makes of a gradient in the long run, see `scaling`
+D      what weight decay adds to a gradient, D w
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadl_hvd.optim.flatten import FlatLayout
+from aadl_hvd.optim.scaling import (
+    Group,
+    decay_of,
+    learning_rate,
+    long_run_rate,
+    of_second_moment,
+    preconditioned,
+    preconditioner_of,
+    second_moments,
+)
+
+# What `decay_of` returns: sign, weight decay, whether it is decoupled.
+_Kind = tuple[float, float, bool]
+# Rows, what they have in common, and the parameters that meet them: (index, first row, last row).
+_Run = tuple[slice, _Kind, list[tuple[int, int, int]]]
+_AT_REST = 0.0, 0.0, False  # parameters that do not move
+
+
+class Diagonals:
+    """Of one list of parameters. Rates and decays may change from step to step.
+
+    Args:
+        optimizer: its state is read.
+        layout: of the parameters.
+        parameters: those that are trained.
+        group_of: the parameter group of each.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        layout: FlatLayout,
+        parameters: list[Tensor],
+        group_of: list[Group],
+    ) -> None:
+        self._optimizer, self._layout = optimizer, layout
+        self._parameters, self._group_of = parameters, group_of
+        self._groups = list({id(group): group for group in group_of}.values())
+        double = any(p.dtype == torch.float64 for p in parameters)
+        self._dtype = torch.float64 if double else torch.float32
+        self._runs: tuple[Any, list[_Run]] | None = None
+
+    @property
+    def uniform_scaling(self) -> float | None:
+        """M where it is one number that costs nothing to know, else None."""
+        rates = {long_run_rate(group) for group in self._optimizer.param_groups}
+        if len(rates) == 1 and not preconditioned(self._optimizer):
+            return rates.pop()
+        return None
+
+    def scaling(self, lo: int, hi: int) -> Tensor:
+        """Rows [lo, hi) of M, [hi - lo]."""
+        rates = {id(group): long_run_rate(group) for group in self._groups}
+        diagonal = self._empty(hi - lo)
+        moments = second_moments(self._optimizer, self._parameters, self._groups)
+        if moments is None:
+            for index, first, last in self._layout.segments(lo, hi):
+                rows = diagonal[first - lo : last - lo]
+                rows.fill_(rates[id(self._group_of[index])])
+                if (preconditioner := self._preconditioner(index, first, last)) is not None:
+                    rows.mul_(preconditioner)
+            return diagonal
+        v, steps = moments  # all parameters at once: with many small ones calls are all there is
+        self._layout.read(v, lo, hi, diagonal)
+
+        def kind_of(segment: tuple[int, int, int]) -> tuple[int, float]:
+            return id(self._group_of[segment[0]]), steps[segment[0]]
+
+        for _, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
+            (index, first, last), *others = run
+            rows = diagonal[first - lo : (others[-1][2] if others else last) - lo]
+            group = self._group_of[index]
+            t = torch.tensor(steps[index], dtype=torch.float64, device="cpu")
+            torch.mul(of_second_moment(group, t, rows), rates[id(group)], out=rows)
+        return diagonal
+
+    def decay(self, lo: int, hi: int) -> float | Tensor:
+        """D: one number, or rows [lo, hi) of it, [hi - lo]; 0 on parameters that do not move."""
+        runs = self._runs_of(set(), lo, hi)
+        if not any(weight_decay for _, (_, weight_decay, _), _ in runs):
+            return 0.0
+        if len(runs) == 1 and not runs[0][1][2]:
+            return runs[0][1][1]
+        diagonal = self._empty(hi - lo)
+        for rows, (_, weight_decay, decoupled), segments in runs:
+            diagonal[rows] = weight_decay
+            for index, first, last in segments if weight_decay and decoupled else ():
+                if (preconditioner := self._preconditioner(index, first, last)) is not None:
+                    diagonal[first - lo : last - lo].div_(preconditioner)
+        return diagonal
+
+    def residual(
+        self, gradient: Tensor, absent: set[int], lo: int, hi: int, w: Tensor | None
+    ) -> Tensor:
+        """Makes the residual -(g + D w) of rows [lo, hi) of a gradient, in place.
+
+        Args:
+            gradient: g, [hi - lo]; it is overwritten.
+            absent: indices of the parameters that have no gradient.
+            lo: first row.
+            hi: row after the last.
+            w: the iterate, [hi - lo]; None for -g.
+        """
+        for rows, (sign, weight_decay, decoupled), segments in self._runs_of(absent, lo, hi):
+            own = gradient[rows]
+            if not sign:
+                own.zero_()
+                continue
+            own.mul_(-sign)
+            if w is None or not weight_decay:
+                continue
+            if not decoupled:
+                own.sub_(w[rows], alpha=weight_decay)
+                continue
+            for index, first, last in segments:
+                if (preconditioner := self._preconditioner(index, first, last)) is not None:
+                    part = slice(first - lo, last - lo)
+                    gradient[part].sub_(w[part] / preconditioner, alpha=weight_decay)
+        return gradient
+
+    def _runs_of(self, absent: set[int], lo: int, hi: int) -> list[_Run]:
+        """Runs of rows whose gradient and weight decay enter the residual alike.
+
+        Parameters without a gradient are in none: optimizers leave them alone, and their weight
+        decay too.
+        """
+        kinds = {
+            id(group): decay_of(self._optimizer, group) if learning_rate(group) else _AT_REST
+            for group in self._groups
+        }
+        now = lo, hi, absent, kinds
+        if self._runs is None or self._runs[0] != now:
+
+            def kind_of(segment: tuple[int, int, int]) -> _Kind | None:
+                index = segment[0]
+                return None if index in absent else kinds[id(self._group_of[index])]
+
+            runs: list[_Run] = []
+            for kind, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
+                segments = list(run)
+                if kind is not None:
+                    runs.append((slice(segments[0][1] - lo, segments[-1][2] - lo), kind, segments))
+            self._runs = now, runs
+        return self._runs[1]
+
+    def _preconditioner(self, index: int, first: int, last: int) -> Tensor | None:
+        """`preconditioner_of` rows [first, last) of the flat vector, which lie in one parameter."""
+        state = self._optimizer.state.get(self._parameters[index], {})
+        start = self._layout.offsets[index]
+        rows = slice(first - start, last - start)
+        group = self._group_of[index]
+        return preconditioner_of(self._optimizer, group, state, rows, self._dtype)
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty(rows, dtype=self._dtype, device=self._parameters[0].device)
