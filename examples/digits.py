@@ -3,8 +3,8 @@
     horovodrun -np 2 python examples/digits.py
 
 It was written for Horovod's own optimizer. What was changed since is one name:
-`hvd.DistributedOptimizer` became `DistributedAndersonOptimizer`. Batches are small here, so their
-noise keeps the acceleration away: docs/when-does-it-pay.md.
+`hvd.DistributedOptimizer` became `DistributedAndersonOptimizer`. Batches are small here, so the
+subspace method takes over: docs/when-does-it-pay.md.
 """
 
 from __future__ import annotations

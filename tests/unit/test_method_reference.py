@@ -15,7 +15,7 @@ from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.acceptance import Acceptance
 from aadl_hvd.core.collectives import Collectives
-from aadl_hvd.core.methods.reference import residual_norm
+from aadl_hvd.core.methods.reference import residual_norm, subspace
 from aadl_hvd.core.methods.residual import ResidualNorm
 from aadl_hvd.core.reduction import reduce_payloads
 from aadl_hvd.core.shard import WeightShard, sharding_of
@@ -100,11 +100,11 @@ def compare(pairs, size, layout, **options):
     assert slope == pytest.approx(float(update @ r), abs=bound)
 
 
-def test_the_page_shows_the_function():
-    shown = dict(re.findall(BLOCK, PAGE.read_text(), re.DOTALL | re.MULTILINE))
-    source = inspect.getsource(residual_norm)
-    assert shown == {"residual_norm": source}
-    assert len(source.splitlines()) <= 60
+def test_the_page_shows_the_functions():
+    shown = re.findall(BLOCK, PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    sources = {f.__name__: inspect.getsource(f) for f in (residual_norm, subspace)}
+    assert shown == list(sources.items())
+    assert all(len(source.splitlines()) <= 60 for source in sources.values())
 
 
 def test_the_function_finds_the_root_of_a_linear_problem():
