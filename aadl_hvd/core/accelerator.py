@@ -98,9 +98,9 @@ class Accelerator(AcceleratorState):
             if stored:
                 with stats.timed("store"):
                     method.note(w, r, problem)  # store
-                if schedule.push:
-                    with stats.timed("average"):
-                        averages.take(w, r)
+            if schedule.push:
+                with stats.timed("average"):
+                    averages.take(w, r, schedule.push)
             if schedule.accelerate:
                 cause, accelerated = None, False
                 try:

@@ -141,12 +141,18 @@ class WeightAverages:
         self._gains = kept * self._gains + (1.0 - kept) * gains
         self._measured += 1
 
-    def take(self, w: Tensor, r: Tensor) -> None:
-        """Takes in an iterate [rows] and its residual [rows], without gains."""
+    def take(self, w: Tensor, r: Tensor, steps: int | None = None) -> None:
+        """Takes in an iterate and its residual, without gains.
+
+        Args:
+            w: the iterate, [rows].
+            r: its residual, [rows].
+            steps: since the last iterate; None: `every`.
+        """
         if self.count == 0:
             self._means.zero_()
         self.count += 1
-        weights = self._weights()
+        weights = self._weights(steps or self._every)
         if self.use_kernels and self.decays:
             kernels.add_to_means(w, r, [*self._means], weights)
         pairs = [
@@ -194,10 +200,10 @@ class WeightAverages:
         """Forgets everything."""
         self._gains, self._measured, self.count = np.zeros(len(self.decays)), 0, 0
 
-    def _weights(self) -> list[float]:
+    def _weights(self, steps: int) -> list[float]:
         """Weight of the newest iterate in each mean."""
         # A plain mean as long as there are too few iterates for the decay factor.
-        return [max(1.0 - decay**self._every, 1.0 / self.count) for decay in self.decays]
+        return [max(1.0 - decay**steps, 1.0 / self.count) for decay in self.decays]
 
     def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
         means = self._means[:, :, rows]

@@ -42,11 +42,13 @@ class Handover:
         """What step number `calls` does; None: the base optimizer's step alone."""
         if not self.subspace:
             return Schedule.of(self._config, calls)
-        into = calls - self._begin
-        if into < 1:
+        into, p = calls - self._begin, self._config.frequency
+        if into >= 1:
+            push = p if calls % p == 0 else 0
+            return Schedule(True, into >= self.length, False, False, push)
+        if calls <= self._config.warmup_steps or into % self.length or not self._config.averages:
             return None
-        averages = calls % self._config.frequency == 0
-        return Schedule(True, into >= self.length, False, False, averages)
+        return Schedule(False, False, False, False, self.length)  # asleep: once a block
 
     @property
     def asleep(self) -> bool:

@@ -48,7 +48,7 @@ def history_bytes(config: AndersonConfig, sharding: Sharding, work: torch.dtype)
     lo, hi = sharding.rows
     stored, pairs = 2 * len(sharding.slots), 4
     if config.hands_over or config.method == "subspace":  # one method's memory at a time
-        stored, pairs = max(stored, 2 * DEPTH), max(pairs, VECTORS)
+        stored, pairs = max(stored, 2 * DEPTH), VECTORS + 1
     others = pairs + (config.average_window or 0) + 2 * len(config.averages)
     column = stored * (config.history_dtype or work).itemsize
     return (hi - lo) * (column + others * work.itemsize)

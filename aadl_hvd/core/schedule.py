@@ -15,14 +15,15 @@ class Schedule(NamedTuple):
         accelerate: k mod p = 0 (paper, Eq. 8).
         confirm: safeguard="residual" judges the acceleration step before this one.
         average: the paper's moving average takes in this step.
-        push: the running averages take in this step, before any reduction.
+        push: the running averages take in this step before any reduction, so many steps after the
+            last time; 0: they do not.
     """
 
     store: bool
     accelerate: bool
     confirm: bool
     average: bool
-    push: bool = False
+    push: int = 0
 
     @staticmethod
     def of(config: AndersonConfig, calls: int) -> Schedule | None:

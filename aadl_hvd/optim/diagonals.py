@@ -1,7 +1,7 @@
 """The diagonals M and D over the flat vector: how rates and weight decays act on its rows.
 
-M      the step that the optimizer makes of a gradient in the long run, see `scaling`
-D      what weight decay adds to a gradient, D w
+M makes of a gradient the step that the optimizer makes of it in the long run, see `scaling`. D w is
+what weight decay adds to a gradient.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def fast(pairs, size, layout, scaling=1.0, rates=None, every=1, other=None, **se
         method = ResidualNorm(config, shard, collectives, stats, acceptance)
         part = slice(*shard.rows)
         for i, ((w, r), rate) in enumerate(zip(pairs, rates, strict=True), start=1):
-            method.note(w[part], r[part], SimpleNamespace(uniform_scaling=rate))
+            method.note(w[part], r[part], SimpleNamespace(uniform_scaling=rate, scale_free=False))
             if i % every == 0 and i < len(pairs):
                 reduce_payloads([method.gram.of(r[part], True)], collectives, stats)
         w, r = (vector[part] for vector in other or pairs[-1])

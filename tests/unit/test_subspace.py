@@ -1,7 +1,6 @@
 """The subspace method against its plain function, closed forms, and the truth of a quadratic."""
 
 import functools
-import inspect
 
 import numpy as np
 import pytest
@@ -89,10 +88,6 @@ def test_node_groups_jump_alike():
     assert all(np.array_equal(run.w, runs[0].w) for run in runs)
     assert runs[0].ends == alone.ends
     np.testing.assert_allclose(runs[0].w, alone.w, atol=1e-9)
-
-
-def test_the_function_is_short():
-    assert len(inspect.getsource(subspace).splitlines()) <= 60
 
 
 def random_span(n, k, seed, noise):

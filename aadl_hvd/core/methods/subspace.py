@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 import torch
@@ -162,7 +163,7 @@ class Subspace:
         known = iter(numbers)
         losses = [float(next(known)[0]) if isinstance(x, Tensor) else x for x in self._losses]
         self._acceptance.losses.note_losses(losses)
-        observed = self._complete and len(losses) == blocks.steps
+        observed = self._complete and len(losses) == blocks.steps and all(map(isfinite, losses))
         loss = [float(np.mean(losses)), 1.0] if observed else [0.0, 0.0]
         wanted = 2.0 * round(0.5 * self._memory)
         counts = blocks.stored, blocks.generation, blocks.steps, self.fingerprint, self._complete
@@ -173,7 +174,7 @@ class Subspace:
         """Takes in their sums, and begins the next block."""
         numbers, version = np.split(sums, [NUMBERS - COMPARED])
         self._sums, self.same = numbers, equal(version, size)
-        self.wanted = 2 * round(0.5 * numbers[-1] / size) if math.isfinite(numbers[-1]) else 0
+        self.wanted = 2 * round(0.5 * numbers[-1] / size) if isfinite(numbers[-1]) else 0
         self._steps = steps = self.blocks.steps
         self.blocks.drop_block()
         self.noise = self.squared = math.nan
