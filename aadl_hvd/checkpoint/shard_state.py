@@ -110,9 +110,15 @@ class WindowState(State):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class NoiseState(State):
-    """Share of noise in ||r||^2; None: not known. It may be below 0 by rounding."""
+    """Share of noise in ||r||^2; None: not known. It may be below 0 by rounding.
+
+    `open`: attempts in a row in which a guess of the noise has opened the gate.
+    """
+
+    GUESSES: ClassVar[int] = 3
 
     share: Annotated[float | None, SHARED, optional(number(-1.0, 1.0))]
+    open: Annotated[int, SHARED, integer(0, GUESSES)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -203,6 +203,7 @@ class Acceptance:
         if measured is None:
             guess = variance_from_history(gram)
             if guess is None:  # it is too early to say, and unknown noise is too much
+                self.noise.stays_open(False)
                 return []
             measured = guess, rr
         variance, squared = measured
@@ -212,7 +213,10 @@ class Acceptance:
         # short they are small beside r, and one bad measurement would keep them out for long.
         steadied = self.noise.steadied(variance, squared) if by_gradients else variance
         self._stats.note_noise(steadied, squared, gate)
-        if not stands_out(squared, steadied, gate):
+        opens = stands_out(squared, steadied, gate)
+        if not by_gradients:
+            opens = self.noise.stays_open(opens)
+        if not opens:
             return []
         if by_gradients and self._config.residual != "gradient":
             return columns  # columns are in other units than the noise

@@ -39,10 +39,12 @@ class NoiseMeter:
     # effective dimension on average, measured 0.05 to 0.1. Full batches have 0.4 to 0.8.
     ALIKE = 0.6
     MEMORY = 0.9  # decay of the share of noise, per acceleration step
+    GUESSES = NoiseState.GUESSES
 
     def __init__(self) -> None:
         self._sums: tuple[Vector, int] | None = None  # of the last reduction
         self._share: float | None = None
+        self._open = 0
         self._now: Deviations | None = None
         self._last: Deviations | None = None
         self._changes: deque[tuple[int, Tensor]] = deque(maxlen=2)
@@ -125,9 +127,20 @@ class NoiseMeter:
             self._share = self.MEMORY * last + (1.0 - self.MEMORY) * share
         return max(variance, (self._share or 0.0) * squared)
 
+    def stays_open(self, opens: bool) -> bool:
+        """Whether a gate that goes by a guess has been open in `GUESSES` attempts in a row.
+
+        A guess is too low now and then. In hundreds of attempts under noise some would get through.
+
+        Args:
+            opens: whether this attempt's guess opens it.
+        """
+        self._open = min(self._open + 1, self.GUESSES) if opens else 0
+        return self._open == self.GUESSES
+
     def state(self) -> NoiseState:
         """What is the same on every rank."""
-        return NoiseState(share=self._share)
+        return NoiseState(share=self._share, open=self._open)
 
     def own_state(self) -> OwnNoiseState:
         """What this rank's own gradients deviated by, copied to the host."""
@@ -140,7 +153,7 @@ class NoiseMeter:
     ) -> None:
         """Loads what `state` returned, and `own_state` on this rank where that is known."""
         self.clear()
-        self._share = state.share
+        self._share, self._open = state.share, state.open
         if own is None:
             return
         self._call = own.call

@@ -106,8 +106,8 @@ def test_gate_on_digits(digits, passes):
     """Open on full batches, whatever the partition; shut on small ones."""
     full, _ = train_on_digits(digits, 60, None, passes, safeguard="none")
     stats = full.anderson.stats
-    assert stats.rejected["noise"] <= 1  # too few columns to estimate by
-    assert stats.accelerated >= 29
+    assert stats.rejected["noise"] <= 3  # too few columns, and guesses that have to be confirmed
+    assert stats.accelerated >= 26
     assert stats.batch_factor < 0.5
     noisy, _ = train_on_digits(digits, 60, 8, passes, method="residual")
     stats = noisy.anderson.stats

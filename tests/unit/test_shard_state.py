@@ -70,7 +70,7 @@ def full_state():
             decays=(0.9,), every=3, gains=(0.1,), measured=1, count=2, means=numbers(1, 2, N)
         ),
         window=WindowState(pushed=9, iterates=numbers(2, N)),
-        noise=NoiseState(share=0.25),
+        noise=NoiseState(share=0.25, open=1),
         losses=LossState(observed=True, verdict_due=True, loss=1.0, tolerance=0.1),
         backoff=BackoffState(left_out=0, following=8, rejected=0.125),
         trial=TrialState(

@@ -152,7 +152,7 @@ def test_gradients_choose_the_average_in_noise_and_the_last_iterate_without():
     with noisy.opt.averaged_weights() as name:
         assert name == 0.98
         assert noisy.loss() < 0.2 * last
-    calm = Noisy(0.0, start=5.0, lr=0.02, store_every=10**6).run(60)  # no columns: plain SGD
+    calm = Noisy(0.0, start=5.0, lr=0.02, frequency=10**6).run(60)  # plain SGD
     with calm.opt.averaged_weights() as name:
         assert name is None
         assert calm.loss() == pytest.approx(0.5 * 50 * (5 * 0.98**60) ** 2)
