@@ -281,7 +281,7 @@ class Accelerator(AcceleratorState):
             if self.mean_over_ranks(np.array([float(rows is not None)]))[0] < 1.0:
                 return False
             assert rows is not None
-            self._shard.publish(problem, rows)
+            self._shard.show(problem, rows)
             return True
 
     def mean_over_ranks(self, values: Vector) -> Vector:

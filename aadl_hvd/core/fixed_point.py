@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -110,6 +111,9 @@ class FixedPoint(Protocol):
 
     def write(self, flat: Tensor, lo: int = 0) -> None:
         """Sets rows [lo, lo + k) of the weights from `flat` [k]. Rows beyond n are ignored."""
+
+    def followed(self) -> AbstractContextManager[None]:
+        """Within it weights are replaced. What the base optimizer remembers of them moves along."""
 
     def snapshot(self) -> Any:
         """A copy of the base optimizer's state for `restore`: plain types and tensors."""

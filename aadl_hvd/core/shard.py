@@ -72,6 +72,11 @@ class WeightShard:
             problem: whose weights are written.
             rows: this rank's, [hi - lo].
         """
+        with problem.followed():
+            self.show(problem, rows)
+
+    def show(self, problem: FixedPoint, rows: Tensor) -> None:
+        """As `publish`, for a while: the base optimizer remembers nothing of it. Collective."""
         block = self.sharding.block
         if self.sharding.layout == "columns":
             with self._stats.timed("write"):

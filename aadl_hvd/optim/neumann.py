@@ -245,6 +245,14 @@ class NeumannOptimizer(torch.optim.Optimizer):
                 work.append((group, weights, gradients, iterates, averages))
         return work
 
+    def past_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter and v, the moving average of its past values, where there is one.
+
+        Acceleration moves v along with the weights: delta = w - v stays what the optimizer made it.
+        """
+        states = [(p, self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
+        return [(p, state["v"]) for p, state in states if "v" in state]
+
     def _clock(self) -> _Clock:
         """The optimizer's counters: those of the parameter that was updated last."""
         states = [self.state[p] for g in self.param_groups for p in g["params"] if p in self.state]

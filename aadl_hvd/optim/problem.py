@@ -12,10 +12,11 @@ optimizer comes to rest.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -217,6 +218,15 @@ class OptimizerFixedPoint:
 
     def advance(self) -> Any:
         return self.base_step()
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        remembered: Any = getattr(self._optimizer, "past_weights", list)()
+        before = [p.detach().clone() for p, _ in remembered]
+        yield
+        with torch.no_grad():
+            for (p, past), old in zip(remembered, before, strict=True):
+                past.add_(p - old)
 
     def hold(self) -> Callable[[], None]:
         """Copies the weights. Calling the result puts them back."""

@@ -42,7 +42,7 @@ BAD = [
     *(("history_dtype", bad) for bad in ("float8", torch.int32, torch.complex64, 32, "", [])),
 ]
 ALLOWED = {
-    "method": "('residual',)",
+    "method": "('auto', 'residual', 'subspace')",
     **{name: f">= {low}" for name, low in INTEGERS.items()},
     "history_depth": ">= 1 and <= 1000",
     "enabled": "True or False",

@@ -21,7 +21,7 @@ from neumann_runs import (
     state_of,
 )
 
-from aadl_hvd import NeumannOptimizer
+from aadl_hvd import AndersonConfig, AndersonOptimizer, NeumannOptimizer
 
 # Formulas
 
@@ -386,3 +386,19 @@ def test_vanishing_delta(dtype, offset):
         np.testing.assert_allclose(p.detach(), -0.1 * 2 / 3 - 0.1, rtol=1e-6)
     else:
         assert p[0] > 1e10, "the formula's repulsion"
+
+
+def test_past_weights_follow_an_accelerated_point():
+    """delta = w - v is the same before and after the weights are replaced; a look changes none."""
+    p = torch.nn.Parameter(torch.arange(4.0))
+    base = NeumannOptimizer([p], lr=0.1, steps_per_epoch=5, warmup_epochs=0)
+    opt = AndersonOptimizer(base, anderson=AndersonConfig(enabled=True))
+    for _ in range(3):
+        p.grad = p.detach() + 1.0
+        opt.step()
+    problem = opt.anderson_engine.problem
+    v, w = opt.state[p]["v"].clone(), p.detach().clone()
+    with problem.followed(), torch.no_grad():
+        p.add_(torch.tensor([1.0, -2.0, 0.0, 0.5]))
+    torch.testing.assert_close(opt.state[p]["v"] - v, p.detach() - w)
+    assert not torch.equal(v, opt.state[p]["v"])

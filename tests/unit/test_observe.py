@@ -95,7 +95,7 @@ def moved(found, other):
 CASES = [(name, {}) for name in OPTIMIZERS]
 CASES += [("Nesterov", {"residual": "step"}), ("Adam", {"residual": "step", "layout": "columns"})]
 CASES += [("Adam", {"average_window": 2, "average_threshold": 1e9})]  # there, but never used
-CASES += [("Nesterov", {"safeguard": "descent"}), ("Nesterov", {"noise_gate": 0.0})]
+CASES += [("Nesterov", {"safeguard": "descent"}), ("Nesterov", {"method": "residual"})]
 
 
 @pytest.mark.parametrize("schedule", [False, True])

@@ -238,7 +238,8 @@ def digits_losses(name, schedule, accelerated, steps=120):
     groups = [{"params": list(layer.parameters())} for layer in (model[0], model[2])]
     opt = BASES[name](groups)
     if accelerated:
-        opt = AndersonOptimizer(opt, anderson=AndersonConfig())
+        # The gate is open: one rank goes by a guess, and this is about schedules.
+        opt = AndersonOptimizer(opt, anderson=AndersonConfig(noise_gate=None))
     scheduler = SCHEDULES[schedule](opt)
     losses = []
     for _ in range(steps):
@@ -315,12 +316,12 @@ def test_the_scaling_of_torch_s_optimizers(name):
 
 
 def test_unknown_noise_shuts_the_gate():
-    """Three columns at least, before one rank without micro-batches can say anything."""
+    """One rank without micro-batches: a guess needs three columns, and is confirmed twice."""
     p = torch.nn.Parameter(torch.ones(5))
     opt = AndersonOptimizer(
         torch.optim.SGD([p], lr=0.01), anderson=AndersonConfig(frequency=1, averages=())
     )
-    for k in range(4):
+    for k in range(6):
         p.grad = p.detach() * torch.arange(1.0, 6.0)
         opt.step()
-        assert opt.anderson.stats.accelerated == (k == 3)
+        assert opt.anderson.stats.accelerated == (k == 5)

@@ -16,11 +16,12 @@ from aadl_hvd.core.accelerator import Accelerator
 SCRIPT = """
 import torch
 {setting}
-from aadl_hvd import AndersonOptimizer
+from aadl_hvd import AndersonConfig, AndersonOptimizer
 matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 before = [m.fp32_precision for m in matmul]
 p = torch.nn.Parameter(torch.randn(10))
-opt = AndersonOptimizer(torch.optim.SGD([p], lr=0.1))
+opt = torch.optim.SGD([p], lr=0.1)
+opt = AndersonOptimizer(opt, anderson=AndersonConfig(noise_gate=None))
 for _ in range(6):
     p.grad = p.detach() * torch.arange(1.0, 11.0)
     opt.step()
