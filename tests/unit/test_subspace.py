@@ -188,3 +188,35 @@ def test_at_the_noise_floor_nothing_is_done():
     assert stats.asleep
     assert 14 <= stats.rejected["noise"] <= 20  # 16 blocks, then one in 16
     assert np.array_equal(ours.w, base.w)
+
+
+def test_weight_decay_may_change_in_every_step():
+    """The jump is that of the decay at the block's end; nothing is reset."""
+    problem = Problem(SLOW, noise=0.02)
+    opt = problem.optimizer(SUBSPACE)
+    w, g, jumps = [], [], 0
+    for k in range(120):
+        decay = 1e-3 * (1.0 + np.sin(0.1 * k))
+        opt.param_groups[0]["weight_decay"] = decay
+        w.append(flat(opt))
+        g.append(problem.gradient(k, w[-1]))
+        problem.set_gradient(opt, g[-1])
+        before = opt.anderson.stats.jumps
+        opt.step()
+        if opt.anderson.stats.jumps == before:
+            continue
+        jumps += 1
+        blocks = []
+        for last in range(10, k + 2, 10):
+            part, mean = np.array(g[last - 10 : last]), np.mean(w[last - 10 : last], axis=0)
+            half = 0.5 * (part[::2].mean(axis=0) - part[1::2].mean(axis=0))
+            blocks.append((mean, part.mean(axis=0) + decay * mean, half))
+        blocks = [tuple(map(torch.from_numpy, block)) for block in blocks[-11:]]
+        expected = subspace(blocks, problem.scaling(0)[0], 10, 0.0, farthest=0.3).numpy()
+        base = w[-1] - problem.rates * (g[-1] + decay * w[-1])
+        jump = flat(opt) - base
+        share = jump @ expected / (expected @ expected)
+        assert 0.0 < share < 1.0 + 1e-6
+        np.testing.assert_allclose(jump, share * expected, atol=1e-7 * np.abs(expected).max())
+    assert jumps > 5
+    assert not any(opt.anderson.stats.resets.values())
