@@ -93,12 +93,13 @@ class Persistence:
         acceptance, window = self._acceptance, self._moving_average
         self._handover.load_state(state.handover, calls)
         residual, subspace = self._residual, self._subspace
-        for method in (residual, subspace):
-            method.release()
-        if self._handover.subspace and state.subspace is not None:
-            own_block = None if own is None else own.block
-            subspace.load_state(state.subspace, own_block)
-        elif not self._handover.subspace:
+        if self._handover.subspace:
+            residual.release()
+            subspace.reset()
+            if state.subspace is not None:
+                subspace.load_state(state.subspace, None if own is None else own.block)
+        else:
+            subspace.release()
             residual.history.load_state(state.columns)
             residual.gram.load_state(state.gram)
         for method in (residual, subspace):

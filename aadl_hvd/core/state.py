@@ -195,6 +195,7 @@ class AcceleratorState:
             fingerprint: in [1, 2^36), the same for all shards of one state.
         """
         self._prepare(problem)
+        problem.forget_buffers()  # another method may be at work in this state
         self._pending, self._method.fingerprint = state, fingerprint
         if self._comm.size == 1 and not isinstance(self._comm, PendingCommunicator):
             self._load_pending(continues=True)

@@ -86,6 +86,7 @@ class Engine:
     def connect(self, comm: Communicator, group: ShardGroup, calls: int) -> None:
         """Goes on with other ranks, see `Accelerator.connect`. Not collective."""
         self.accelerator.connect(comm, group, calls)
+        self.problem.forget_buffers()
         self._sample_gradients()
 
     # What engines override
