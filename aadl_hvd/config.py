@@ -105,8 +105,8 @@ class AndersonConfig:
             mini-batches; it has no settings, and history_depth, frequency, store_every, relaxation,
             mixing, regularization and noise_gate are not about it. "auto": the first while its
             noise gate opens, else the second, whatever pays. "auto" never hands over with
-            residual="step", layout="columns", safeguard="residual", noise_gate=None or an
-            average_window; with these "subspace" is refused.
+            residual="step", layout="columns", safeguard="residual" or an average_window, which
+            "subspace" refuses, nor with noise_gate=None.
         history_depth: m, the number of columns of W and R (Eq. 2, 3); from 1 to 1000. Every
             acceleration step sends a message of 8 m^2 bytes and decomposes an m x m matrix on each
             rank. With m = 1000 that is 8 MB and 0.4 s on one core; time grows with m^3.

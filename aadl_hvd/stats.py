@@ -80,8 +80,9 @@ class Stats:
             came later included.
         jumps: those of the accelerated steps that the subspace method made, at the end of a block.
         rejected: acceleration steps that left the base optimizer's step in place, by cause, see
-            `Rejection`. Every acceleration step is counted as accelerated or under one cause. One
-            that `safeguard="residual"` or an observed loss rejects a step later is counted as both.
+            `Rejection`. An acceleration step is counted as accelerated, under one cause, or, where
+            it came too early for a point, not at all. One that `safeguard="residual"` or an
+            observed loss rejects a step later is counted as both.
         resets: times the history was forgotten, by cause (`Reset`).
         averaged: steps whose weights were replaced by the moving average.
         promised_reduction: ||r - R gamma|| / ||r|| of the last solve; small is good, 1 is no gain.
@@ -98,7 +99,8 @@ class Stats:
         walk: psi of the subspace method, 1 where the block means go no farther than noise would
             carry them. Jumps are whole up to 0.5 and end at 1.5.
         block_length: L, steps in the last block.
-        promised_gain: what the loss fell by through jumps in all, by the method's own prediction.
+        promised_gain: what the loss fell by through jumps in all, by the method's own prediction;
+            those that an observed loss has taken back included.
         rank: columns' worth of directions that the last solve used.
         seconds: wall-clock of each part on this rank, summed. On a GPU, work is counted where the
             host waits for it, mostly under "gram".
@@ -165,6 +167,11 @@ class Stats:
         """Notes a jump of the subspace method by the gain that it predicts."""
         self.jumps += 1
         self.promised_gain += gain
+
+    def take_back_jump(self, gain: float) -> None:
+        """Undoes `note_jump`, for a jump that was rejected before it was made."""
+        self.jumps -= 1
+        self.promised_gain -= gain
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:

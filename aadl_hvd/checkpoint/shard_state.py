@@ -91,7 +91,7 @@ class AveragesState(State):
 
     def _check(self, rows: int) -> None:
         same = len(self.decays) == len(self.gains)
-        agree("averages: measured, count", self.measured <= self.count and same)
+        agree("averages: decays, gains", same)
         check = tensor(len(self.decays), 2, rows, finite=True)
         check_optional(self.means, "averages.means", bool(self.count), check)
 

@@ -18,12 +18,14 @@ class BlocksState(State):
     Attributes:
         stored: blocks stored since the last reset.
         steps: steps noted in the block that runs.
+        gaps: of the last blocks: how many have gone by since the one before.
         columns: dW and dG, [2, columns in use, rows], as stored.
         vectors: start, sums, last means and noises, [vectors, rows]; None where nothing is stored.
     """
 
     stored: Annotated[int, SHARED, integer()]
     steps: Annotated[int, SHARED, integer()]
+    gaps: Annotated[tuple[int, ...], SHARED, listed(integer(1))]
     columns: Annotated[Tensor | None, ROWS, anything]
     vectors: Annotated[Tensor | None, ROWS, anything]
 
@@ -55,6 +57,7 @@ class HandoverState(State):
         refused: attempts of the residual-norm method in a row that its noise gate refused.
         wait: steps for which the residual-norm method is left alone after it was refused.
         left: steps of these that are left.
+        since: steps since the residual-norm method began.
         into: steps since the block that runs began; below 0: before it begins.
         length: L of the block that runs.
         idle: blocks in a row without a jump.
@@ -64,6 +67,7 @@ class HandoverState(State):
     refused: Annotated[int, SHARED, integer()]
     wait: Annotated[int, SHARED, integer()]
     left: Annotated[int, SHARED, integer(-(2**62))]
+    since: Annotated[int, SHARED, integer(-(2**62))]
     into: Annotated[int, SHARED, integer(-(2**62))]
     length: Annotated[int, SHARED, integer(2)]
     idle: Annotated[int, SHARED, integer()]

@@ -123,7 +123,7 @@ class Accelerator(AcceleratorState):
                         raise Rejected
                     if self._pending is not None:  # versions are equal: all ranks have it
                         self._load_pending(continues=False)
-                        raise Rejected
+                        return result  # with what is at work in it from the next step on
                     if method.finite:
                         with stats.timed("average"):
                             self._note_gains(w, r)
@@ -166,13 +166,13 @@ class Accelerator(AcceleratorState):
             seen = subspace.wanted, accelerated, subspace.noise, subspace.squared
             changed = handover.block_ended(self._calls, *seen)
         else:
-            changed = handover.attempted(cause, accelerated, self._calls)
+            known = self._acceptance.noise_known
+            changed = handover.attempted(cause, accelerated, self._calls, known)
         if changed:
             method.release()
             problem.forget_buffers()
             self._acceptance.noise.clear()
-        self.stats.method = "subspace" if handover.subspace else "residual"
-        self.stats.asleep = handover.asleep
+        self._note_method()
 
     def _note_noise(self, problem: FixedPoint) -> None:
         if self.config.noise_gate is not None and not self._handover.subspace:
@@ -184,7 +184,9 @@ class Accelerator(AcceleratorState):
         averages = self._averages
         if not self._handover.subspace:
             averages.push(w, r, averages.summed)
-        elif averages.count and np.isfinite(averages.summed).all():
+        elif not np.isfinite(averages.summed).all():  # as after a NaN in a step asleep
+            averages.clear()
+        elif averages.count:
             averages.note_gains(averages.summed)
 
     def _went_back(self, base_rows: Tensor | None) -> bool:

@@ -118,6 +118,7 @@ class Acceptance:
         noise: measures the noise of the gradient.
         losses: the lagged loss check.
         backoff: pauses.
+        noise_known: whether the last noise could be told at all.
         trial: the accelerated step that the next residual judges; None: there is none.
     """
 
@@ -125,6 +126,7 @@ class Acceptance:
         self._config, self._collectives, self._stats = config, collectives, stats
         self.noise, self.losses, self.backoff = NoiseMeter(), LossCheck(), Backoff()
         self.trial: Trial | None = None
+        self.noise_known = True
         self._ready = True
         self._shard: WeightShard
         self._base_rows: Tensor | None = None
@@ -200,10 +202,12 @@ class Acceptance:
             return columns
         measured = self.noise.measurement
         by_gradients = measured is not None
+        self.noise_known = True
         if measured is None:
             guess = variance_from_history(gram)
             if guess is None:  # it is too early to say, and unknown noise is too much
                 self.noise.stays_open(False)
+                self.noise_known = False
                 return []
             measured = guess, rr
         variance, squared = measured

@@ -6,6 +6,8 @@ and the variance of the noise falls with the length of the block.
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,18 @@ class Blocks:
         self.stored = self.steps = self.generation = 0
         self._columns: Tensor | None = None  # dW and dG, [2, DEPTH, rows]
         self._vectors: Tensor  # [VECTORS, rows]
+        self._gaps: deque[int] = deque(maxlen=DEPTH)
         self._dot: Tensor | float = 0.0  # sum of <w - start, g> over the block, on own rows
 
     @property
     def columns(self) -> int:
         """k, differences that can be used."""
         return min(max(self.stored - 1, 0), DEPTH)
+
+    @property
+    def elapsed(self) -> int:
+        """Blocks from the oldest to the newest mean, those that were not looked at included."""
+        return sum([*self._gaps][-self.columns :]) if self.columns else 0
 
     @property
     def nbytes(self) -> int:
@@ -104,11 +112,12 @@ class Blocks:
             self._dot = self._dot - (dots[0].double() if len(dots) == 1 else total(dots, w))
         self.steps += 1
 
-    def finish(self, decay: float | Tensor) -> Tensor:
+    def finish(self, decay: float | Tensor, gap: int = 1) -> Tensor:
         """Ends the block and stores its means and differences.
 
         Args:
             decay: the diagonal D by which weight decay adds D w to a gradient: a number, or [rows].
+            gap: blocks since the one that was stored before it, this one included.
 
         Returns:
             On own rows: the sum of <w - start, g> over the steps, and <mean w - start, mean g>;
@@ -118,6 +127,7 @@ class Blocks:
         last_w, last_g = self._vectors[6:8]
         first = (self.steps + 1) // 2
         self.stored += 1
+        self._gaps.append(gap)
         for rows in chunks(moved):
             moved[rows].div_(self.steps)
             even[rows].div_(first)
@@ -193,6 +203,7 @@ class Blocks:
     def clear(self) -> None:
         """Forgets everything; the memory stays allocated."""
         self.stored = self.steps = 0
+        self._gaps = deque(maxlen=DEPTH)
         self.generation += 1
 
     def release(self) -> None:
@@ -218,6 +229,7 @@ class Blocks:
         return BlocksState(
             stored=self.stored,
             steps=self.steps,
+            gaps=tuple(self._gaps),
             columns=self._own[:, : self.columns].to("cpu", copy=True) if used else None,
             vectors=self._vectors[2:].to("cpu", copy=True) if used else None,
         )
@@ -236,6 +248,7 @@ class Blocks:
         if state.vectors is None or state.columns is None:
             return False
         self.stored = state.stored
+        self._gaps.extend(state.gaps)
         self._own[:, : state.columns.shape[1]].copy_(state.columns)
         self._vectors[2:].copy_(state.vectors)
         if own is None or own.rows != self.sharding.rows:

@@ -11,7 +11,7 @@ import numpy as np
 
 from aadl_hvd.core.solve import Matrix, Vector
 
-DROPPED = 1e-7  # of the largest eigenvalue of A; below it rounding decides
+DROPPED = 1e-6  # of the largest eigenvalue of A; below it rounding decides in float32
 LONGEST = 19.0  # a jump goes no farther than the base optimizer does in so many blocks
 
 
@@ -61,7 +61,8 @@ def find_jump(
     # Curvature ji is seen twice: along direction i and along j. Each counts by its precision, the
     # square of the way gone over the noise, and a prior keeps what nothing is known of at h0.
     seen = basis.T @ b @ basis
-    weight = squares[None, :] / np.maximum(variance, np.finfo(float).tiny)[:, None]
+    floor = 1e-200 * float(squares[-1]) + np.finfo(float).tiny  # no weight overflows
+    weight = squares[None, :] / np.maximum(variance, floor)[:, None]
     unit = np.eye(len(squares))
     assumed = (1.0 + unit) / prior**2
     total = weight + weight.T + assumed

@@ -37,6 +37,7 @@ class Handover:
         self._begin = config.warmup_steps  # the block has the steps after this one
         self._idle = self._refused = 0
         self._wait, self._again = self.WAITS[0], 0
+        self._since = config.warmup_steps  # the residual-norm method is at work since this step
 
     def schedule(self, calls: int) -> Schedule | None:
         """What step number `calls` does; None: the base optimizer's step alone."""
@@ -55,22 +56,54 @@ class Handover:
         """Whether the subspace method looks at one block in `IDLE` only."""
         return self.subspace and self._idle >= self.IDLE
 
-    def attempted(self, cause: Rejection | None, accelerated: bool, calls: int) -> bool:
+    @property
+    def gap(self) -> int:
+        """Blocks since the one before, where the method slept in between; else 1."""
+        return self.IDLE if self._idle > self.IDLE else 1
+
+    def attempted(
+        self, cause: Rejection | None, accelerated: bool, calls: int, known: bool = True
+    ) -> bool:
         """Notes an acceleration step of the residual-norm method.
+
+        Args:
+            cause: why it was rejected; None: too few pairs.
+            accelerated: whether it was not.
+            calls: its number.
+            known: whether the noise was measured, and not just too early to guess.
 
         Returns:
             Whether the subspace method is at work from now on.
         """
+        config = self._config
+        if not config.hands_over:
+            return False
+        # Too few pairs where there could be some: weight decay that changes in every step resets.
+        early = calls - self._since <= 4 * config.store_every + config.frequency
         if accelerated:
             self._refused, self._wait = 0, self.WAITS[0]
-        elif cause in (Rejection.NOISE, None):  # None: too few pairs, as after many resets
+        elif (cause is Rejection.NOISE and known) or (
+            cause in (Rejection.NOISE, None) and not early
+        ):
             self._refused += 1
-        if self._refused < self.PATIENCE or not self._config.hands_over:
+        if self._refused < self.PATIENCE:
             return False
         self.subspace, self._refused, self._idle = True, 0, 0
         self._begin, self._again = calls, calls + self._wait
         self._wait = min(2 * self._wait, self.WAITS[1])
         return True
+
+    def hands_back(self, noise: float, squared: float) -> bool:
+        """Whether the residual-norm method is at work after the block that ends now.
+
+        Args:
+            noise: variance of one step's gradient, summed over coordinates; NaN: unknown.
+            squared: square of the norm of the block's mean gradient.
+        """
+        gate = self._config.noise_gate
+        if not self._config.hands_over or gate is None or self._begin + self.length < self._again:
+            return False
+        return math.isfinite(noise) and squared > (1.0 + gate) * noise
 
     def block_ended(
         self, calls: int, wanted: int, jumped: bool, noise: float, squared: float
@@ -81,24 +114,21 @@ class Handover:
             calls: number of its last step.
             wanted: L of the next block.
             jumped: whether a jump was made.
-            noise: variance of one step's gradient, summed over coordinates; NaN: unknown.
-            squared: square of the norm of the block's mean gradient.
+            noise: see `hands_back`.
+            squared: see `hands_back`.
 
         Returns:
             Whether the residual-norm method is at work from now on.
         """
+        changes = not jumped and self.hands_back(noise, squared)
         self._idle = 0 if jumped else self._idle + 1
         self.length = min(max(wanted, self.SHORTEST), self.LONGEST)
         self._begin = calls
-        if self.asleep and self._idle > self.IDLE:
+        if self._idle > self.IDLE:
             self._begin += (self.IDLE - 1) * self.length
-        gate = self._config.noise_gate
-        if self._config.method != "auto" or gate is None or calls < self._again:
-            return False
-        if not (math.isfinite(noise) and squared > (1.0 + gate) * noise):
-            return False
-        self.subspace = False
-        return True
+        if changes:
+            self.subspace, self._since = False, calls
+        return changes
 
     def state(self, calls: int) -> HandoverState:
         """All it knows after step number `calls`."""
@@ -107,6 +137,7 @@ class Handover:
             refused=self._refused,
             wait=self._wait,
             left=self._again - calls,
+            since=calls - self._since,
             into=calls - self._begin,
             length=self.length,
             idle=self._idle,
@@ -116,6 +147,8 @@ class Handover:
         """Loads what `state` returned, after step number `calls` here."""
         if self._config.method == "auto":
             self.subspace = state.subspace and self._config.hands_over
-        self._refused, self._wait, self._idle = state.refused, state.wait, state.idle
+        self._refused = min(state.refused, self.PATIENCE - 1)
+        self._wait, self._idle = state.wait, state.idle
         self._again, self._begin = calls + state.left, calls - state.into
+        self._since = calls - state.since
         self.length = state.length

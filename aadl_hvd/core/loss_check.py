@@ -69,7 +69,9 @@ class LossCheck:
 
     def observe(self, loss: float | Tensor) -> None:
         """Notes this rank's loss at the present weights. The mean of several calls counts."""
-        self._given.append(loss.detach().reshape(()) if isinstance(loss, Tensor) else float(loss))
+        # A copy: users may write the next loss into the same memory.
+        own = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else float(loss)
+        self._given.append(own)
 
     def next_step(self) -> None:
         """Begins a step. The losses observed so far belong to it."""

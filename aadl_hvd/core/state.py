@@ -67,7 +67,7 @@ class AcceleratorState:
         self._replicas = Replicas(self.config, self._collectives)
         self._acceptance = Acceptance(self.config, self._collectives, self.stats)
         self._handover = Handover(self.config)
-        self.stats.method = "subspace" if self._handover.subspace else "residual"
+        self._note_method()
         self.agreed = False
         self._pending: ShardState | None = None  # a loaded history that is not taken in yet
         self.full_state: ShardState | None = None
@@ -207,6 +207,7 @@ class AcceleratorState:
         if continues:
             self._calls = state.calls
         self._persistence.load_state(state, continues, self._calls)
+        self._note_method()
         self._use_kernels()
 
     def agree(self, problem: FixedPoint) -> None:
@@ -224,6 +225,11 @@ class AcceleratorState:
             self._reset_on_all()
         elif self._pending is not None:
             self._load_pending(continues=True)
+
+    def _note_method(self) -> None:
+        """Tells `stats` which method is at work."""
+        self.stats.method = "subspace" if self._handover.subspace else "residual"
+        self.stats.asleep = self._handover.asleep
 
     def _use_kernels(self) -> None:
         """Has `kernels` do the work where they can, if all ranks are able to."""

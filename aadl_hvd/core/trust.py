@@ -35,8 +35,9 @@ class Trust:
 
     def note_noise(self, phi: float | None, psi: float | None) -> None:
         """Takes in a block's share of noise; None: it is not known."""
-        self._phi = _smoothed(self._phi, phi)
-        self._psi = _smoothed(self._psi, psi)
+        # What is far beyond the limits would keep the gate shut for long.
+        self._phi = _smoothed(self._phi, phi if phi is None else min(phi, 1.0))
+        self._psi = _smoothed(self._psi, psi if psi is None else min(psi, 10.0))
 
     def noise(self, observed: bool) -> float:
         """phi with observed losses, else psi; NaN: unknown."""

@@ -54,6 +54,7 @@ class Diagonals:
         double = any(p.dtype == torch.float64 for p in parameters)
         self._dtype = torch.float64 if double else torch.float32
         self._runs: tuple[Any, list[_Run]] | None = None
+        self._absent: set[int] = set()  # in the last step
 
     @property
     def uniform_scaling(self) -> float | None:
@@ -90,13 +91,16 @@ class Diagonals:
         return diagonal
 
     def decay(self, lo: int, hi: int) -> float | Tensor:
-        """D: one number, or rows [lo, hi) of it, [hi - lo]; 0 on parameters that do not move."""
-        runs = self._runs_of(set(), lo, hi)
+        """D: one number, or rows [lo, hi) of it, [hi - lo].
+
+        It is 0 on parameters that do not move: at rate 0, or without a gradient in the last step.
+        """
+        runs = self._runs_of(self._absent, lo, hi)
         if not any(weight_decay for _, (_, weight_decay, _), _ in runs):
             return 0.0
-        if len(runs) == 1 and not runs[0][1][2]:
+        if len(runs) == 1 and runs[0][0] == slice(0, hi - lo) and not runs[0][1][2]:
             return runs[0][1][1]
-        diagonal = self._empty(hi - lo)
+        diagonal = self._empty(hi - lo).zero_()
         for rows, (_, weight_decay, decoupled), segments in runs:
             diagonal[rows] = weight_decay
             for index, first, last in segments if weight_decay and decoupled else ():
@@ -116,6 +120,7 @@ class Diagonals:
             hi: row after the last.
             w: the iterate, [hi - lo]; None for -g.
         """
+        self._absent = absent
         for rows, (sign, weight_decay, decoupled), segments in self._runs_of(absent, lo, hi):
             own = gradient[rows]
             if not sign:
@@ -167,4 +172,5 @@ class Diagonals:
         return preconditioner_of(self._optimizer, group, state, rows, self._dtype)
 
     def _empty(self, rows: int) -> Tensor:
-        return torch.empty(rows, dtype=self._dtype, device=self._parameters[0].device)
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        return torch.empty(rows, dtype=self._dtype, device=device)

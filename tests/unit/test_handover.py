@@ -71,7 +71,7 @@ def test_the_gate_is_tried_again_later_and_later():
             calls += 10
             assert not handover.block_ended(calls, 10, True, *NOISY)
             calls += 10
-            if handover.block_ended(calls, 10, True, *CALM):
+            if handover.block_ended(calls, 10, False, *CALM):
                 break
         waits.append(calls - begun)
         refused(handover, calls)

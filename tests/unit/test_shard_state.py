@@ -77,10 +77,12 @@ def full_state():
             base=numbers(N), residual=ResidualTrial(norm=2.0, undo={"entries": {}}), loss=True
         ),
         handover=HandoverState(
-            subspace=True, refused=1, wait=32, left=-3, into=4, length=10, idle=2
+            subspace=True, refused=1, wait=32, left=-3, since=9, into=4, length=10, idle=2
         ),
         subspace=SubspaceState(
-            blocks=BlocksState(stored=3, steps=4, columns=numbers(2, 2, N), vectors=numbers(9, N)),
+            blocks=BlocksState(
+                stored=3, steps=4, gaps=(1, 1, 16), columns=numbers(2, 2, N), vectors=numbers(9, N)
+            ),
             trust=TrustState(scale=0.5, phi=0.1, psi=0.2, slope=-0.3),
             base=numbers(N),
         ),

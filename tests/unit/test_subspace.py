@@ -1,6 +1,8 @@
 """The subspace method against its plain function, closed forms, and the truth of a quadratic."""
 
 import functools
+import io
+import itertools
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from problems import PLAIN, Group, Problem, flat
 
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
+from aadl_hvd.core.blocks import Blocks
 from aadl_hvd.core.curvature import find_jump
 from aadl_hvd.core.methods.reference import subspace
+from aadl_hvd.core.sharding import Sharding
 
 SUBSPACE = AndersonConfig(method="subspace", averages=())
 SLOW = (Group(shapes=((3, 4), (4,), (2, 1, 3), ()), lr=0.02),)
@@ -220,3 +224,59 @@ def test_weight_decay_may_change_in_every_step():
         np.testing.assert_allclose(jump, share * expected, atol=1e-7 * np.abs(expected).max())
     assert jumps > 5
     assert not any(opt.anderson.stats.resets.values())
+
+
+def test_torch_reads_the_state_without_more_types():
+    """Plain torch.save and torch.load: no NumPy number may be in it."""
+    opt = Watched(Problem(SLOW, noise=0.02), 45).opt
+    state = opt.state_dict() | opt.sharded_state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    found = torch.load(file)["anderson"]
+    assert found["measured"]["walk"] == opt.anderson.stats.walk
+    assert found["history"]["subspace"]["trust"]["psi"] is not None
+
+
+def test_a_jump_that_the_closure_rejects_was_none():
+    """safeguard="loss": trust falls, and no jump is counted."""
+    problem = Problem(SLOW, noise=0.0)
+    opt = problem.optimizer(AndersonConfig(method="subspace", averages=(), safeguard="loss"))
+    losses = itertools.count()
+    for k in range(60):
+
+        def closure(k=k):
+            problem.set_gradient(opt, problem.gradient(k, flat(opt)))
+            return float(next(losses))  # it rises, whatever is done
+
+        opt.step(closure)
+    stats = opt.anderson.stats
+    assert stats.rejected["loss"] > 2
+    assert stats.jumps == stats.accelerated == 0
+    assert stats.promised_gain == pytest.approx(0.0, abs=1e-12)
+
+
+def test_far_apart_block_means_do_not_open_psi():
+    """Asleep means lie 16 blocks apart: a random walk still scores about 1, and not 1/16."""
+    random = np.random.default_rng(0)
+    shares = []
+    for gap in (1, 16):
+        p = torch.nn.Parameter(torch.zeros(200, dtype=torch.float64))
+        blocks = Blocks(Sharding("rows", 200, 10, 1, 0), p.dtype, p.dtype, p.device)
+        w, found = np.zeros(200), []
+        for _ in range(40):
+            for step in range(10 * gap):
+                g = random.standard_normal(200)
+                if step >= 10 * (gap - 1):
+                    blocks.note(torch.from_numpy(w.copy()), torch.from_numpy(-g))
+                w = w - g
+            blocks.finish(0.0, gap)
+            blocks.drop_block()
+            k = blocks.columns
+            if k > 2:
+                numbers = blocks.products(1.0, 0.0)
+                metric, travelled = float(numbers[-3]), float(numbers[: k * k].sum())
+                found.append(blocks.elapsed * 100 * metric / travelled)
+        shares.append(np.mean(found))
+    assert shares[0] == pytest.approx(1.0, abs=0.4)
+    assert shares[1] == pytest.approx(1.0, abs=0.4)

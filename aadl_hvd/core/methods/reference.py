@@ -85,7 +85,7 @@ def subspace(
     # A basis of the span, orthonormal in the metric M^-1.
     A = W.T @ (W / M)
     a, V = torch.linalg.eigh(A)
-    kept = a > 1e-7 * a[-1]
+    kept = a > 1e-6 * a[-1]
     a, Q = a[kept], V[:, kept] / a[kept].sqrt()
     # The curvature H in the span. Entry ji is seen along direction i and along direction j; each
     # counts by its precision. A prior of mean h0 and variance h0^2 (off the diagonal, 0 and h0^2)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd import kernels
 from aadl_hvd.checkpoint.subspace_state import OwnBlockState, SubspaceState
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.acceptance import Acceptance, Rejected
@@ -81,7 +82,7 @@ class Subspace:
         self._momentum = 0.0
         self._losses: list[float | Tensor] = []  # one for each step that had one
         self._sums: Vector = np.zeros(0)
-        self._steps = 0  # of the block that has ended
+        self._steps, self._gain = 0, 0.0  # of the block that has ended, of the last jump
         self._complete = self._observed = False
 
     @property
@@ -134,7 +135,7 @@ class Subspace:
             return tensors
         rows = blocks.sharding.rows
         decay = problem.decay(*rows)
-        numbers = blocks.finish(decay)
+        numbers = blocks.finish(decay, self._handover.gap)
         judged = total(self._along_jump(), blocks.gradient).reshape(1)
         products = blocks.products(problem.scaling(*rows), decay)
         return [torch.cat([numbers, judged.to(numbers.device), products]), *tensors]
@@ -178,20 +179,23 @@ class Subspace:
         self._steps = steps = self.blocks.steps
         self.blocks.drop_block()
         self.noise = self.squared = math.nan
+        if not self._complete:
+            self.trust.forget_jump()  # the next block is not the one after it
         if not (self.same and self._complete and self.finite):
             return
-        moved, linear, judged, metric, noise, squared = numbers[DEPTH * _TABLE : -3]
+        # Plain numbers: they end up in checkpoints, which torch reads without NumPy's types.
+        scalars = map(float, numbers[DEPTH * _TABLE : -1])
+        moved, linear, judged, metric, noise, squared, loss, observed = scalars
         self.noise, self.squared = steps * noise, squared
         self.trust.judge(judged)
-        loss, observed = numbers[-3:-1]
         self._observed = bool(observed == size and loss > 0.0)
         phi = psi = None
         if self._observed:  # half of what the loss is above that of the mean iterate, over it
             phi = 0.5 * max(0.0, moved / steps - linear) / (loss / size)
         k = self.blocks.columns
-        travelled = numbers[: DEPTH * _TABLE].reshape(DEPTH, _TABLE)[:k, :k].sum()
+        travelled = float(numbers[: DEPTH * _TABLE].reshape(DEPTH, _TABLE)[:k, :k].sum())
         if travelled > 0.0:
-            psi = k * steps**2 * metric / travelled
+            psi = self.blocks.elapsed * steps**2 * metric / travelled
         self.trust.note_noise(phi, psi)
         self._stats.note_block(steps, self.trust.noise(True), self.trust.noise(False))
 
@@ -207,6 +211,8 @@ class Subspace:
             raise Rejected
         if not self.finite:
             raise Rejected(Rejection.NONFINITE)
+        if self._handover.hands_back(self.noise, self.squared):
+            raise Rejected
         fraction = self.trust.fraction(self._observed)
         k = self.blocks.columns
         if k < 2:
@@ -219,7 +225,8 @@ class Subspace:
         if not coefficients.any():
             raise Rejected(Rejection.GAIN)
         self.trust.jumped(float(slope))
-        self._stats.note_jump(float(gain))
+        self._gain = float(gain)
+        self._stats.note_jump(self._gain)
         return torch.from_numpy(coefficients)
 
     def _solve(self, k: int, fraction: float) -> Vector:
@@ -242,7 +249,11 @@ class Subspace:
         return self.blocks.combine(proposal, w.copy_(self._acceptance.base_rows()))
 
     def rejected(self, cause: Rejection) -> None:
-        """Nothing follows: the next block is another one."""
+        """A jump that safeguard="loss" rejects was none."""
+        if cause is Rejection.LOSS:
+            self.trust.lower()
+            self.trust.forget_jump()
+            self._stats.take_back_jump(self._gain)
 
     def went_back(self) -> None:
         """The loss after a jump was higher, and the jump was taken back."""
@@ -251,8 +262,9 @@ class Subspace:
         self.blocks.drop_block()
 
     def use_kernels(self, able: bool) -> bool:
-        """There are no kernels for this method."""
-        return able
+        """There are no kernels for this method; whether the averages may use theirs."""
+        blocks = self.blocks
+        return able and kernels.usable(blocks.device, blocks.work, blocks.dtype)
 
     def reset(self) -> None:
         """Forgets all blocks; trust in jumps stays."""
@@ -264,6 +276,7 @@ class Subspace:
         """Forgets all blocks, and frees their memory."""
         self.reset()
         self.blocks.release()
+        self.trust.scale = 1.0
 
     def restart_generation(self) -> None:
         """From here on the same on all ranks."""
