@@ -263,6 +263,7 @@ def test_far_apart_block_means_do_not_open_psi():
     for gap in (1, 16):
         p = torch.nn.Parameter(torch.zeros(200, dtype=torch.float64))
         blocks = Blocks(Sharding("rows", 200, 10, 1, 0), p.dtype, p.dtype, p.device)
+        blocks.staging_buffer()
         w, found = np.zeros(200), []
         for _ in range(40):
             for step in range(10 * gap):
