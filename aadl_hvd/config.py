@@ -87,9 +87,9 @@ class AndersonConfig:
     """Settings of Anderson acceleration (AA), all keyword-only, validated at construction.
 
     Equation numbers are those of Lupo Pasini, Yin, Reshniak, Stoyanov, "Stable Anderson
-    Acceleration for Deep Learning" (arXiv 2110.14813). The defaults are not the paper's: they are
-    the combination that was measured to be safe with a full batch (README, "When does it
-    pay?"). The paper's own settings are `AndersonConfig.paper(name)`.
+    Acceleration for Deep Learning" (arXiv 2110.14813). The defaults are not the paper's: they were
+    measured with full batches and with mini-batches (README, "When does it pay?"). The paper's own
+    settings are `AndersonConfig.paper(name)`.
 
     The training program makes its options from the fields and from this section: see
     `models.anderson_options`.

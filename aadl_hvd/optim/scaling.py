@@ -2,7 +2,8 @@
 
     M = lr / (1 - momentum) * preconditioner
 
-The first factor is the sum of all steps that a single gradient of 1 leads to. The preconditioner is
+The first factor is the sum of all steps that a single gradient of 1 leads to,
+with Nesterov's momentum as without. The preconditioner is
 what Adam and its kin, RMSprop, Adagrad and Adadelta multiply a gradient by, coordinate by
 coordinate, for example 1 / (sqrt(v) + eps). For other optimizers it is 1.
 """
