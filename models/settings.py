@@ -80,7 +80,7 @@ class Settings:
         "auto takes the GPU of the local rank where there is one",
         ("auto", "cpu", "cuda"),
     )
-    seed: int = declare("model", 0, "of weights, order and augmentation", least=0, most=2**31 - 2)
+    seed: int = declare("model", 0, "seed of weights, order, augmentation", least=0, most=2**31 - 2)
 
     optimizer: str = declare(
         "optimization",
@@ -96,7 +96,7 @@ class Settings:
         "learning rate after the warm-up; taken as it is, not multiplied by the number of ranks",
         least=0,
     )
-    momentum: float = declare("optimization", 0.9, "for sgd, nesterov and rmsprop", least=0)
+    momentum: float = declare("optimization", 0.9, "momentum of sgd, nesterov, rmsprop", least=0)
     weight_decay: float = declare("optimization", 5e-5, "L2 penalty (adamw: decoupled)", least=0)
     label_smoothing: float = declare(
         "optimization", 0.0, "share of the target spread over all classes, below 1", least=0
@@ -110,7 +110,7 @@ class Settings:
     )
     accumulate: int = declare("optimization", 1, "batches whose gradients make one step", least=1)
     compression: str = declare(
-        "optimization", "none", "number format of gradients that are sent", ("none", "fp16")
+        "optimization", "none", "compression of the gradients that are sent", ("none", "fp16")
     )
 
     warmup_epochs: float = declare(

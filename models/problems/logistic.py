@@ -39,7 +39,7 @@ class LogisticCancer(Supervised):
 
     Args:
         optimizer: "sgd" (lr 0.5) or "nesterov" (lr 0.1, momentum 0.9).
-        steps: of the base optimizer.
+        steps: steps of the base optimizer.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.
