@@ -94,7 +94,7 @@ def _notes(job: Job) -> Iterator[str]:
 def _submit(machine: Machine, script: str) -> int:
     command = SUBMIT[machine.scheduler.kind]
     try:
-        # On its standard input, which both read, and LSF's bsub needs for the script's head.
+        # On standard input: both read it, and LSF's bsub reads a script's head only there.
         run = subprocess.run(command, input=script, stdout=subprocess.PIPE, text=True)
     except OSError as error:
         raise LaunchError(

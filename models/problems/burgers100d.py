@@ -38,8 +38,8 @@ class LaplacianMLP(nn.Module):
 
         J_z = J_a W^T,  Δz = W Δa,    J_a = σ'(z) J_z,  Δa = σ''(z) |J_z|² + σ'(z) Δz
 
-    where |J_z|² sums over the rows, the directions in space. Only that sum is needed, and a rotation
-    of the directions does not change it. So 50 directions are enough in place of 99: with
+    where |J_z|² sums over the rows, the directions in space. Only that sum is needed, and rotating
+    the directions does not change it. So 50 directions are enough in place of 99: with
     W_1 = L Q^T (Q orthonormal, L 50 x 50) the first layer's J_z is L^T.
 
     Args:

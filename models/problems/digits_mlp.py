@@ -25,7 +25,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def split_digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns 1,497 digits for training and 300 for validation, drawn by `seed`.
+    """Draws 1,497 digits for training and 300 for validation by `seed`.
 
     Returns:
         (pixels float32 [N, 64] in 0..1, labels int64 [N]) of either part.
