@@ -1,4 +1,4 @@
-"""The tables of README and docs, made from the files in benchmarks/results.
+"""Makes the tables of README and docs from the files in benchmarks/results.
 
 python -m benchmarks.tables            # writes them anew
 python -m benchmarks.tables --check    # says which are not what the results say; exit code 1

@@ -86,7 +86,7 @@ def _notes(job: Job) -> Iterator[str]:
     for line in replaced_directives(job):
         yield f"--directive takes the place of {line!r}"
     if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
-        yield "without --resume auto a requeued training is refused, for --out holds one"
+        yield "without --resume auto a requeued training is refused, since --out holds one"
     if job.stage is None and any(PLACEHOLDER in word for word in words):
         yield f"nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is"
 

@@ -112,7 +112,7 @@ def _stopping(job: Job) -> Iterator[str]:
     if job.machine.scheduler.launcher == "horovodrun":
         return
     yield f"""\
-# When asked to stop, by the scheduler before the end or by hand, the ranks are told so: they write
+# A request to stop, by the scheduler before the end or by hand, is passed to the ranks. They write
 # a checkpoint and leave with exit code {PREEMPTED}.
 launch_ranks= launch_interrupted=
 launch_stop() {{
@@ -171,7 +171,7 @@ fi"""
     yield f"""\
 {start} &
 launch_ranks=$!
-[[ -z $launch_interrupted ]] || launch_stop  # a signal came before it was known whom to tell
+[[ -z $launch_interrupted ]] || launch_stop  # a signal came before launch_ranks was set
 while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
     : # wait was cut short by a signal: the ranks still run
 done"""
