@@ -1,6 +1,6 @@
 """Predicts the cost of acceleration on large machines, from measurements on small ones.
 
-It measures nothing. It reads the results of
+It measures nothing. It reads the results of:
 python -m benchmarks.cost overhead    # the library's timers on one rank and on two
 python -m benchmarks.gpu              # kernels that a GPU starts, and the time of one
 """
