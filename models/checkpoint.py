@@ -135,7 +135,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         checkpoint.save(path, state)
     except CheckpointError as error:
         raise UserError(
-            f"cannot write the checkpoint {path}, any earlier one is kept: {error}"
+            f"no checkpoint can be written to {path}, any earlier one is kept: {error}"
         ) from error
 
 

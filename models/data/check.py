@@ -116,5 +116,5 @@ def _difference(pixels: np.ndarray, expected: np.ndarray, kind: str) -> str | No
         return f"DALI does not turn it as its EXIF orientation says: {kind}"
     apart = float(np.abs(pixels.astype(np.int16) - expected).mean())
     if apart > GREY_LEVELS_APART:
-        return f"DALI's pixels differ from those of torch's loader by {apart:.0f} of 255: {kind}"
+        return f"DALI shows other pixels than torch's loader, by {apart:.0f} of 255: {kind}"
     return None

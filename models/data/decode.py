@@ -94,7 +94,7 @@ def _without_meaning(image: Image.Image) -> str | None:
     if image.mode not in _MODES and not _is_16_bit(image):
         return f"its pixels have PIL's mode {image.mode}, without an agreed brightness or colour"
     if max(tags.get(_BITS, (8,))) > 8 and (tags.get(_PHOTOMETRIC) == 0 or tags.get(_PLANAR) == 2):
-        return "it is a 16-bit TIFF with white as 0 or with separate planes, which PIL misreads"
+        return "it is a 16-bit TIFF in which white is 0 or planes are separate, which PIL misreads"
     return None
 
 
