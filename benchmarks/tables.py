@@ -28,7 +28,7 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 H100 = "gpu-nvidia-h100-80gb-hbm3"
 DIVERGED = "∞"
 
-# Rows of the tables of convergence: what they are called, and the problem in its file.
+# Rows of the tables of convergence: their names, and the problem in its file.
 PROBLEMS = {
     "quadratic, condition 1e4; SGD": "quadratic",
     "logistic regression, breast cancer; SGD": "logistic_cancer-sgd",

@@ -1,7 +1,7 @@
 """Training steps, validation and batch-norm statistics, on any number of ranks.
 
-Whether a collective is entered must depend only on what all ranks know: step counts, settings, sums
-over ranks. If it depended on what one rank sees, ranks could wait for each other for ever.
+Whether a rank enters a collective must depend only on values that all ranks share: step counts,
+settings, sums over ranks. If it depended on one rank's own values, ranks could deadlock.
 """
 
 from __future__ import annotations

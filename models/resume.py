@@ -141,7 +141,7 @@ def _load_history(path: Path, state: dict[str, Any], optimizer: Any) -> None:
         return
     if hvd.rank() == 0:
         print(f"warning: the history has to rebuild itself: {problems[0]}", flush=True)
-    optimizer.load_state_dict(state["optimizer"])  # again: without what was loaded of the history
+    optimizer.load_state_dict(state["optimizer"])  # again: drops the history loaded here
 
 
 def resume(

@@ -2,7 +2,7 @@
 
 Runs on one rank by itself, and on several under horovodrun, mpirun, srun or jsrun.
 
-After a signal (SIGTERM, SIGUSR1 or SIGUSR2) to any rank, all ranks finish the interval of
+A signal (SIGTERM, SIGUSR1 or SIGUSR2) to any rank stops all ranks. They finish the interval of
 `--log-every` steps, write a checkpoint and exit with code 75. `--resume auto` resumes from it.
 """
 

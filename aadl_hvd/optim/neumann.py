@@ -19,7 +19,7 @@ VARIABLES: Final = ("parameters", "tensors")
 # Groups cannot differ in these: the norms, t and K are those of all groups together.
 _SHARED: Final = ("steps_per_epoch", "warmup_epochs", "reset_epochs", "variables")
 
-# What one call of `step` updates in one group: the group, parameters, gradients, m, v.
+# The work of one call of `step` in one group: the group, parameters, gradients, m, v.
 _Work = tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 

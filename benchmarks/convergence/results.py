@@ -28,7 +28,7 @@ class Results:
 
     Attributes:
         head: conditions, machine, versions, date and arguments of the last launch.
-        runs: by (problem, contender, seed).
+        runs: runs by (problem, contender, seed).
 
     Raises:
         UserError: the file holds something else.

@@ -1,8 +1,8 @@
 """The sweep `overhead`: several settings, by part, against the floor.
 
-The floor is the time to read the 2 m n/P numbers of the history once, at the copy bandwidth that is
-measured in the same run. A dense reference does what the published code does: all n x m numbers
-on every rank, QR or normal equations.
+The floor is the time to read the 2 m n/P numbers of the history once, at the copy bandwidth of the
+same run. A dense reference works as the published code does: all n x m numbers on every rank, QR or
+normal equations.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def make(name: str, seed: int, steps: int | None = None) -> Problem:
     Args:
         name: one of `MAKERS`.
         seed: see `Problem`.
-        steps: number of steps, instead of its own.
+        steps: number of steps; None: the problem's own.
     """
     problem = MAKERS[name](seed, name=name)
     return problem if steps is None else dataclasses.replace(problem, steps=steps)

@@ -15,7 +15,7 @@ from benchmarks.simulate.machines import Machine
 
 CYCLE = 1e-3  # seconds between two negotiations of Horovod, as the machine files set it
 FLOAT64 = 8
-# What is sent along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the
+# Numbers sent along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the
 # weights 4, r^T r and four numbers that say whether ranks have stored the same 5.
 PAYLOAD = 20
 OBSERVED = 4  # numbers in the verdict on an observed loss
@@ -175,7 +175,7 @@ def history_bytes(
 
 # Passes over this rank's rows.
 ROW_PARTS = ("read", "store", "gram", "update", "average")
-# Passes over all n weights, whatever P: bytes for each, float32. "write" copies the point into the
+# Passes over all n weights, for any P: bytes for each, float32. "write" copies the point into the
 # tensors, "replicas" is a checksum.
 WHOLE_PARTS = {"write": 8, "replicas": 4}
 

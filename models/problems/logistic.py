@@ -82,7 +82,7 @@ class LogisticDigits(Supervised):
     """Softmax regression on scikit-learn's digits (see `digits_mlp`), full batch, Nesterov.
 
     Args:
-        steps: of the base optimizer, lr 0.1 and momentum 0.9.
+        steps: steps of the base optimizer, which has lr 0.1 and momentum 0.9.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.
