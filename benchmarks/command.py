@@ -1,7 +1,7 @@
-"""What the benchmarks' programs have in common: one module, run by its user and on the ranks.
+"""The common frame of the benchmarks' programs: one module, run by its user and on the ranks.
 
-The user's process launches the same module on real ranks, with `--on-rank FILE`; there rank 0
-writes what it measured into FILE, and the user's process prints, keeps and draws it.
+The user's process launches the same module on real ranks, with `--on-rank FILE`. There rank 0
+writes its measurements into FILE. The user's process prints, keeps and plots them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from models.errors import UserError
 
 
 class RanksFailed(Exception):
-    """The ranks ended with an exit code other than 0; what they printed has been seen."""
+    """The ranks ended with an exit code other than 0; their output has been shown."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"the ranks ended with exit code {code}")
@@ -27,14 +27,14 @@ class RanksFailed(Exception):
 
 
 def parser(module: str, description: str | None, out: Path) -> argparse.ArgumentParser:
-    """A command line with what `run` needs; `out`: default of `--out`, a file."""
+    """Makes a command line with the options of `run`; `out`: default of `--out`, a file."""
     made = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     add_options(made, out)
     return made
 
 
 def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Adds `--out`, a file, and what `run` needs."""
+    """Adds `--out`, a file, and the other options of `run`."""
     parser.add_argument("--out", type=Path, default=out, help="default: %(default)s")
     parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
 
@@ -47,9 +47,9 @@ def run(
     """Launches or, on a rank, measures.
 
     Args:
-        options: of a `parser`.
-        launch: for the user's process.
-        measure: for every rank, between Horovod's start and end; returns plain types.
+        options: options of a `parser`.
+        launch: called in the user's process.
+        measure: called on every rank, between Horovod's start and end; returns plain types.
 
     Returns:
         Exit code: 0, 2 for wrong input, or that of the ranks.
@@ -82,12 +82,12 @@ def at_least(low: int, options: argparse.Namespace, *names: str) -> None:
 
 
 def collect(module: str, *words: str, ranks: int) -> Any:
-    """What rank 0 of `module` measured; its output is passed on.
+    """Runs a module on ranks, passes its output on, and returns what rank 0 measured.
 
     Args:
-        module: made with `run`.
-        words: of its command line.
-        ranks: on this machine.
+        module: a module that calls `run`.
+        words: its command line.
+        ranks: number of ranks, all on this machine.
 
     Raises:
         RanksFailed: see there.

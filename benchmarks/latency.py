@@ -1,7 +1,7 @@
 """Time of the tiny reduction, through mpi4py and through Horovod, on real ranks: `--help`.
 
-Beside them MPI's own Allreduce, called as mpi4py's users do: it takes a rank that has left, or is
-in another operation, for one that is late, and waits.
+MPI's own Allreduce is timed beside them, called as mpi4py's users do. If a rank has left, or is in
+another operation, it waits as for a rank that is late.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def times(operation: Callable[[], Any], repeats: int, barrier: Callable[[], Any]
     """Seconds of each of `repeats` calls on this rank, all ranks entering together.
 
     Args:
-        operation: collective.
-        repeats: the same on every rank.
+        operation: the collective to time.
+        repeats: number of calls, the same on every rank.
         barrier: collective; without it a rank that left the last call early would wait in the next.
     """
     found = []
@@ -105,7 +105,7 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             seconds = times(
                 lambda operation=operation, values=values: operation(values),  # type: ignore[misc]
                 options.repeats,
-                # The lightest there is: another tiny reduction, of the same kind.
+                # The lightest barrier: another tiny reduction, of the same kind.
                 lambda: comm.allreduce(np.zeros(1)),
             )
             microseconds = report.spread([1e6 * s for s in seconds])

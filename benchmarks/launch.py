@@ -36,12 +36,12 @@ def run_on_ranks(
     """Runs `python -m module arguments` under horovodrun and passes its output on.
 
     Args:
-        module: to run, from the root of the checkout.
+        module: module to run, from the root of the checkout.
         arguments: its command line.
-        ranks: how many, all on this machine.
-        cycle_time: milliseconds that Horovod gathers tensors for before it reduces them; None: as
-            the environment or Horovod has it.
-        output: where all the program's output goes.
+        ranks: number of ranks, all on this machine.
+        cycle_time: milliseconds for which Horovod gathers tensors before it reduces them; None: the
+            environment's value or Horovod's default.
+        output: stream for all the program's output.
 
     Returns:
         The exit code.
@@ -93,7 +93,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where there is none."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -79,7 +79,7 @@ def _launch(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    """The largest peak in bytes."""
+    """Returns the largest peak of resident memory over all ranks, in bytes."""
     import resource
 
     import horovod.torch as hvd

@@ -1,4 +1,4 @@
-"""What benchmarks have in common: a table on the screen, a JSON file, medians with their spread."""
+"""Common parts of benchmarks: a table on the screen, a JSON file, medians with their spread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path("benchmarks/results")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles; with a single value all three are that."""
+    """Median and quartiles; a single value is all three."""
     first, median, third = (
         statistics.quantiles(values, n=4, method="inclusive")
         if len(values) > 1
@@ -38,7 +38,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def whiskers(spreads: Sequence[dict[str, float]], unit: float = 1.0) -> list[list[float]]:
-    """What matplotlib calls `yerr`: from medians to first and third quartiles, over `unit`."""
+    """matplotlib's `yerr`: distances from medians to first and third quartiles, over `unit`."""
     return [
         [(s["median"] - s["first_quartile"]) / unit for s in spreads],
         [(s["third_quartile"] - s["median"]) / unit for s in spreads],
@@ -51,7 +51,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder that results go to, before anything is measured.
+    """Makes the folder for results, before anything is measured.
 
     Raises:
         UserError: it cannot be written to.
@@ -65,10 +65,10 @@ def prepare(folder: Path) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Writes results as JSON, with date, machine and versions, whole or not at all.
+    """Writes results as JSON, with date, machine and versions. The write is atomic.
 
     Returns:
-        What was written.
+        The written content.
     """
     everything = {"date": str(datetime.date.today()), "machine": describe_machine(), **results}
     unfinished = path.with_name(path.name + ".part")

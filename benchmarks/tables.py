@@ -1,4 +1,4 @@
-"""The tables of README and docs, made from the files in benchmarks/results.
+"""Makes the tables of README and docs from the files in benchmarks/results.
 
 python -m benchmarks.tables            # writes them anew
 python -m benchmarks.tables --check    # says which are not what the results say; exit code 1
@@ -28,7 +28,7 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 H100 = "gpu-nvidia-h100-80gb-hbm3"
 DIVERGED = "∞"
 
-# Rows of the tables of convergence: what they are called, and the problem in its file.
+# Rows of the tables of convergence: their names, and the problem in its file.
 PROBLEMS = {
     "quadratic, condition 1e4; SGD": "quadratic",
     "logistic regression, breast cancer; SGD": "logistic_cancer-sgd",

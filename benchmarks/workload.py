@@ -1,4 +1,4 @@
-"""Something to optimize whose gradient costs next to nothing, so that the optimizer is measured.
+"""A problem whose gradient costs next to nothing, so that the optimizer is measured.
 
 f(w) = 1/2 <w, D w> with a random positive diagonal D, on parameters of the shapes of a network.
 """
@@ -20,8 +20,8 @@ from models import networks
 from models.errors import UserError
 
 CPU = torch.device("cpu")
-# What the library's timers see of an acceleration step and the stores before it, in its order.
-# "safeguard" is left out: nothing is judged where every point is taken.
+# The library's timers of an acceleration step and the stores before it, in their order.
+# "safeguard" is left out: it does nothing if every point is taken.
 CYCLE_PARTS = (
     "read",
     "replicas",
@@ -37,13 +37,13 @@ CYCLE_PARTS = (
 
 
 class Clock:
-    """Times work on a device; on a GPU by events in its stream, for which the host goes on."""
+    """Times work on a device; on a GPU by events in its stream, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
 
     def mark(self) -> Any:
-        """This moment: on a GPU, when it gets here."""
+        """Marks this moment; on a GPU, the moment when its stream gets here."""
         if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -51,12 +51,12 @@ class Clock:
         return event
 
     def synchronize(self) -> None:
-        """Waits until the device has done all there is; `seconds` is for marks made before."""
+        """Waits until the device has done all its work. Needed before `seconds`."""
         if self._gpu:
             torch.cuda.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks."""
+        """Seconds between two marks."""
         return float(start.elapsed_time(end)) / 1e3 if self._gpu else float(end - start)
 
     def time(self, work: Callable[[], Any]) -> float:
@@ -70,10 +70,9 @@ class Clock:
 
 @contextlib.contextmanager
 def gpu_synchronizations(part: Callable[[], str | None]) -> Iterator[dict[str, int]]:
-    """Counts calls in which the host synchronizes with the GPU, by the part under way.
+    """Counts the synchronizations of the host with the GPU, by part, as far as torch warns of them.
 
-    `part` says which that is; None: not counted. Those that torch warns of; empty where there is
-    no GPU.
+    `part` returns the present part; None: not counted. Without a GPU the result is empty.
     """
     found: dict[str, int] = {}
 
@@ -99,7 +98,7 @@ def gpu_synchronizations(part: Callable[[], str | None]) -> Iterator[dict[str, i
 def copy_bandwidth(
     numbers: int = 2**25, repeats: int = 9, device: torch.device = CPU
 ) -> dict[str, float]:
-    """Bytes per second, read and written, of a copy far larger than caches; measured."""
+    """Measures the bytes per second, read and written, of a copy far larger than caches."""
     source, target = torch.ones(numbers, device=device), torch.zeros(numbers, device=device)
     clock = Clock(device)
     target.copy_(source)
@@ -111,7 +110,10 @@ def copy_bandwidth(
 def shapes_of(name: str) -> list[torch.Size]:
     """Shapes of the parameters of a network of `models.networks`.
 
-    A number in place of a name: as many numbers, in as many alike tensors as ResNet50 has.
+    `name` may be a number of entries. They are split evenly into as many tensors as ResNet50 has.
+
+    Raises:
+        UserError: the name is neither a network nor a number.
     """
     if name.isdigit() and int(name) > 0:
         count = len(shapes_of("resnet50"))
@@ -131,11 +133,11 @@ class Workload:
     """Parameters and their gradients.
 
     Args:
-        shapes: of the parameters.
-        seed: of weights and D, the same on all ranks.
+        shapes: shapes of the parameters.
+        seed: seed of weights and D, the same on all ranks.
 
     Attributes:
-        parameters: of the shapes given, float32 on the CPU.
+        parameters: parameters of these shapes, float32 on the CPU.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], seed: int = 0) -> None:
@@ -152,11 +154,11 @@ class Workload:
 
     @property
     def n(self) -> int:
-        """How many numbers the parameters are."""
+        """The number of entries of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def named(self, prefix: str) -> list[tuple[str, nn.Parameter]]:
-        """Parameters with names, as Horovod wants them: another prefix for every optimizer."""
+        """Parameters with names, as Horovod wants them. Each optimizer needs its own prefix."""
         return [(f"{prefix}.{i}", parameter) for i, parameter in enumerate(self.parameters)]
 
     def backward(self) -> None:

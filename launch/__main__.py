@@ -86,7 +86,7 @@ def _notes(job: Job) -> Iterator[str]:
     for line in replaced_directives(job):
         yield f"--directive takes the place of {line!r}"
     if job.requeue and "models.train" in words and not any("--resume" in word for word in words):
-        yield "without --resume auto a requeued training is refused, for --out holds one"
+        yield "without --resume auto a requeued training is refused, since --out holds one"
     if job.stage is None and any(PLACEHOLDER in word for word in words):
         yield f"nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is"
 
@@ -94,7 +94,7 @@ def _notes(job: Job) -> Iterator[str]:
 def _submit(machine: Machine, script: str) -> int:
     command = SUBMIT[machine.scheduler.kind]
     try:
-        # On its standard input, which both read, and LSF's bsub needs for the script's head.
+        # On standard input: both read it, and LSF's bsub reads a script's head only there.
         run = subprocess.run(command, input=script, stdout=subprocess.PIPE, text=True)
     except OSError as error:
         raise LaunchError(

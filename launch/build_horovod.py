@@ -1,4 +1,4 @@
-"""Build Horovod for this machine: what it needs, how it is built, and a check of it.
+"""Build Horovod for this machine: find what it needs, set up the build, and check the result.
 
 PyPI has no wheels of Horovod. The built one is kept outside the checkout, in a folder whose name
 is a hash of everything that it depends on. horovod.cmake has the changes to Horovod's build.
@@ -29,14 +29,14 @@ Found = Mapping[str, str]
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment for pip, compilers and checks, without another Python's or MPI job's."""
+    """The environment for pip, compilers and checks, without settings of other Pythons or jobs."""
     dropped = re.compile(
         r"PYTHON(HOME|PATH|STARTUP|NOUSERSITE)|VIRTUAL_ENV.*|CONDA_PREFIX|__PYVENV_LAUNCHER__"
         r"|PIP_(TARGET|PREFIX|ROOT|USER|REQUIRE_HASHES|NO_BINARY|ONLY_BINARY)"
         r"|MAKE(FLAGS|LEVEL|FILES)|MFLAGS|HOROVOD_.*|CMAKE_.*|(OMPI|PMIX|PMI|ORTE)_.*"
     )
     env = {name: value for name, value in os.environ.items() if not dropped.fullmatch(name)}
-    # A cluster's module may set OPAL_PREFIX for an MPI that was moved: that one stays.
+    # A cluster's module may set OPAL_PREFIX for an MPI that was moved; that value is kept.
     if os.path.exists(os.path.join(env.get("OPAL_PREFIX", "/"), "pyvenv.cfg")):
         del env["OPAL_PREFIX"]
     return {**env, "PIP_USER": "0", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off", **more}
@@ -61,7 +61,7 @@ def compiles(compiler: list[str], program: str) -> bool:
 
 
 def find_compiler(names: list[str]) -> dict[str, str] | None:
-    """The first C++ compiler that knows C++20, with the first line of its version."""
+    """The first compiler that supports C++20, with the first line of its version."""
     for name in names:
         command = shlex.split(name)
         if compiles([*command, "-std=c++20"], CXX20_PROGRAM):
@@ -170,7 +170,7 @@ def build_environment(
 
 
 def check(kind: str, ranks: int, controller: str) -> None:
-    """Try Horovod on each of `ranks` ranks, beside mpi4py where MPI has started them."""
+    """Test Horovod on each of `ranks` ranks, together with mpi4py if MPI started them."""
     from mpi4py import rc
 
     rc.initialize = False  # so that an MPI library that is not Horovod's stays uninitialised

@@ -1,4 +1,4 @@
-"""Lines of a script's head: which option of the scheduler each of them sets."""
+"""Lines of a script's head, and the scheduler's options that each of them sets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from launch.machines import LaunchError
 
 PREFIX = {"slurm": "#SBATCH", "lsf": "#BSUB"}
-# Of sbatch's short options those that the script or a machine file may also set.
+# The short options of sbatch that the script or a machine file may also set.
 LONG = {
     "A": "account", "C": "constraint", "G": "gpus", "J": "job-name", "N": "nodes",
     "c": "cpus-per-task", "n": "ntasks", "o": "output", "p": "partition", "q": "qos", "t": "time",
 }  # fmt: skip
 STOPPING = "warning_seconds in a machine file"
-# What the script's head has from the command line, and what says it there.
+# Options that the script's head sets itself, and what the user gives in their place.
 OWN = {
     "slurm": {
         "account": "--account",
@@ -48,11 +48,11 @@ OWN = {
 
 
 def check_directives(kind: str, lines: Iterable[str]) -> tuple[str, ...]:
-    """The lines that `--directive` gave, without `#SBATCH` or `#BSUB`.
+    """Checks the lines of `--directive` and returns them without `#SBATCH` or `#BSUB`.
 
     Args:
-        kind: Of the scheduler, "slurm" or "lsf".
-        lines: As they were given.
+        kind: The scheduler, "slurm" or "lsf".
+        lines: The lines as they were given.
 
     Raises:
         LaunchError: A line is no option, or sets what another option of the program sets.
@@ -64,7 +64,7 @@ def check_directives(kind: str, lines: Iterable[str]) -> tuple[str, ...]:
             names = list(_options(kind, text))
         except ValueError:  # a quote is left open
             names = []
-        # Whatever ends a line, and may begin one that is run, is not printable.
+        # Characters that end a line are not printable. What follows one could run as a command.
         if not names or not text.startswith("-") or not text.isprintable():
             raise LaunchError(
                 f"--directive is {line!r}, must be one line of printable characters that begins "
@@ -73,7 +73,7 @@ def check_directives(kind: str, lines: Iterable[str]) -> tuple[str, ...]:
             )
         for name in names:
             for own, instead in OWN[kind].items():
-                # sbatch takes long options by any beginning that is no other's.
+                # sbatch takes any unambiguous prefix of a long option.
                 if name == own or (kind == "slurm" and len(name) > 1 and own.startswith(name)):
                     raise LaunchError(
                         f"--directive is {line!r}, but the script sets that itself: use {instead}"
@@ -83,13 +83,13 @@ def check_directives(kind: str, lines: Iterable[str]) -> tuple[str, ...]:
 
 
 def replaced(kind: str, lines: Sequence[str], by: Sequence[str]) -> list[str]:
-    """Those of the lines that set an option which one of the lines `by` sets, too."""
+    """Returns the lines that set an option which a line of `by` sets, too."""
     taken = {name for line in by for name in _options(kind, line)}
     return [line for line in lines if taken & set(_options(kind, line))]
 
 
 def _options(kind: str, line: str) -> Iterator[str]:
-    """Names of the options in a line; SLURM's in full, where they are in `LONG`."""
+    """Yields the names of the options in a line; short ones of SLURM in full, if in `LONG`."""
     for word in shlex.split(line):
         if kind == "lsf":
             if match := re.match(r"-([A-Za-z]\w*)", word):

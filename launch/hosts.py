@@ -1,4 +1,4 @@
-"""Hosts without a scheduler: `--hosts` or a hostfile as names and numbers of ranks."""
+"""Hosts without a scheduler: reads `--hosts` or a hostfile as names and numbers of ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Entry:
         host: Its name.
         slots: Ranks that the mention adds; None where it does not say.
         most: Ranks that the host takes at most.
-        where: What an error names.
+        where: The place that an error names.
     """
 
     host: str
@@ -34,10 +34,10 @@ class Entry:
 def parse_hosts(
     hosts: str | None, hostfile: str | None, ranks_per_node: int | None
 ) -> tuple[tuple[str, int], ...]:
-    """Names and numbers of ranks, in the order in which they are first named.
+    """Returns names and numbers of ranks, in the order of the first mentions.
 
-    A host that is named more than once gets the sum, as Open MPI does it. A mention without a
-    number is one rank where hosts are named repeatedly (one line per slot), and otherwise
+    A host that is named more than once gets the sum, as in Open MPI. A mention without a number
+    counts as one rank if any host is named repeatedly (one line per slot), else as
     `ranks_per_node`.
 
     Args:
@@ -46,7 +46,7 @@ def parse_hosts(
         ranks_per_node: On each host; None leaves it to the mentions.
 
     Raises:
-        LaunchError: Names the file and the line, or the option, and what is wrong.
+        LaunchError: The input is wrong. The message names the file and the line, or the option.
     """
     entries = list(_of_option(hosts) if hosts is not None else _of_file(str(hostfile)))
     if ranks_per_node is not None and not 1 <= ranks_per_node <= MOST:
@@ -97,7 +97,7 @@ def _of_file(path: str) -> Iterator[Entry]:
     try:
         # Editors under Windows put a byte-order mark first, which utf-8-sig leaves out.
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:  # of the file, of UTF-8, of a null character
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
         raise LaunchError(f"--hostfile: cannot read {path}: {error}") from None
     empty = True
     for number, line in enumerate(lines, start=1):
@@ -129,7 +129,7 @@ def _of_line(text: str, where: str) -> Entry:
 def _number(digits: str | None, host: str, where: str) -> int | None:
     if digits is None:
         return None
-    # Python reads no number of thousands of digits.
+    # Python's int() refuses thousands of digits.
     number = int(digits) if len(digits) <= 9 else MOST + 1
     if not 1 <= number <= MOST:
         raise LaunchError(
@@ -140,7 +140,7 @@ def _number(digits: str | None, host: str, where: str) -> int | None:
 
 
 def _hint(word: str) -> str:
-    # horovodrun's -H takes none, and Open MPI's splits them at their colons.
+    # horovodrun's -H takes no IPv6 address, and Open MPI's splits it at its colons.
     if word.startswith("[") or word.count(":") > 1:
         return "; launchers take no IPv6 address here: use the host's name"
     return ""

@@ -1,4 +1,4 @@
-"""A job: what the command line asks of a machine, checked and worked out."""
+"""A job: the options of the command line, checked against the machine and completed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command line as it was given; None is not given. See `python -m launch --help`."""
+    """The options as they were given; None: not given. See `python -m launch --help`."""
 
     command: Sequence[str]
     nodes: int | None = None
@@ -50,27 +50,27 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a script is rendered from.
+    """The data that a script is rendered from.
 
     Attributes:
-        machine: Where it runs.
+        machine: The machine that it runs on.
         command: The training program with its arguments; `{data}` stands for the staged data.
-        nodes: How many.
-        ranks: In total.
-        ranks_per_node: On each node; None where hosts differ.
-        gpus_per_node: That the job has; ranks take one each.
-        cores_per_rank: None where the number of cores is not known.
-        hosts: Names and ranks, where no scheduler knows them.
-        controller: Of horovodrun, "mpi" or "gloo".
-        walltime: In seconds.
-        account: To charge.
-        queue: Or partition.
+        nodes: Number of nodes.
+        ranks: Number of ranks in total.
+        ranks_per_node: Ranks on each node; None if hosts differ.
+        gpus_per_node: GPUs of a node that the job has; each rank takes one.
+        cores_per_rank: Physical cores of a rank; None if the number is not known.
+        hosts: Names and ranks, if no scheduler knows them.
+        controller: horovodrun's controller, "mpi" or "gloo"; None with other launchers.
+        walltime: Time limit in seconds; None without a scheduler.
+        account: Account to charge.
+        queue: Queue or partition.
         qos: SLURM's quality of service.
-        directives: Further lines of the script's head, which win over those of the machine file.
-        name: Of the job.
+        directives: Further lines of the script's head; they replace those of the machine file.
+        name: Name of the job.
         stage: Folder or archive to copy to every node's own disk.
         requeue: Queue again when the program leaves with exit code 75.
-        environment: Of the ranks.
+        environment: Variables of the ranks, by name.
     """
 
     machine: Machine
@@ -201,7 +201,7 @@ def _nodes(machine: Machine, options: Options, hosts: Sequence[object]) -> int:
 
 
 def _known(machine: Machine, what: str, given: int | None, *, required: bool) -> int | None:
-    """A number of the node that the machine file states or leaves to the command line."""
+    """Returns a node's number of `what`, from the machine file or else the command line."""
     own: int | None = getattr(machine.node, what)
     option = f"--{what}-per-node"
     least = 0 if what == "gpus" else 1
@@ -295,7 +295,7 @@ def _walltime(machine: Machine, options: Options, nodes: int) -> int:
             options.walltime,
             f"longer than the {warning} s before its end at which the job is asked to stop",
         )
-    # Other queues have limits of their own.
+    # The limits are those of the default queue only.
     if {options.queue, options.qos} <= {None, machine.scheduler.queue}:
         for limit in machine.scheduler.limits:
             if nodes <= limit.nodes:
@@ -341,7 +341,7 @@ def _stage(machine: Machine, options: Options) -> str | None:
     path = Path(options.stage)
     if "\0" in options.stage or path.name in ("", ".."):
         _refuse("--stage", repr(options.stage), f"a folder or an archive {ARCHIVES} with a name")
-    # By its name alone the script, which may be rendered elsewhere, tells one from the other.
+    # The script may be rendered on another machine, so it goes by the name alone.
     if path.is_dir() and path.name.endswith(ARCHIVES):
         _refuse("--stage", repr(options.stage), f"a folder whose name does not end in {ARCHIVES}")
     if path.is_file() and not path.name.endswith(ARCHIVES):

@@ -1,4 +1,4 @@
-"""Machine files: what a job script has to know about a cluster, as checked data."""
+"""Machine files: checked data about a cluster, for job scripts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FOLDER = Path(__file__).parent / "machines"
 KINDS = ("slurm", "lsf", "none")
 LAUNCHERS = {"slurm": ("srun",), "lsf": ("jsrun",), "none": ("mpirun", "horovodrun")}
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What schedulers take in a script's head without quotes.
+# Words that schedulers take in a script's head without quotes.
 PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
 MOST = 1_000_000
-"""Of anything that is counted: what is above is a slip, and some of it would be counted through."""
-# Put between double quotes in the script, where only variables may be expanded.
+"""Largest count that is taken. A larger one is a slip, and loops over it would take very long."""
+# The script has such a path between double quotes, where only variables may be expanded.
 SHELL_PATH = re.compile(r"/([\w./-]|\$\w+|\$\{\w+\})*")
 
 
@@ -34,12 +34,12 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One node's share of the machine.
+    """One node of the machine.
 
     Attributes:
         gpus: GPUs that the scheduler counts; None leaves it to `--gpus-per-node`.
         cores: Physical cores a job may use; None leaves it to `--cores-per-node`.
-        cpus_per_core: What the scheduler counts for one core: 2 where hardware threads are CPUs.
+        cpus_per_core: CPUs that the scheduler counts per core: 2 where hardware threads are CPUs.
         local_storage: Folder on the node's own disk; may hold shell variables.
     """
 
@@ -51,7 +51,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """The longest job of at most so many nodes in the default queue."""
+    """The largest walltime of a job of at most so many nodes in the default queue."""
 
     nodes: int
     walltime: str
@@ -66,7 +66,7 @@ class Scheduler:
         launcher: "srun", "jsrun", "mpirun" or "horovodrun".
         queue: Used unless `--queue` names another.
         queue_option: SLURM's word for a queue: "partition", or "qos".
-        qos: Names of `--queue` that are a QOS where the others are partitions.
+        qos: Values of `--queue` that are a QOS where the others are partitions.
         account_required: Jobs without an account are refused.
         limits: By size, smallest first; the last one is the machine's size.
         directives: Further lines of the script's head, without `#SBATCH` or `#BSUB`.
@@ -97,8 +97,8 @@ class Variable:
     """An environment variable of the ranks, and why it is set.
 
     Attributes:
-        value: As it is set.
-        reason: Why.
+        value: The value.
+        reason: Why it is set.
         folder: The value is a folder on every node's own disk. It may hold shell variables, and is
             made before the ranks start.
     """
@@ -113,13 +113,13 @@ class Performance:
     """Peak figures, for models of time and memory; bytes, seconds, bytes per second.
 
     Attributes:
-        gpu: Name.
-        gpu_memory_bytes: Of one GPU.
-        memory_bandwidth: Of one GPU's memory.
-        intranode_bandwidth: From one GPU to another of its node, per direction.
-        intranode_latency: Of a message within a node.
-        injection_bandwidth: From one node to the network, per direction.
-        network_latency: Of a message between nodes.
+        gpu: Name of the GPU.
+        gpu_memory_bytes: Memory of one GPU.
+        memory_bandwidth: Bandwidth of one GPU's memory.
+        intranode_bandwidth: Bandwidth between two GPUs of a node, per direction.
+        intranode_latency: Latency of a message within a node.
+        injection_bandwidth: Bandwidth from one node to the network, per direction.
+        network_latency: Latency of a message between nodes.
     """
 
     gpu: str
@@ -137,12 +137,12 @@ class Machine:
 
     Attributes:
         description: One line for `--machines`.
-        node: See there.
-        scheduler: See there.
+        node: See `Node`.
+        scheduler: See `Scheduler`.
         retired: When the machine left service, as "November 2024"; None: it is in service.
         environment: Variables of the ranks by name.
-        performance: See there.
-        name: The file's.
+        performance: See `Performance`.
+        name: The file's name without its suffix.
     """
 
     description: str
@@ -155,7 +155,7 @@ class Machine:
 
 
 def machine_names() -> list[str]:
-    """The machines that come with the project, those that left service last."""
+    """Returns the names of the project's machines. Those that left service come last."""
 
     def place(path: Path) -> tuple[bool, str]:
         return "retired" in tomllib.loads(path.read_text(encoding="utf-8")), path.stem
@@ -170,7 +170,7 @@ def load_machine(name: str) -> Machine:
         name: One of `machine_names`, or the path of a TOML file.
 
     Raises:
-        LaunchError: There is no such machine, or its file is wrong; names the key.
+        LaunchError: There is no such machine, or its file is wrong; the message names the key.
     """
     is_path = name.endswith(".toml") or "/" in name
     if not is_path and name not in machine_names():
@@ -183,7 +183,7 @@ def load_machine(name: str) -> Machine:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LaunchError(f"--machine: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # of TOML, of UTF-8, of numbers longer than Python reads
+    except ValueError as error:  # invalid TOML or UTF-8, or a number too long for Python
         raise LaunchError(f"--machine: {path} is no TOML: {error}") from None
     if "name" in content:
         raise LaunchError(f"{path}: name is not a key, the file's name is the machine's")
@@ -202,10 +202,10 @@ WALLTIME_FORM = re.compile(
 
 
 def parse_walltime(text: str) -> int | None:
-    """Seconds of a time in one of the forms of `WALLTIME`; None when it is none of them.
+    """Returns the seconds of a time in one of the forms of `WALLTIME`; None for any other text.
 
-    They are SLURM's, but for one: `1:30` is an hour and a half, as LSF has it. SLURM itself reads
-    1 minute and 30 seconds.
+    The forms are SLURM's, with one difference: `1:30` is an hour and a half, as in LSF. SLURM
+    itself reads 1 minute and 30 seconds.
     """
     match = WALLTIME_FORM.fullmatch(text)
     if match is None:
@@ -219,7 +219,7 @@ def parse_walltime(text: str) -> int | None:
 
 
 def _read(kind: Any, value: Any, file: str, key: str) -> Any:
-    """Makes a value of a dataclass, or of one of the types its fields have."""
+    """Converts a TOML value to a dataclass, or to the type of a dataclass's field."""
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -271,7 +271,7 @@ def _read_table(kind: Any, value: Any, file: str, key: str) -> Any:
 
 
 def _check(machine: Machine, file: str) -> None:
-    """What types do not say."""
+    """Checks what types do not say."""
 
     def require(holds: bool, key: str, value: Any, allowed: str) -> None:
         if not holds:
@@ -322,7 +322,7 @@ def _check(machine: Machine, file: str) -> None:
         require(positive, f"performance.{key}", value, "positive and finite")
     for key in ("directives", "storage_directives"):
         for line in getattr(scheduler, key):
-            # Whatever ends a line, and may begin one that is run, is not printable.
+            # Characters that end a line are not printable. What follows one could run as a command.
             one_line = bool(line.strip()) and line.isprintable()
             require(one_line, f"scheduler.{key}", line, "one line of printable characters")
             require(_quotes_close(line), f"scheduler.{key}", line, "without a quote left open")

@@ -1,4 +1,4 @@
-"""A job as a bash script: nothing is read, run or looked up here."""
+"""Renders a job as a bash script. Nothing is read, run or looked up here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREEMPTED = 75
 
 
 def render(job: Job) -> str:
-    """The script, which runs under bash: as a batch job, or by hand where there is no scheduler."""
+    """Returns the bash script: a batch job, or one to run by hand if there is no scheduler."""
     parts = [
         ["#!/bin/bash", *_head(job)],
         [f"# {line}" for line in _summary(job)],
@@ -28,7 +28,7 @@ def render(job: Job) -> str:
 
 
 def replaced_directives(job: Job) -> list[str]:
-    """Lines of the machine file and of ours in whose place the job has some of `--directive`."""
+    """Returns the lines of the script's own head that lines of `--directive` replace."""
     return replaced(job.machine.scheduler.kind, _own_head(job), job.directives)
 
 
@@ -92,7 +92,7 @@ def _environment(job: Job) -> Iterator[str]:
         value = f'"{variable.value}"' if variable.folder else shlex.quote(variable.value)
         yield f"export {name}={value}  # {variable.reason}"
     if THREADS not in job.environment:
-        # Left out, each rank starts a thread for every core of its node; 1 leaves most cores idle.
+        # Unset, each rank starts a thread for every core of its node; 1 leaves most cores idle.
         ranks = max(slots for _, slots in job.hosts)
         yield "launch_cores=$(nproc)"
         yield (
@@ -100,7 +100,7 @@ def _environment(job: Job) -> Iterator[str]:
             f"1))}}  # this host's cores over its {ranks} ranks; --env {THREADS}=N if others differ"
         )
     if job.machine.scheduler.launcher == "mpirun":
-        # Open MPI hands on to other hosts what it is told to, and warns of names that are not set.
+        # Open MPI passes to other hosts only what -x names, and warns of names that are not set.
         names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", THREADS, *job.environment]
         yield "launch_pass=()"
         yield f"for launch_name in {' '.join(dict.fromkeys(names))}; do"
@@ -112,7 +112,7 @@ def _stopping(job: Job) -> Iterator[str]:
     if job.machine.scheduler.launcher == "horovodrun":
         return
     yield f"""\
-# When asked to stop, by the scheduler before the end or by hand, the ranks are told so: they write
+# A request to stop, by the scheduler before the end or by hand, is passed to the ranks. They write
 # a checkpoint and leave with exit code {PREEMPTED}.
 launch_ranks= launch_interrupted=
 launch_stop() {{
@@ -146,7 +146,7 @@ def _staging(job: Job) -> Iterator[str]:
         return
     archive, remove = path, ""
     if job.machine.scheduler.broadcast:
-        # From one node to all the others over the network: the file system is read once.
+        # sbcast sends it from one node to all the others, so the file system is read once.
         archive, remove = f'"$launch_data"{suffix}', ' && rm -- "$1"'
         yield f"sbcast --force {path} {archive}{failed}"
     unpack = 'mkdir -p -- "$2" && tar -xf "$1" -C "$2"' + remove
@@ -162,7 +162,7 @@ def _training(job: Job) -> Iterator[str]:
         yield f"exec {start}"
         return
     if job.stage is not None:
-        # Queued again, it would come no further.
+        # It is not requeued, since it would get no further.
         yield """\
 if [[ $launch_interrupted ]]; then
     echo "asked to stop before the data was staged; the job's time is too short" >&2
@@ -171,7 +171,7 @@ fi"""
     yield f"""\
 {start} &
 launch_ranks=$!
-[[ -z $launch_interrupted ]] || launch_stop  # a signal came before it was known whom to tell
+[[ -z $launch_interrupted ]] || launch_stop  # a signal came before launch_ranks was set
 while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
     : # wait was cut short by a signal: the ranks still run
 done"""
@@ -197,7 +197,7 @@ def _launcher(job: Job) -> str:
             f"--ntasks-per-node={job.ranks_per_node}",
             f"--cpus-per-task={_cpus(job)}",
             "--cpu-bind=cores",
-            # Ranks that leave together must not kill each other, and a crash not leave any behind.
+            # Ranks that leave together must not kill each other. A crash must leave none behind.
             "--kill-on-bad-exit=0",
             "--wait=60",
         ]
@@ -232,11 +232,11 @@ def _on_each_node(job: Job) -> str:
 
 
 def _jsrun(nodes: int, ranks: int, cores: int, gpus: int) -> list[str]:
-    """A node is one resource set, and each of its ranks is bound to cores of its own.
+    """Returns jsrun's words: a node is one resource set, and its ranks are bound to separate cores.
 
-    jsrun takes away from a rank what is outside its resource set, and NCCL reaches no such GPU over
-    NVLink: so one set has all of a node's, and a rank takes the one of its local rank. There are no
-    `--smpiargs`: MPI knows no GPUs unless told so (`-gpu`), and gets host memory alone here.
+    jsrun hides GPUs outside a rank's resource set, and NCCL cannot reach them over NVLink. So one
+    set has all GPUs of a node, and a rank takes that of its local rank. `--smpiargs` is not needed:
+    MPI uses GPUs only if told so (`-gpu`), and here it gets host memory only.
     """
     return ["jsrun", "-n", str(nodes), "-r", "1", "-a", str(ranks), "-c", str(ranks * cores),
             "-g", str(gpus), "-b", f"proportional-packed:{cores}", "-d", "packed"]  # fmt: skip
@@ -252,7 +252,7 @@ def _hosts(job: Job) -> str:
 
 
 def _cpus(job: Job) -> int:
-    """Of one rank, as SLURM counts them."""
+    """CPUs of one rank, as SLURM counts them."""
     return (job.cores_per_rank or 1) * job.machine.node.cpus_per_core
 
 
@@ -262,12 +262,12 @@ def _clock(seconds: int | None) -> str:
 
 
 def _path(path: str) -> str:
-    """Quoted; a relative one must not be taken for an option."""
+    """Quotes a path. A relative one must not be taken for an option."""
     return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 
 def _word(word: str, *, staged: bool) -> str:
-    """One word of the training command, as bash must read it to pass it on unchanged."""
+    """Quotes one word of the training command, so that bash passes it on unchanged."""
     if not staged or PLACEHOLDER not in word:
         return shlex.quote(word)
     return '"$launch_data"'.join(

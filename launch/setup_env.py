@@ -20,7 +20,7 @@ from pathlib import Path
 from launch import build_horovod
 from launch.build_horovod import HOROVOD, clean_environment, digest, output_of
 
-# What to do about what is missing.
+# How to get what is missing.
 PYTHON = "apt-get install python3-venv python3-dev (python3.12-...) or dnf install python3-devel; "
 PYTHON += "or name another Python: PYTHON=/path/to/python3.12 make setup"
 COMPILER = "apt-get install g++, dnf install gcc-c++ or module load gcc (11 or later); CXX=g++-12 "
@@ -29,7 +29,7 @@ MPI = "module load openmpi/4, apt-get install libopenmpi-dev, or AADL_HVD_MPI=wh
 CUDA = "load CUDA's module or export CUDA_HOME=/path/to/cuda; or AADL_HVD_GPU=off make setup"
 INDEX = 'check the network and "pip config list" (index-url, proxy, cert), then call it again'
 
-# What a failed command's output says, what is wrong, what to do.
+# A pattern in a failed command's output, what is wrong, what to do.
 HINTS = (
     ("ensurepip|No module named venv", "this Python has no venv or ensurepip", PYTHON),
     ("No space left|[Dd]isk quota", "the disk is full", "free some space, then call it again"),
@@ -63,7 +63,7 @@ class Setup:
             self.state = json.loads(self.state_file.read_text())
 
     def record(self, fingerprint: str) -> None:
-        """Write down what was chosen and, at the end, what it was done from."""
+        """Write down what was chosen and, at the end, the fingerprint."""
         self.state = {"mpi": self.mpi, "gpu": self.gpu, "gpu_seen": self.gpu_seen}
         self.state_file.write_text(json.dumps(self.state | {"fingerprint": fingerprint}, indent=2))
 
@@ -94,7 +94,7 @@ class Setup:
         )
 
     def run(self, command: list[str], env: dict[str, str]) -> str:
-        """Run a command with its output going to the log; its output. SetupError if it fails."""
+        """Run a command, log its output and return it. SetupError if it fails."""
         with (self.scratch / "log").open("a+", errors="replace") as log:
             print("\n$", *command, file=log, flush=True)
             start = log.tell()
@@ -121,10 +121,10 @@ class Setup:
         self.run([str(self.python), "-m", "pip", *arguments], env)
 
     def look(self) -> None:
-        """Find out what is there; SetupError with all that is missing, before any download."""
+        """Find compiler, MPI and GPU. SetupError has all that is missing, before any download."""
         pinned = re.search("^openmpi==(.+)", (self.launch / "constraints.txt").read_text(), re.M)
         wheel = {"kind": "wheel", "name": f"Open MPI {pinned and pinned[1]} (PyPI wheel)"}
-        # The MPI of an earlier set-up stays, and its nvcc where there is none: PATH may be another.
+        # The MPI of an earlier set-up stays, and its nvcc if none is found: PATH may have changed.
         mpi = self.state.get("mpi", {})
         if not self.has(mpi):
             path = "" if self.want_mpi == "wheel" else os.environ.get("PATH", "")
@@ -168,7 +168,7 @@ class Setup:
             if not (metadata / "RECORD").exists():  # pip was killed while it installed this
                 shutil.rmtree(metadata)
         install = ["install", "-c", str(self.launch / "constraints.txt")]
-        # A small one first: an index that cannot be reached shows within seconds.
+        # A small package first: it fails within seconds if the index cannot be reached.
         self.pip(*install, "--retries", "1", "--timeout", "20", "setuptools")
         packages = ["-r", str(self.launch / "requirements.txt")]
         if self.mpi["kind"] == "wheel":
@@ -224,7 +224,7 @@ class Setup:
             self.run(["timeout", "180", *launch, controller, *program, "2", controller], env)
 
     def work(self, lock: int) -> None:
-        """Do everything. SetupError says what keeps it from being done."""
+        """Do everything. SetupError says why it cannot be done."""
         self.lock = (lock,)
         shutil.rmtree(self.temporary, ignore_errors=True)  # of an interrupted set-up
         self.temporary.mkdir()

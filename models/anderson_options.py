@@ -20,17 +20,17 @@ from models.options import NONE, Option, dashed, kind_of, shown
 PREFIX: Final = "anderson_"
 GROUP: Final = "Anderson acceleration"
 
-# `--anderson off` says it. The program then uses Horovod's own optimizer.
+# `--anderson off` replaces it: the program then uses Horovod's own optimizer.
 LEFT_OUT: Final = ("enabled",)
-# Words that are not offered. The program calls `step` without the closure that "loss" needs.
+# Values that are not offered: the program calls `step` without the closure that "loss" needs.
 _NOT_OFFERED: Final = {"safeguard": "loss"}
 
 
 def anderson_options(config: type[AndersonConfig] = AndersonConfig) -> dict[str, Option]:
-    """The options by name, with the prefix.
+    """Returns the options by name, prefix included.
 
     Args:
-        config: `AndersonConfig`; a test gives a class with one more field.
+        config: `AndersonConfig`; a test passes a class with one more field.
     """
     hints, texts = typing.get_type_hints(config), _documented(config)
     paper = config.paper("resnet50").to_dict()
@@ -59,7 +59,7 @@ def anderson_options(config: type[AndersonConfig] = AndersonConfig) -> dict[str,
 
 
 def _documented(config: type) -> dict[str, str]:
-    """What the section "Args" of a docstring says of each name."""
+    """Returns by name the entries of the section "Args" of a class's docstring."""
     text = inspect.getdoc(config) or ""
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.DOTALL | re.MULTILINE)
     entries = re.split(r"^ {4}(\w+): ", section[1] if section else "", flags=re.MULTILINE)[1:]
@@ -70,14 +70,14 @@ def _documented(config: type) -> dict[str, str]:
 
 
 def _in_options(text: str) -> str:
-    """A text about Python's parameters, with the words of the command line."""
+    """Rewrites a text about Python parameters for the command line."""
     text = re.sub(r'"(\w+)"', r"\1", text.replace("`", ""))
     text = re.sub(r"\bNone\b|(?<!\w)\(\)", NONE, text)
     return with_options(text).rstrip(". ")
 
 
 def with_options(text: str) -> str:
-    """Puts the option and its value for each ``parameter=value`` of a text."""
+    """Replaces each ``parameter=value`` of a text by the option and its value."""
     fields = {field.name for field in dataclasses.fields(AndersonConfig)}
 
     def option(match: re.Match[str]) -> str:
@@ -90,7 +90,7 @@ def with_options(text: str) -> str:
 
 
 def by_option(error: Exception) -> str:
-    """Says with the names of options what the library says with those of its parameters."""
+    """Returns a library error's text with options in place of parameters."""
     text = str(error)
     parts = re.fullmatch(r"Invalid (\w+)=(.*?)( with .*?)?\. Must (.*?)\.?", text, re.DOTALL)
     if parts is None or parts[1] not in {f.name for f in dataclasses.fields(AndersonConfig)}:
@@ -111,17 +111,17 @@ def by_option(error: Exception) -> str:
 
 
 def advice_for(name: str) -> str | None:
-    """What to use in place of an option that earlier versions had; None for any other name.
+    """Returns advice on an option that only earlier versions had; None for any other name.
 
     Args:
-        name: With underscores and the prefix.
+        name: The option's name, with underscores and the prefix.
     """
     advice = DROPPED.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     return None if advice is None else with_options(advice)
 
 
 def _value(text: str) -> str:
-    """A value as it was typed, of one that Python wrote."""
+    """Converts a value from Python's notation to that of the command line."""
     if text.startswith("("):
         try:
             values: Any = ast.literal_eval(text)

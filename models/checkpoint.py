@@ -1,4 +1,4 @@
-"""Checkpoints of the training program, in files of the library: whole or absent."""
+"""Checkpoint files of the training program. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from aadl_hvd import CheckpointError, checkpoint
 from models.errors import UserError
 
 FORMAT = 1
-_LONGEST = 500  # characters of what others say: torch lists every weight of another model
+_LONGEST = 500  # characters of an error that are shown: torch lists every weight that does not fit
 
-# What an entry has to be, in words and as a test; what is within is examined by those who load it.
+# Type of an entry, in words and as a test. Whoever loads the entry checks its content.
 _Wanted = tuple[str, Callable[[Any], bool]]
 _COUNT: _Wanted = ("a whole number from 0", lambda x: type(x) is int and x >= 0)
 _DICT: _Wanted = ("a dict", lambda x: isinstance(x, dict))
@@ -46,31 +46,31 @@ _WANTED_OF_RANK: dict[str, _Wanted] = {
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint so that `path` holds either the old one or the new one, whole.
+    """Writes a checkpoint atomically: `path` holds the whole old one or the whole new one.
 
     Args:
         path: File to write; its folder must exist.
         state: Tensors and plain Python values, which `load` can read back.
 
     Raises:
-        UserError: Something in `state` could not be read back; names it.
-        OSError: It cannot be written.
+        UserError: An entry of `state` could not be read back; the message names it.
+        OSError: The file cannot be written.
     """
     _write(path, {"format": FORMAT, **state})
 
 
 def part_of(path: Path, step: int, rank: int) -> Path:
-    """Where a rank's part of the history is that belongs to the checkpoint `path` of a step."""
+    """Returns the file of a rank's part of the history for the checkpoint `path` of a step."""
     return path.with_name(f"{path.stem}.{step}.{rank}.part")
 
 
 def save_part(path: Path, part: dict[str, Any]) -> None:
-    """Writes what `sharded_state_dict` returned, and of which checkpoint it is; as `save`."""
+    """Writes a rank's `sharded_state_dict` and the mark of its checkpoint. Raises as `save`."""
     _write(path, part)
 
 
 def load_part(path: Path) -> dict[str, Any]:
-    """Reads what `save_part` wrote.
+    """Reads a file that `save_part` wrote.
 
     Raises:
         UserError: The file is missing or damaged.
@@ -82,7 +82,7 @@ def load_part(path: Path) -> dict[str, Any]:
 
 
 def remove_parts(path: Path, rank: int, *, but: Path | None) -> None:
-    """Removes a rank's parts that belong to checkpoints `path` of other steps."""
+    """Removes all of a rank's parts for the checkpoint `path`, except the file `but`."""
     for part in path.parent.glob(f"{path.stem}.*.{rank}.part"):
         if part != but:
             part.unlink(missing_ok=True)
@@ -92,15 +92,15 @@ def load(path: Path, *, expected: dict[str, Any]) -> dict[str, Any]:
     """Reads a checkpoint to the CPU.
 
     Args:
-        path: What `save` wrote.
-        expected: What this run is made of, compared with the checkpoint's "identity".
+        path: File that `save` wrote.
+        expected: Identity of this run; the checkpoint's "identity" must be equal.
 
     Returns:
         The state.
 
     Raises:
         UserError: The file is missing, damaged, no checkpoint, from another version, or from a run
-            with another identity; names each difference.
+            with another identity. The message names each difference.
     """
     try:
         state = checkpoint.load(path)
@@ -135,16 +135,16 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         checkpoint.save(path, state)
     except CheckpointError as error:
         raise UserError(
-            f"no checkpoint can be written to {path}, what was there still is: {error}"
+            f"no checkpoint can be written to {path}, any earlier one is kept: {error}"
         ) from error
 
 
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Around all that takes in what was read: what does not fit trips it in many ways.
+    """Context for loading a state: one that does not fit raises many kinds of errors.
 
     Raises:
-        UserError: In one line, naming the file, whatever was raised.
+        UserError: For any error inside, in one line that names the file.
     """
     try:
         yield

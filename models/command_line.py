@@ -16,7 +16,7 @@ from models.options import NONE, Option, as_typed, dashed, shown
 from models.settings import OPTIONS, OWN_OPTIONS, Settings
 
 _NULLS = ("", "~", "null")
-_NOT_WRITTEN = ("resume", "overwrite")  # of one run, not of the training
+_NOT_WRITTEN = ("resume", "overwrite")  # they belong to one run, not to the training
 
 
 def parse(arguments: Sequence[str]) -> Settings:
@@ -24,7 +24,7 @@ def parse(arguments: Sequence[str]) -> Settings:
 
     Args:
         arguments: The command line without the program's name. ``--config FILE`` names a YAML
-            file whose keys are the names of the options; what the command line says wins.
+            file whose keys are the names of the options; the command line overrides it.
 
     Returns:
         The settings.
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 
 def to_yaml(settings: Settings) -> str:
-    """Writes settings so that ``--config`` reads them back, those of the acceleration in full."""
+    """Returns settings as YAML for ``--config``, with all fields of the acceleration."""
     values = {name: getattr(settings, name) for name in OWN_OPTIONS if name not in _NOT_WRITTEN}
     values = {name: value for name, value in values.items() if value is not None}
     config = settings.anderson_config()
@@ -90,7 +90,7 @@ def _build_parser() -> _Parser:
         metavar="FILE",
         default=None,
         help="YAML file with settings; its keys are the names of the options below; null is none; "
-        "what the command line says wins",
+        "the command line overrides it",
     )
     groups: dict[str, Any] = {}
     for name, option in OPTIONS.items():
@@ -100,7 +100,7 @@ def _build_parser() -> _Parser:
             text += f" (default: {shown(option.default)})"
         keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
         if option.kind is bool:
-            # With a word, too: that is how a YAML file has it.
+            # It also takes a word, as in a YAML file.
             keywords |= {"nargs": "?", "const": True, "metavar": "yes|no"}
             group.add_argument(
                 f"--no-{dashed(name)}", dest=name, action="store_const", const=False,
@@ -118,11 +118,11 @@ def _build_parser() -> _Parser:
 
 
 def _value(option: Option, words: Any) -> Any:
-    """Makes of an option's words its value.
+    """Converts the words of an option to its value.
 
     Args:
-        option: Whose value it is.
-        words: A string, a list of strings, or a truth value.
+        option: The option.
+        words: A string, a list of strings, or a bool.
     """
     typed = f"--{dashed(option.name)}"
     if option.kind is bool:
@@ -156,7 +156,7 @@ def _number(option: Option, word: str, kind: type) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
-    """Leaves all values as they are written: YAML takes `off` for false. Refuses repeated keys."""
+    """Keeps all values as text, since YAML reads `off` as false. Refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -168,7 +168,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """By option, its words in a YAML file, and its key there."""
+    """Returns for each option its words in a YAML file, and its key there."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -203,7 +203,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _unknown(what: str, word: str, known: Sequence[str]) -> str:
-    """Says that there is no such option or setting, and what may have been meant."""
+    """Returns the message for an unknown option or setting, with the closest known one."""
     advice = advice_for(word.lstrip("-").replace("-", "_"))
     shown_word = word if what == "option" else repr(word)
     if advice is not None:

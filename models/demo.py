@@ -1,8 +1,8 @@
-"""The main job on real images, without a download: ``make demo``.
+"""Trains on real images with and without acceleration, without a download: ``make demo``.
 
-Writes scikit-learn's handwritten digits as a folder of JPEGs, then trains the same small ResNet on
+Writes scikit-learn's handwritten digits as a folder of JPEGs. Then trains the same small ResNet on
 two ranks twice, from the same weights on the same batches: with Horovod's own optimizer, and with
-this package's. Ends with a table and a plot of what was measured, whoever wins.
+this package's. Prints a table and draws a plot of the measurements.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ OPTIONS = {
     "augment": "none",
     "shuffle": "once",
     "workers": 1,
-    # Of 0.1, 0.3 and 0.6 the rate that serves the baseline best: as accurate as with 0.1 and a
-    # lower loss; with 0.6 it loses 1 % of accuracy.
+    # The best of 0.1, 0.3 and 0.6 for the baseline: as accurate as 0.1, with a lower loss. With
+    # 0.6 the accuracy is 1 % lower.
     "optimizer": "nesterov",
     "momentum": 0.9,
     "lr": 0.3,
@@ -55,13 +55,13 @@ OPTIONS = {
     "log-every": 1,
     "checkpoint-every": 50,
 }
-# The demo's folders are its own: a second demo begins anew.
+# The demo owns its folders: a second demo begins anew.
 FLAGS = ("--channels-last", "--no-tensorboard", "--overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one training left in its folder."""
+    """The results of one training, read from its folder."""
 
     steps: list[dict[str, float]]
     epochs: list[dict[str, float]]
@@ -92,12 +92,12 @@ class Run:
         return 1000 * (times[-1] - times[0]) / (len(times) - 1)
 
     def where_grows(self, counter: str) -> list[dict[str, float]]:
-        """The rows at whose steps a counter of the acceleration is higher than before."""
+        """The rows of the steps in which a counter of the acceleration increased."""
         before = [0.0, *(row[counter] for row in self.steps)]
         return [row for row, was in zip(self.steps, before, strict=False) if row[counter] > was]
 
     def first_below(self, loss: float) -> int | None:
-        """Position of the first step whose training loss is at or below `loss`."""
+        """Index of the first step with a training loss of at most `loss`; None if there is none."""
         return next((i for i, row in enumerate(self.steps) if row["loss"] <= loss), None)
 
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _device(ranks: int) -> tuple[str, str]:
-    """Where the ranks train, each on a GPU of its own or none, and what the user is told."""
+    """Returns the device, one GPU per rank or the CPU, and a description for the user."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -248,7 +248,7 @@ def _table(base: Run, anderson: Run) -> str:
         "",
         f"One of the {VAL_IMAGES} validation images is {1 / VAL_IMAGES:.2%}. AA's own time is "
         "measured inside its run;",
-        "wall-clock compares two runs, one after the other: other work on the machine shows in it.",
+        "wall-clock compares two successive runs, so it includes other work on the machine.",
     ]
     return "\n".join(lines)
 

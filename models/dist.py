@@ -1,4 +1,4 @@
-"""The few things the training program needs to agree on between ranks."""
+"""Collectives by which the ranks of the training program agree."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 def on_rank0(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 and gives its result to all ranks.
 
-    For what would otherwise hammer a shared file system from every rank, or could come out
-    differently there. Collective.
+    For work that would overload a shared file system if every rank did it, or that could have
+    different results on different ranks. Collective.
 
     Args:
         work: Called without arguments, on rank 0 only; its result has to be picklable.
@@ -47,13 +47,13 @@ def gather(value: T) -> list[T]:
 
 
 def fail_together(problem: str | None) -> None:
-    """Lets every rank learn what went wrong on any of them. Collective.
+    """Raises on every rank if any rank has a problem. Collective.
 
     Args:
-        problem: What is wrong on this rank, or None.
+        problem: The problem of this rank, or None.
 
     Raises:
-        UserError: On every rank with the same message, when any rank reported a problem.
+        UserError: On every rank, with the same message.
     """
     problems = [(rank, text) for rank, text in enumerate(gather(problem)) if text is not None]
     if not problems:
@@ -73,7 +73,7 @@ def sum_over_ranks(values: Iterable[float], name: str) -> list[float]:
 def start() -> None:
     """Initialises Horovod and shares this machine's cores among its ranks.
 
-    OMP_NUM_THREADS, where it is set, wins.
+    If OMP_NUM_THREADS is set, the number of threads is left as it is.
     """
     cores = len(os.sched_getaffinity(0))
     hvd.init()
@@ -82,7 +82,7 @@ def start() -> None:
 
 
 def launcher() -> str | None:
-    """The program that started the ranks and reports how they end; None for a rank by itself."""
+    """Name of the program that started the ranks; None for a single rank without a launcher."""
     for name, program in (
         ("JSM_NAMESPACE_RANK", "jsrun"),
         ("OMPI_COMMAND", "mpirun"),

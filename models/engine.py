@@ -1,8 +1,7 @@
 """Training steps, validation and batch-norm statistics, on any number of ranks.
 
-The rule that keeps ranks from waiting for each other for ever: whether a collective is entered
-depends only on what all ranks know (step counts, settings, sums over ranks), never on what one
-rank sees.
+Whether a rank enters a collective must depend only on values that all ranks share: step counts,
+settings, sums over ranks. If it depended on one rank's own values, ranks could deadlock.
 """
 
 from __future__ import annotations
@@ -31,16 +30,17 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """What was measured since the last report; the same on all ranks except the seconds.
+    """Measurements since the last report; equal on all ranks except the seconds.
 
     Attributes:
         step: Optimizer steps done in the whole training.
         steps: Optimizer steps in this interval.
         lr: Learning rate of the last step.
         loss: Mean over images and ranks, before each step's update, label smoothing included.
-        top1: Share of images whose largest logit was right.
+        top1: Share of images whose largest logit was right, 0 to 1.
+        images: Number of images of all ranks.
         seconds: Wall-clock time, waiting for data included.
-        data_seconds: Of these, waiting for data.
+        data_seconds: The part of `seconds` spent waiting for data.
         stop: Some rank was asked to stop.
     """
 
@@ -61,9 +61,9 @@ class Validation:
 
     Attributes:
         loss: Cross-entropy without label smoothing.
-        top1: Share of images whose largest logit was right.
-        top5: Share of images among whose 5 largest logits was the right one.
-        images: How many.
+        top1: Share of images whose largest logit was right, 0 to 1.
+        top5: Share of images whose 5 largest logits include the right one, 0 to 1.
+        images: Number of images.
     """
 
     loss: float
@@ -73,27 +73,27 @@ class Validation:
 
 
 Averaged = tuple[float, Validation]
-"""Which average of the weights (see `AndersonConfig.averages`), and what it achieves."""
+"""An average's decay factor (see `AndersonConfig.averages`), and the validation at it."""
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """The training loop's state that is not in a checkpoint, and its one step.
+    """The training loop: its parts, its training steps and its validations.
 
     Attributes:
-        model: On `device`.
+        model: The network, on `device`.
         optimizer: From `horovod.torch.DistributedOptimizer` or an aadl_hvd optimizer.
         schedule: Learning rate by step.
-        device: Of model and batches.
+        device: Device of model and batches.
         label_smoothing: Share of the target spread over all classes.
         amp: "off", "bf16" or "fp16".
-        channels_last: Lay images out as NHWC, and so all activations. The weights stay as they
-            are: Horovod sends contiguous tensors only.
+        channels_last: Lay images out as NHWC, and so all activations. The weights stay
+            contiguous: Horovod sends contiguous tensors only.
         clip_norm: Largest norm of the averaged gradient; None for no clipping.
-        accumulate: Batches in a step.
-        keep_batches: Batches remembered for `recalibrate` and `averaged`.
-        observe: Tell the optimizer each batch's loss.
-        stop_requested: Whether this rank was asked to stop; called once in an interval.
+        accumulate: Batches per optimizer step.
+        keep_batches: Batches kept for `recalibrate` and `validate_averaged`.
+        observe: Pass each batch's loss to the optimizer.
+        stop_requested: Returns whether this rank was asked to stop; called once per interval.
         step: Optimizer steps done in the whole training.
     """
 
@@ -122,12 +122,12 @@ class Trainer:
         """Trains on the rest of the loader's epoch. Collective.
 
         Args:
-            loader: Gives equally many batches on all ranks; those that do not fill a step of
-                `accumulate` batches are left out.
-            log_every: Steps in an interval; the epoch's last may be shorter.
+            loader: Gives the same number of batches on all ranks. Batches that do not fill a step
+                of `accumulate` batches are left out.
+            log_every: Steps in an interval; the epoch's last interval may be shorter.
 
         Yields:
-            What was measured, at the end of each interval.
+            The measurements, at the end of each interval.
 
         Raises:
             UserError: On all ranks, when the loss of any rank is no longer finite.
@@ -144,14 +144,14 @@ class Trainer:
             for _ in range(self.accumulate):
                 group.append(next(batches))
             if index == steps - 1:
-                for _ in batches:  # the loader's epoch ends only when it is drawn to its end
+                for _ in batches:  # the loader's epoch ends only when all batches are drawn
                     pass
             waited += time.perf_counter() - waiting
             lr = self._take_step(group, sums)
             done += 1
             if done == log_every or index == steps - 1:
-                # The request rides on a reduction that takes place anyway, so that all ranks
-                # learn of it after the same step, whoever was asked.
+                # The request is sent with a reduction that is needed anyway. So all ranks learn of
+                # it after the same step.
                 measured = [*sums.tolist(), float(self.stop_requested())]
                 loss, right, images, requests = sum_over_ranks(measured, "interval")
                 if not math.isfinite(loss):
@@ -192,8 +192,8 @@ class Trainer:
             count = right.new_tensor(len(labels))
             sums += torch.stack([loss.detach().double() * count, right, count])
         if self.clip_norm is not None or self.scaler.is_enabled():
-            # Clipping has to see the gradient averaged over ranks, without the loss's scale; and
-            # inf on one rank has to reach all before any of them decides to skip the step.
+            # Clipping needs the gradient averaged over ranks, without the loss scale. And an inf
+            # on one rank must reach all ranks before any of them decides to skip the step.
             self.optimizer.synchronize()
             self.scaler.unscale_(self.optimizer)
             if self.clip_norm is not None:
@@ -207,10 +207,10 @@ class Trainer:
         return lr
 
     def recalibrate(self) -> None:
-        """Measures the batch-norm statistics of the present weights. Collective.
+        """Measures the batch-norm statistics at the present weights. Collective.
 
-        On the last `keep_batches` training batches of this epoch, which costs no reading and leaves
-        the order of the data as it is.
+        It uses the last `keep_batches` training batches of this epoch. So no data is read, and the
+        order of the data does not change.
         """
         if self._recent:
             inputs = [images for images, _ in self._recent]
@@ -224,18 +224,21 @@ class Trainer:
 
     @property
     def has_averages(self) -> bool:
-        """Whether averages of the weights are kept, and batches to choose one by."""
+        """Whether averages of the weights are kept, and batches to choose one of them."""
         anderson = getattr(self.optimizer, "anderson", None)
         return anderson is not None and bool(anderson.config.averages) and self.keep_batches > 0
 
     def validate_averaged(self, batches: Iterable[Batch]) -> Averaged | None:
         """Evaluates at averaged weights, chosen by the loss on the remembered batches. Collective.
 
-        Batch-norm statistics are measured at each candidate; weights and statistics are put back.
+        Batch-norm statistics are measured at each candidate. Weights and statistics are restored.
+
+        Args:
+            batches: See `validate`.
 
         Returns:
-            The average's name and what was found; None where none is better than the weights
-            themselves, or there is none.
+            The average's decay factor and the validation at it. None if no average is better than
+            the weights themselves, or if there is none.
         """
         if not self.has_averages or not self._recent:
             return None
@@ -261,10 +264,10 @@ class Trainer:
         """Evaluates the model on this rank's batches and sums over ranks. Collective.
 
         Args:
-            batches: Every image once over all ranks, batches of any sizes.
+            batches: Batches of any sizes, with every image once over all ranks.
 
         Returns:
-            The same on all ranks.
+            Means over all images, equal on all ranks.
         """
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -293,15 +296,15 @@ class Trainer:
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sums over a batch, so that batches of different sizes can be added up.
+    """Returns sums over a batch, so that batches of different sizes can be added.
 
     Args:
         logits: float32 [B, classes].
         labels: int64 [B].
 
     Returns:
-        float64 [4]: cross-entropy, right by the largest logit, right by the five largest, B. With
-        fewer than five classes all of them count.
+        float64 [4]: sum of cross-entropy, number right by the largest logit, number right by the
+        five largest, B. With fewer than five classes, all of them count as the largest.
     """
     largest = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -316,5 +319,5 @@ def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a vector over all ranks. Collective."""
+    """Returns the mean of a tensor over all ranks. Collective."""
     return hvd.allreduce(values, name="batch_norm", op=hvd.Average)

@@ -1,4 +1,4 @@
-"""Horovod, or the library's error that says how to get it."""
+"""Imports Horovod, or raises the library's error that says how to get it."""
 
 from __future__ import annotations
 

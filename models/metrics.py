@@ -1,4 +1,4 @@
-"""Measurements to CSV files and TensorBoard."""
+"""Writes measurements to CSV files and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from models.output import TENSORBOARD
 class MetricsLog:
     """One CSV file per kind of row, and the same numbers for TensorBoard.
 
-    A row is flushed when written, so that what a killed run measured is there to read. Where it
-    cannot be written, as on a full disk, that is said once, and training does not end for it.
+    A row is flushed when written, so that a killed run leaves its measurements. If a row cannot be
+    written, as on a full disk, there is one warning, and training goes on.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class MetricsLog:
         """Opens the log.
 
         Args:
-            folder: Where ``KIND.csv`` and the ``tensorboard`` folder go; exists.
+            folder: Existing folder for ``KIND.csv`` and the ``tensorboard`` folder.
             tensorboard: Write for TensorBoard too.
-            say: Where a warning goes.
+            say: Called with each message for the user.
             resume_step: Rows of later steps are dropped, since a resumed run measures them
-                anew; None drops all.
+                anew; None drops all rows.
         """
         self._folder = folder
         self._say, self._complete = say, True
@@ -56,8 +56,8 @@ class MetricsLog:
         """Adds a row.
 
         Args:
-            kind: Name of the CSV file without its ending.
-            row: Must have a "step", and the same keys for each row of this kind. None is an
+            kind: Name of the CSV file without its suffix.
+            row: Must have a "step", and the same keys for each row of this kind. None becomes an
                 empty field.
         """
         try:
@@ -93,9 +93,9 @@ class MetricsLog:
                     self._board.add_scalar(f"{kind}/{name}", value, row["step"])
 
     def _open(self, path: Path, columns: list[str]) -> tuple[Any, Any]:
-        """Begins a file with the rows up to the resumed step, as they are written there.
+        """Opens a file that keeps its rows up to the resumed step, as they are written there.
 
-        Columns that only the rows before have, as those of an older version may, stay.
+        Columns that only the kept rows have stay, too; an older version may have written them.
         """
         kept: list[dict[str, str]] = []
         if self._resume_step is not None and path.exists():
@@ -120,17 +120,17 @@ class MetricsLog:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Reads what `MetricsLog` wrote; empty fields are left out of their row.
+    """Reads a file of `MetricsLog` as one dict per row, without empty fields.
 
-    Whole numbers come back as such. Damaged lines, as a killed run may leave one, are left out.
+    Whole numbers become ints. Damaged lines are left out; a killed run may leave one.
     """
     return [{name: _number(text) for name, text in row.items() if text} for row in _rows(path)[0]]
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], int]:
-    """All whole rows of a file as they are written, and how many lines are none."""
+    """Returns the complete rows of a file as they are written, and the number of other lines."""
     text = path.read_bytes().decode(errors="replace")
-    # Without its end a line cannot be told from a whole one that ends in a longer number.
+    # A line without its newline may be cut off within a number, so it does not count as complete.
     *lines, rest = text.split("\n")
     columns, *fields = [line.rstrip("\r").split(",") for line in lines] or [[]]
     rows = [dict(zip(columns, row, strict=True)) for row in fields if _is_whole(row, columns)]

@@ -1,4 +1,4 @@
-"""What an option of the training program is: its type, its default and what it allows."""
+"""The options of the training program: type, default and allowed values."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Option:
     """An option of the command line, and a key of YAML files.
 
     Attributes:
-        name: With underscores.
+        name: Name with underscores.
         group: Its heading in --help.
-        help: What it is.
-        default: None where it has none, or where None is the default.
+        help: Its text in --help.
+        default: Default value. None: there is none, or it is None.
         kind: The type of its values: bool, int, float, str or tuple (of floats).
-        takes_none: The word "none" is a value: None, or the empty tuple.
-        choices: All values it may have; empty for any.
-        least: Smallest value it may have.
-        most: Largest value it may have.
+        takes_none: The word "none" is allowed; it means None, or the empty tuple.
+        choices: Allowed values; empty for any.
+        least: Smallest allowed value.
+        most: Largest allowed value.
         above: The value has to be larger than this.
     """
 
@@ -86,10 +86,10 @@ def declare(
 
     Args:
         group: Heading in --help.
-        default: Of the field.
-        help: What it is.
-        choices: All values it may have.
-        none: What the word "none" stands for; None: the option does not take it.
+        default: Default of the field.
+        help: Text in --help.
+        choices: Allowed values; empty for any.
+        none: Meaning of the word "none", for --help; None: the option does not take it.
         limits: `least`, `most` or `above`.
     """
     if none is not None:
@@ -118,8 +118,8 @@ def kind_of(name: str, annotation: Any) -> tuple[type, tuple[str, ...], bool]:
     """Reads the annotation of a field.
 
     Args:
-        name: Of the field, for the error.
-        annotation: As `typing.get_type_hints` gives it.
+        name: The field's name, for the error.
+        annotation: As `typing.get_type_hints` returns it.
 
     Returns:
         The kind of option (see `Option`), the values of a `Literal`, and whether None is a value.
@@ -142,12 +142,12 @@ def kind_of(name: str, annotation: Any) -> tuple[type, tuple[str, ...], bool]:
 
 
 def dashed(name: str) -> str:
-    """An option's name as it is typed, without the dashes before it."""
+    """Returns an option's name as it is typed, without the leading dashes."""
     return name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A setting's value as its user would type it."""
+    """Returns a setting's value as a user would type it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple | list):
@@ -160,12 +160,12 @@ def shown(value: Any) -> str:
 
 
 def as_typed(message: str, file: str, keys: Mapping[str, str]) -> str:
-    """Names what came from a YAML file as it stands there.
+    """Replaces options in a message by the keys of the YAML file that they came from.
 
     Args:
-        message: Names settings as options of the command line.
+        message: Message that names settings as options of the command line.
         file: The YAML file.
-        keys: By option, the key in it.
+        keys: The keys in it, by the options' names.
     """
     pattern = "|".join(rf"--{dashed(name)}\b(?!-)" for name in keys) or "(?!)"
     begins, said = re.match(pattern, message), False

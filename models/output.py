@@ -1,4 +1,4 @@
-"""The files of a training in its folder, and what a second training there may do with them."""
+"""The files in a training's folder, and what a second training may do with them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LAST, BEST, SETTINGS, TENSORBOARD = "last.pt", "best.pt", "settings.yaml", "tens
 SUMMARY, SUMMARY_TEXT, PLOT = "summary.json", "summary.txt", "training.png"
 FINISHED = (SUMMARY, SUMMARY_TEXT, PLOT)
 
-# In the order in which they are removed. The checkpoint goes first: if that is interrupted, nothing
-# can go on from a training half of which is gone.
+# In the order of removal. The checkpoint goes first: if removal is interrupted, no training can
+# resume from an incomplete folder.
 _FILES = (
     r"last\.pt",
     r"best\.pt|last\.\d+\.\d+\.part",
@@ -28,21 +28,21 @@ _MARK = "# All settings of the training here; python -m models.train --config re
 
 
 def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
-    """Makes the folder; refuses one whose training a new one would mix with or replace.
+    """Makes the folder. Refuses one with a training that the new one would mix with or replace.
 
     Nothing is removed here: see `clear`.
 
     Args:
-        folder: Where the training is going to write.
-        resume: Checkpoint to go on from; "auto" for `LAST`, if it is there; None to begin.
+        folder: Output folder of the training.
+        resume: Checkpoint to resume from; "auto" for `LAST`, if it exists; None to begin.
         overwrite: The training that `folder` holds may be removed.
 
     Returns:
-        What the user should know, or None.
+        A notice for the user, or None.
 
     Raises:
         UserError: The folder cannot be made or written to, or holds a training that the new one
-            does not go on with.
+            does not resume.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,13 +79,13 @@ def claim(folder: Path, resume: str | None, overwrite: bool) -> str | None:
         raise UserError(f"{holds}, but no {LAST} to go on from: give {afresh}")
     _check_removable(there)
     return (
-        f"{folder} holds no {LAST} to go on from: the training begins, and replaces what one that "
-        f"ended before its first checkpoint left ({_named(folder, there)})"
+        f"{folder} holds no {LAST} to go on from: the training begins, and replaces the files of "
+        f"one that ended before its first checkpoint ({_named(folder, there)})"
     )
 
 
 def _check_removable(paths: list[Path]) -> None:
-    """Refuses at the start what `clear` could not remove after the first steps."""
+    """Raises a UserError for paths that `clear` could not remove after the first steps."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             raise UserError(
@@ -94,18 +94,18 @@ def _check_removable(paths: list[Path]) -> None:
 
 
 def clear(folder: Path, known: Container[Path] | None = None) -> str:
-    """Removes what a training left in its folder, and nothing else.
+    """Removes the files of a training from its folder, and nothing else.
 
     Args:
-        folder: Exists.
-        known: What `contents` said at the start; None: whatever is there now.
+        folder: An existing folder.
+        known: Result of `contents` at the start; None: all that is there now.
 
     Returns:
-        The names of what was removed; empty where nothing was there.
+        The names of the removed files; empty if there were none.
 
     Raises:
-        UserError: There is more than what was known, and nothing was removed; or a file cannot be
-            removed, and some may be gone.
+        UserError: There are files that were not known; then nothing is removed. Or a file cannot be
+            removed; then some may be gone.
     """
     there = contents(folder)
     if known is not None and (new := [path for path in there if path not in known]):
@@ -122,12 +122,12 @@ def clear(folder: Path, known: Container[Path] | None = None) -> str:
 
 
 def write_settings(folder: Path, settings: str, say: Callable[[str], None]) -> None:
-    """Writes `SETTINGS`, which ``--config`` reads back; where that fails, training goes on.
+    """Writes `SETTINGS`, which ``--config`` reads back. If that fails, it only warns.
 
     Args:
-        folder: Exists.
-        settings: YAML.
-        say: Where a warning goes.
+        folder: An existing folder.
+        settings: The settings as YAML.
+        say: Called with a warning.
     """
     path = folder / SETTINGS
     try:
@@ -152,7 +152,7 @@ def contents(folder: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether settings were written by this program: users call theirs so, too."""
+    """Whether this program wrote the settings: a user's file may have the same name."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.readline().rstrip("\n") == _MARK

@@ -1,4 +1,4 @@
-"""Plots of what was measured, as PNG files."""
+"""Plots measurements as PNG files."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from models.settings import Settings
 Rows = Sequence[dict[str, float]]
 
 _FONT = "DejaVu Sans"  # comes with matplotlib
-_FEW = 10  # points, so few that each has a mark
+_FEW = 10  # a line of at most so many points has markers
 
 
 @contextlib.contextmanager
 def panels(path: Path, title: str, width: float) -> Iterator[Any]:
-    """Three axes side by side to draw in, which are saved at the end.
+    """Yields three axes side by side to draw in, and saves the figure at the end.
 
     Args:
-        path: Of the PNG file.
-        title: Above all of them.
-        width: Of the figure in inches.
+        path: The PNG file to write.
+        title: Title of the figure.
+        width: Width of the figure in inches.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    # What a user has set for other plots, a font or TeX, may lack characters or programs here.
+    # A font or TeX that a user has set for other plots may lack characters or programs.
     with matplotlib.style.context("default"), matplotlib.rc_context({"font.family": _FONT}):
         figure = Figure(figsize=(width, 3.8), layout="constrained")
         axes = figure.subplots(1, 3)
@@ -46,14 +46,14 @@ def panels(path: Path, title: str, width: float) -> Iterator[Any]:
 
 
 def draw(axes: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    """Draws a line; a few points are marked; of none nothing is drawn, nor said in a legend."""
+    """Draws a line, with markers if its points are few. Without points it draws nothing."""
     if len(y):
         marked = {"marker": "o", "markersize": 3} if len(y) <= _FEW else {}
         axes.plot(x, y, **marked | style)
 
 
 def on_log_scale(axes: Any) -> None:
-    """Makes the y axis logarithmic, if what is drawn can be shown there and has the range."""
+    """Makes the y axis logarithmic if the positive values span a factor of 10 or more."""
     values = [float(y) for line in axes.get_lines() for y in line.get_ydata()]
     positive = [y for y in values if y > 0 and math.isfinite(y)]
     if positive and max(positive) >= 10 * min(positive):
@@ -64,7 +64,7 @@ def plot_training(folder: Path, title: str) -> Path:
     """Draws loss, accuracy and learning rate from the CSV files of `folder`.
 
     Args:
-        folder: Of a training that has written both.
+        folder: Folder of a training with ``steps.csv`` and ``epochs.csv``.
         title: See `training_title`.
 
     Returns:
@@ -89,7 +89,7 @@ def plot_training(folder: Path, title: str) -> Path:
 
 
 def training_title(settings: Settings, ranks: int) -> str:
-    """Model, data, ranks and acceleration in a line that can be drawn."""
+    """Returns model, data, ranks and acceleration as a one-line title."""
     data = Path(settings.data).resolve().name or settings.data
     many = "1 rank" if ranks == 1 else f"{ranks:,} ranks"
     acceleration = "no acceleration" if settings.anderson == "off" else "Anderson acceleration"
@@ -108,7 +108,7 @@ def _short(text: str, limit: int = 40) -> str:
 
 
 def _drawable(text: str) -> str:
-    """Replaces what the font has no picture of, which matplotlib would warn about."""
+    """Replaces characters that the font lacks; matplotlib would warn about them."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties(family=_FONT)))

@@ -1,4 +1,4 @@
-"""Being asked to stop: schedulers send a signal some time before they kill."""
+"""Requests to stop: schedulers send a signal some time before they kill a job."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 PATIENCE = 60.0
-"""Seconds after which a request that nobody has looked at may be repeated, and then ends this."""
+"""Seconds from a request that was not looked at; a further request after them ends the process."""
 
 
 class StopRequest:
-    """Whether this process was sent one of `SIGNALS`; what other ranks know is not asked.
+    """Whether this process received one of `SIGNALS`. Other ranks are not asked.
 
-    A program that hangs never asks. It ends where another of the signals comes `PATIENCE` seconds
-    or more after the first, with the exit code a shell gives to that signal, 128 + its number.
+    A program that hangs never looks. It ends if a further signal comes `PATIENCE` seconds or more
+    after the first. Its exit code is then a shell's for that signal, 128 + its number.
     """
 
     def __init__(self) -> None:
@@ -36,15 +36,15 @@ class StopRequest:
         return self._received
 
     def listen(self, *, workers: bool = False) -> None:
-        """Takes the signals from now on. Main thread only.
+        """Handles the signals from now on. Main thread only.
 
         Args:
-            workers: The data loader is going to have worker processes, from a fork server.
+            workers: The data loader will have worker processes, from a fork server.
         """
         if workers:
-            # A scheduler may signal every process of a job. Ignoring is inherited, a handler is
-            # not: so the workers outlive what is meant for their rank. But `outlive_one_sigterm`
-            # is theirs, for by SIGTERM torch ends those that do not answer.
+            # A scheduler may signal every process of a job. Workers inherit ignored signals but no
+            # handlers, so they survive a signal that is meant for their rank. They then call
+            # `outlive_one_sigterm`, since torch ends hanging workers by SIGTERM.
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             forkserver.ensure_running()
@@ -52,7 +52,7 @@ class StopRequest:
             signal.signal(number, self._receive)
             # MPI and DALI may not expect their system calls to be interrupted.
             signal.siginterrupt(number, False)
-        # Handlers wait for the main thread, which may hang in a library; this is told at once.
+        # Handlers wait for the main thread, which may hang in a library. This thread does not.
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -62,7 +62,7 @@ class StopRequest:
         watch.start()
 
     def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
-        """Ends a process that was asked and asked again, and never looked."""
+        """Ends the process if it is asked again and has never looked."""
         first = None
         while number := reader.recv(1):
             if number[0] not in SIGNALS:
@@ -71,15 +71,15 @@ class StopRequest:
             if first is None:
                 first = now
             elif now - first >= PATIENCE and not self._seen:
-                text = f"asked to stop {now - first:.0f} s ago, asked again, and hangs: ends now\n"
+                text = f"asked to stop {now - first:.0f} s ago and again now, but hangs: ends now\n"
                 os.write(2, text.encode())
                 os._exit(128 + number[0])
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Nothing else: it runs between any two instructions, and no rank may act on it alone.
+        # Nothing else: a handler runs between any two instructions, and no rank may act alone.
         self._received = True
 
 
 def outlive_one_sigterm(worker: int) -> None:
-    """For a loader's worker process, as it starts: the first SIGTERM is meant for its rank."""
+    """Lets a loader's worker process ignore the first SIGTERM, which is meant for its rank."""
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0
 
-# Programs that start ranks and pass on what these write, by their names on the command line.
+# Names of the programs that start ranks and pass on their output.
 _LAUNCHERS = {"horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "srun", "jsrun"}
 _HOROVODRUN = "horovod.runner"  # started as a module
 
 
 class Progress:
-    """Shows steps/s, images/s, loss and what the acceleration does; silent on other ranks."""
+    """Shows steps/s, images/s, loss and counts of the acceleration, on rank 0 only."""
 
     def __init__(self, kind: str, *, total: int, done: int, chief: bool = True) -> None:
         """Starts the display.
 
         Args:
-            kind: "bar", "lines", "off", or "auto": a bar where stderr is a terminal, of this
-                process or of the program that started the ranks; else lines.
+            kind: "bar", "lines", "off", or "auto". "auto" is a bar if stderr of this process or of
+                the program that started the ranks is a terminal, else lines.
             total: Steps of the whole training.
             done: Steps done before, by the run that is resumed.
             chief: This is rank 0; the others show nothing.
         """
         self._chief = chief
         kind = kind if chief else "off"
-        # What a rank writes goes through pipes of its launcher, which puts a tag before each line
-        # and takes a carriage return for an end of line: a bar has to go past it.
+        # A launcher puts a tag before each line of a rank, and takes a carriage return for a line
+        # end. So a bar has to bypass it.
         self._terminal = launchers_terminal() if kind in ("auto", "bar") else None
         if kind == "auto":
             kind = "bar" if self._terminal or sys.stderr.isatty() else "lines"
@@ -51,9 +51,10 @@ class Progress:
             file = sys.stderr
             if self._terminal is not None:
                 file, self._lines = self._terminal
-                # mpirun starts ranks in the background: under `stty tostop` this would stop them.
+                # mpirun starts ranks in the background. Under `stty tostop` a write to the
+                # terminal would stop them.
                 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            # One that does not know its width, as under docker, would get a bar of none.
+            # A terminal of unknown width, as under docker, would get a bar of width 0.
             known = not file.isatty() or os.get_terminal_size(file.fileno()).columns > 0
             width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 20}
             self._bar = tqdm(total=total, initial=done, unit="step", file=file, **width)
@@ -62,7 +63,7 @@ class Progress:
         """Shows an interval.
 
         Args:
-            interval: What was measured.
+            interval: The measurements.
             epoch: Counted from 1.
             anderson: The optimizer's ``anderson.stats``; None without acceleration.
         """
@@ -90,7 +91,7 @@ class Progress:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Prints what the user has to know, whatever is shown else."""
+        """Prints a line even if progress is off."""
         if not self._chief:
             return
         if self._bar is not None:
@@ -100,7 +101,7 @@ class Progress:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Closes the bar and the terminal."""
         with self._without_terminal():
             if self._bar is not None:
                 self._bar.close()
@@ -109,7 +110,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _without_terminal(self) -> Iterator[None]:
-        """Goes on with lines when the terminal is gone: it may close before the training ends."""
+        """Switches to lines if the terminal closes before the training ends."""
         try:
             yield
         except OSError:
@@ -117,12 +118,12 @@ class Progress:
 
 
 def launchers_terminal() -> tuple[TextIO, TextIO] | None:
-    """The terminal of the program that started this rank, on the same machine.
+    """Finds the terminal of the program that started this rank, on the same machine.
 
     Returns:
-        Where a bar goes: the terminal that the launcher's stderr is. And where lines go, so that
-        they do not run into the bar: the same, if its stdout is one too, else this rank's stdout.
-        None where there is no launcher, or its stderr goes elsewhere, as to a file.
+        The stream for a bar and the stream for lines. The bar goes to the terminal of the
+        launcher's stderr. Lines go there, too, if the launcher's stdout is the same terminal, else
+        to this rank's stdout. None if there is no launcher, or if its stderr is no terminal.
     """
     try:
         launcher, pid = None, os.getppid()
@@ -135,12 +136,12 @@ def launchers_terminal() -> tuple[TextIO, TextIO] | None:
         if launcher is None:
             return None
         stdout, stderr = Path(f"/proc/{launcher}/fd/1"), Path(f"/proc/{launcher}/fd/2")
-        if not stderr.is_char_device():  # to open a pipe could wait for ever
+        if not stderr.is_char_device():  # opening a pipe could wait for ever
             return None
         terminal = os.fdopen(os.open(stderr, os.O_WRONLY | os.O_NOCTTY), "w")
         if not terminal.isatty():
             terminal.close()
             return None
         return terminal, terminal if stdout.samefile(stderr) else sys.stdout
-    except OSError:  # it ended, is another user's, or there is no /proc
+    except OSError:  # the launcher ended or is another user's, or there is no /proc
         return None

@@ -1,4 +1,4 @@
-"""What a training tells its user: at the start, row by row, and at the end."""
+"""Reports of a training: at the start, row by row, and at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.output import SETTINGS, SUMMARY, SUMMARY_TEXT
 from models.settings import Settings
 
 IN_THE_OPENING = {"data", "model", "loader", "batch_size", "epochs", "optimizer", "anderson"}
-"""Settings that have a line of their own there, whether they are defaults or not."""
+"""Settings that the main lines of `opening` show, whether they are defaults or not."""
 
 
 def opening(
@@ -28,7 +28,7 @@ def opening(
     ranks: int,
     steps_per_epoch: int,
 ) -> str:
-    """What is about to be trained, and a line for each setting that is not the default."""
+    """Describes the training, with a line for each setting that is not the default."""
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     batches = ranks * settings.accumulate
     what = {
@@ -60,11 +60,11 @@ def opening(
 
 
 def step_row(interval: Interval, epoch: int, stats: Any) -> dict[str, Any]:
-    """A row of steps.csv.
+    """Returns a row of steps.csv.
 
     Args:
-        interval: What was measured.
-        epoch: In which, counted from 1.
+        interval: The measurements.
+        epoch: Their epoch, counted from 1.
         stats: The optimizer's ``anderson.stats``; None without acceleration.
     """
     row = {
@@ -98,14 +98,14 @@ def epoch_row(
     *,
     averages: bool,
 ) -> dict[str, Any]:
-    """A row of epochs.csv.
+    """Returns a row of epochs.csv.
 
     Args:
-        interval: The epoch's last.
-        epoch: Which, counted from 1; it is over.
-        validation: At the weights themselves.
-        averaged: At an average of them; None if none is better.
-        averages: Whether there can be any.
+        interval: The epoch's last interval.
+        epoch: The finished epoch, counted from 1.
+        validation: Validation at the weights themselves.
+        averaged: Validation at an average of the weights; None if none is better.
+        averages: Whether averages are measured.
     """
     row: dict[str, Any] = {"step": interval.step, "epoch": epoch, "train_loss": interval.loss}
     row |= {f"val_{name}": value for name, value in asdict(validation).items()}
@@ -128,7 +128,7 @@ def epoch_text(
     *,
     measured_anew: bool,
 ) -> str:
-    """What is said of an epoch that was validated; see `epoch_row`."""
+    """Returns the text on an epoch that was validated; see `epoch_row`."""
     text = (
         f"epoch {epoch}/{settings.epochs}: training loss {interval.loss:.4g}, "
         f"validation loss {validation.loss:.4g}, top-1 {validation.top1:.2%}, "
@@ -145,7 +145,7 @@ def epoch_text(
 
 
 def average_name(kind: float) -> str:
-    """Which average one of `AndersonConfig.averages` is."""
+    """Returns the name of an average, given its entry in `AndersonConfig.averages`."""
     return f"running average, decay factor {kind:g}"
 
 
@@ -162,20 +162,21 @@ def summarize(
     averages: bool,
     measured_anew: bool,
 ) -> dict[str, Any]:
-    """The numbers of a finished training.
+    """Returns the numbers of a finished training.
 
     Args:
-        settings: Of the training.
-        trainer: At its end.
+        settings: Settings of the training.
+        trainer: The trainer at the end.
         totals: Sums over the intervals: "seconds", "data_seconds", "steps" and "images". Zeros
             where nothing is known.
-        training_loss: Of the last interval; None where it is not known.
-        validation: At the weights themselves.
-        averaged: At an average of them; None if none is better, or if it was not measured.
-        best: Largest top-1 accuracy of all validations.
-        ranks: How many trained.
+        training_loss: Loss of the last interval; None if it is not known.
+        validation: Validation at the weights themselves.
+        averaged: Validation at an average of the weights; None if none is better, or if it was not
+            measured.
+        best: Largest top-1 accuracy of all validations, 0 to 1.
+        ranks: Number of ranks.
         averages: Whether averages of the weights were measured.
-        measured_anew: How the batch-norm statistics were found.
+        measured_anew: Whether the batch-norm statistics were measured anew.
     """
     summary: dict[str, Any] = {
         "model": settings.model,
@@ -219,7 +220,7 @@ def summarize(
             "resets": dict(stats.resets),
             "history_bytes_on_rank_0": trainer.optimizer.anderson.history_bytes,
         }
-        if seconds:  # they are not in a checkpoint
+        if seconds:  # timers are not in a checkpoint
             summary["acceleration"] |= {
                 "seconds": seconds,
                 "seconds_of": dict(stats.seconds),
@@ -229,7 +230,7 @@ def summarize(
 
 
 def totals_of(folder: Path) -> tuple[float | None, dict[str, float]]:
-    """What the rows of steps.csv say: the last training loss, and the sums for `summarize`."""
+    """Reads steps.csv: the last training loss, and the sums for `summarize`."""
     path = folder / "steps.csv"
     rows = read_csv(path) if path.exists() else []
     totals = {"seconds": 0.0, "data_seconds": 0.0, "steps": 0.0, "images": 0.0}
@@ -242,7 +243,7 @@ def totals_of(folder: Path) -> tuple[float | None, dict[str, float]]:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """One "name  value" line per entry; counts of what never happened are left out.
+    """Returns one "name  value" line per entry; counts of 0 are left out.
 
     Args:
         summary: Numbers, strings, and dicts of them.

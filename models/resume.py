@@ -1,4 +1,4 @@
-"""What a checkpoint of the training program holds, and how all ranks write it and go on from it."""
+"""Checkpoints of the training program: what they hold, and how all ranks write and load them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def state_of(
     trainer: Trainer,
     loader: Loader,
 ) -> dict[str, Any]:
-    """What a checkpoint holds; collective, since every rank has its own part."""
+    """Returns the content of a checkpoint. Collective, since every rank has its own part."""
     own = {
         "data": loader.state_dict(),
         "torch": torch.get_rng_state(),
@@ -64,14 +64,17 @@ def state_of(
 
 
 def save(path: Path, state: dict[str, Any], trainer: Trainer, say: Callable[[str], None]) -> bool:
-    """Writes a checkpoint and each rank's part of the history beside it; whether. Collective.
+    """Writes a checkpoint, and beside it each rank's part of the history. Collective.
 
-    The parts come first and carry the step in their names: the checkpoint there is, new or old,
-    always finds its own. By a mark it knows them from another run's after as many steps.
+    The parts are written first and have the step in their names. So the old checkpoint finds its
+    own parts if the new one is not written. A mark tells them from the parts of another run.
+
+    Returns:
+        Whether the checkpoint was written.
 
     Raises:
-        UserError: On all ranks, if any has something that could not be read back. A full disk may
-            have room again; this would be so at each checkpoint, and the training would be lost.
+        UserError: On all ranks, if any rank's state could not be read back. Unlike a full disk,
+            this would happen at each checkpoint, and the training would be lost.
     """
     own, problem, refused, mark = None, None, None, ""
     if hasattr(trainer.optimizer, "anderson"):
@@ -97,9 +100,12 @@ def save(path: Path, state: dict[str, Any], trainer: Trainer, say: Callable[[str
 
 
 def keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool:
-    """Has rank 0 write a checkpoint; whether. Collective.
+    """Writes a checkpoint on rank 0. Collective.
 
-    Where the disk refuses it, the one before stays and training goes on.
+    If it cannot be written, as on a full disk, an earlier one stays and training goes on.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         UserError: On all ranks, if it could not be read back.
@@ -109,7 +115,7 @@ def keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool:
         try:
             checkpoint.save(path, state)
         except OSError as error:
-            say(f"warning: no checkpoint was written to {path}: {error}. What was there still is.")
+            say(f"warning: no checkpoint was written to {path}: {error}. An earlier one is kept.")
             return False
         return True
 
@@ -117,7 +123,7 @@ def keep(path: Path, state: dict[str, Any], say: Callable[[str], None]) -> bool:
 
 
 def _load_history(path: Path, state: dict[str, Any], optimizer: Any) -> None:
-    """Loads this rank's part of a checkpoint's history; nothing if any rank cannot. Collective."""
+    """Loads this rank's part of the history, unless any rank cannot load its own. Collective."""
     own = checkpoint.part_of(path, state["step"], hvd.rank())
     problem = None
     try:
@@ -135,7 +141,7 @@ def _load_history(path: Path, state: dict[str, Any], optimizer: Any) -> None:
         return
     if hvd.rank() == 0:
         print(f"warning: the history has to rebuild itself: {problems[0]}", flush=True)
-    optimizer.load_state_dict(state["optimizer"])  # once more, to be rid of what came after it
+    optimizer.load_state_dict(state["optimizer"])  # again: drops the history loaded here
 
 
 def resume(
@@ -148,7 +154,7 @@ def resume(
     """Restores everything on every rank from what rank 0 reads. Collective.
 
     Returns:
-        Epochs done and best top-1.
+        Epochs done, and best top-1 accuracy, 0 to 1.
 
     Raises:
         UserError: On all ranks, if the checkpoint does not fit on any of them.
@@ -158,7 +164,7 @@ def resume(
     auto = settings.resume == "auto"
     path = folder / LAST if auto else Path(settings.resume)
     state = on_rank0(
-        # A link to what is not there is a checkpoint that cannot be read, not none.
+        # A broken link is a checkpoint that cannot be read, not a missing one.
         lambda: (
             None if auto and not os.path.lexists(path) else checkpoint.load(path, expected=identity)
         )
@@ -179,7 +185,7 @@ def resume(
         _load_history(path, state, trainer.optimizer)
     best = state["best"]
     if os.path.realpath(path.parent) == os.path.realpath(folder):
-        # The best one may be newer than the last one, and must not give way to a worse one.
+        # best.pt may be newer than last.pt, and a worse one must not replace it.
         best = max(best, on_rank0(lambda: _best_of(folder / BEST, identity)))
     return state["epoch"], best
 
@@ -193,7 +199,7 @@ def _best_of(path: Path, identity: dict[str, Any]) -> float:
 
 
 def _restore(state: dict[str, Any], trainer: Trainer, loader: Loader) -> None:
-    """Puts everything but the history in place. Not collective: may fail on any rank alone."""
+    """Restores everything but the history. Not collective: it may fail on one rank alone."""
     own, epoch, step = state["ranks"][hvd.rank()], state["epoch"], state["step"]
     loader.load_state_dict(own["data"])
     done = epoch * trainer.schedule.steps_per_epoch + loader.batch // trainer.accumulate
@@ -216,14 +222,14 @@ def _restore(state: dict[str, Any], trainer: Trainer, loader: Loader) -> None:
 
 
 def _check_optimizer(optimizer: Any, before: list[dict[str, Any]]) -> None:
-    """Finds what torch takes in unseen and trips over in the first step."""
+    """Finds wrong values that torch loads unchecked, and on which the first step would fail."""
     for group, known in zip(optimizer.param_groups, before, strict=True):
         for name, value in known.items():
             if isinstance(value, (bool, float)) and not isinstance(group[name], (int, float)):
                 raise UserError(f"the optimizer's {name} was {group[name]!r}, is {value!r}")
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
-            shape = getattr(value, "shape", ())  # of numbers: none
+            shape = getattr(value, "shape", ())  # numbers have none
             if not isinstance(value, (torch.Tensor, int, float, type(None))) or (
                 len(shape) and shape != parameter.shape
             ):

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to get out of step."""
+"""The learning rate as a pure function of the step, without a state to save."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ DECAYS = ("step", "cosine", "none")
 class Schedule:
     """Warm-up and decay of the learning rate.
 
-    The paper's for ResNet50 on 1,536 ranks: 0.05 for 5 epochs, then 1.96, divided by 10 at the
-    epochs 30, 60 and 80, of 90:
+    The paper's for ResNet50 on 1,536 ranks is 0.05 for 5 epochs, then 1.96, divided by 10 at the
+    epochs 30, 60 and 80 of 90:
     ``Schedule(peak=1.96, warmup_lr=0.05, warmup_epochs=5, milestones=(30, 60, 80), ...)``.
 
     Attributes:
         peak: Learning rate after the warm-up.
-        epochs: Length of the training.
+        epochs: Length of the training in epochs.
         steps_per_epoch: Optimizer steps in an epoch.
         warmup: "constant", the paper's: `warmup_lr` until the warm-up ends; "linear": from
             `warmup_lr` up to `peak` in equal steps.
         warmup_lr: Learning rate at the start of the warm-up.
-        warmup_epochs: Length of the warm-up; may be a fraction.
+        warmup_epochs: Length of the warm-up in epochs; may be a fraction.
         decay: "step": times `factor` at each of the `milestones`; "cosine": down to 0 at the end;
             "none".
-        milestones: How many epochs are done when the rate is multiplied by `factor`.
+        milestones: Numbers of epochs after which the rate is multiplied by `factor`.
         factor: See `decay`.
     """
 

@@ -19,12 +19,12 @@ OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `python -m models.train --help` explains, option by option; checks itself.
+    """All settings, checked. `python -m models.train --help` explains each of them.
 
     Attributes:
         acceleration: The fields of `AndersonConfig` that were set one by one.
-        origin: The YAML file that settings were read from, and by option the key in it; empty
-            where there is none. All others are options.
+        origin: The YAML file that settings were read from, and the keys in it by option. Both are
+            empty without a file. Settings without a key were given as options.
 
     Raises:
         UserError: A value is out of range or does not go with another.
@@ -63,7 +63,7 @@ class Settings:
         "data",
         True,
         "decode every image before training, as the loader does, and name those that it "
-        "cannot show; the ranks share the work",
+        "cannot read; the ranks share the work",
     )
 
     model: str = declare("model", "resnet50", "the network", networks.NAMES)
@@ -80,13 +80,13 @@ class Settings:
         "auto takes the GPU of the local rank where there is one",
         ("auto", "cpu", "cuda"),
     )
-    seed: int = declare("model", 0, "for weights, order and augmentation", least=0, most=2**31 - 2)
+    seed: int = declare("model", 0, "seed of weights, order, augmentation", least=0, most=2**31 - 2)
 
     optimizer: str = declare(
         "optimization",
         "nesterov",
         "the base optimizer; sgd has the momentum of --momentum, 0 for none; nesterov is SGD "
-        "with Nesterov's",
+        "with Nesterov momentum",
         OPTIMIZERS,
     )
     epochs: int = declare("optimization", 90, "passes over the training images", least=1)
@@ -96,7 +96,7 @@ class Settings:
         "learning rate after the warm-up; taken as it is, not multiplied by the number of ranks",
         least=0,
     )
-    momentum: float = declare("optimization", 0.9, "of sgd, nesterov and rmsprop", least=0)
+    momentum: float = declare("optimization", 0.9, "momentum of sgd, nesterov, rmsprop", least=0)
     weight_decay: float = declare("optimization", 5e-5, "L2 penalty (adamw: decoupled)", least=0)
     label_smoothing: float = declare(
         "optimization", 0.0, "share of the target spread over all classes, below 1", least=0
@@ -110,7 +110,7 @@ class Settings:
     )
     accumulate: int = declare("optimization", 1, "batches whose gradients make one step", least=1)
     compression: str = declare(
-        "optimization", "none", "of the gradients that Horovod sends", ("none", "fp16")
+        "optimization", "none", "compression of the gradients that are sent", ("none", "fp16")
     )
 
     warmup_epochs: float = declare(
@@ -135,7 +135,7 @@ class Settings:
     milestones: tuple[float, ...] = declare(
         "schedule",
         (30.0, 60.0, 80.0),
-        "how many epochs are done when the rate is lowered",
+        "numbers of epochs after which the rate is lowered",
         none="never",
     )
     decay_factor: float = declare("schedule", 0.1, "see --decay", least=0)
@@ -164,7 +164,7 @@ class Settings:
     recalibrate_batches: int = declare(
         "validation",
         10,
-        "training batches of each rank it takes, the last ones of the epoch; kept in memory",
+        "training batches of each rank for --recalibrate, the last of the epoch; kept in memory",
         least=1,
     )
 
@@ -192,8 +192,8 @@ class Settings:
     log_every: int = declare(
         "output",
         10,
-        "steps between two rows of steps.csv, checks that the loss is finite and looks for a "
-        "signal to stop",
+        "steps between two rows of steps.csv; the loss and signals to stop are checked just as "
+        "often",
         least=1,
     )
     tensorboard: bool = declare("output", True, "write the metrics for TensorBoard too")
@@ -242,7 +242,7 @@ class Settings:
         return self.resize or round(self.image_size * 256 / 224)
 
     def anderson_config(self) -> AndersonConfig | None:
-        """The acceleration asked for, with the single settings put in; None when off."""
+        """The configuration of the acceleration, single settings included; None if it is off."""
         if self.anderson == "off":
             return None
         config = AndersonConfig.paper("resnet50") if self.anderson == "paper" else AndersonConfig()
@@ -252,7 +252,7 @@ class Settings:
             raise UserError(by_option(error)) from error
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """What differs from the defaults: by option its value and its default."""
+        """The settings that differ from the defaults: by option, value and default."""
         different = {
             name: (getattr(self, name), option.default)
             for name, option in OWN_OPTIONS.items()
@@ -269,15 +269,15 @@ class Settings:
         return different
 
     def as_typed(self, message: str) -> str:
-        """Puts the keys of the YAML file into a message that names options."""
+        """Replaces options in a message by the keys of the YAML file."""
         return as_typed(message, *self.origin)
 
 
 OWN_OPTIONS = options_of(Settings)
-"""By name; all options but those for the fields of `AndersonConfig`."""
+"""Options by name, except those for the fields of `AndersonConfig`."""
 
 OPTIONS: dict[str, Option] = {}
-"""By name; all options, in the order in which --help shows them."""
+"""All options by name, in the order in which --help shows them."""
 
 for _option in OWN_OPTIONS.values():
     OPTIONS[_option.name] = _option

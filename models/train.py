@@ -1,9 +1,9 @@
 """Trains a residual network on a folder of images: ``python -m models.train --help``.
 
-On one rank as it stands; on several under horovodrun, mpirun, srun or jsrun.
+Runs on one rank by itself, and on several under horovodrun, mpirun, srun or jsrun.
 
-A signal (SIGTERM, SIGUSR1 or SIGUSR2) to any rank makes all of them write a checkpoint after the
-interval of `--log-every` steps and leave with exit code 75; `--resume auto` goes on from there.
+A signal (SIGTERM, SIGUSR1 or SIGUSR2) to any rank stops all ranks. They finish the interval of
+`--log-every` steps, write a checkpoint and exit with code 75. `--resume auto` resumes from it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None takes this process's.
 
     Returns:
-        Exit code, the same on all ranks: 0; 2 for wrong input; 75 when it was asked to stop and
-        left a checkpoint to go on from. Under a launcher 1 for any other error, which is printed.
+        Exit code, the same on all ranks: 0; 2 for wrong input; 75 if it was asked to stop and wrote
+        a checkpoint. Under a launcher it is 1 for any other error, which is printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Names of files may be no text: no message may fail for that.
+            # File names may be invalid text, and printing them must not fail.
             stream.reconfigure(errors="backslashreplace")
     try:
         import models.horovod  # noqa: F401 - the modules below need it
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _on_ranks(arguments: Sequence[str]) -> int:
-    """The program on every rank; see `main`. Horovod is there."""
+    """Runs the program on every rank; see `main`. Horovod must be installed."""
     from horovod.common.exceptions import HorovodInternalError
 
     from models.dist import launcher, on_rank0, start
@@ -92,7 +92,7 @@ def _on_ranks(arguments: Sequence[str]) -> int:
 
 
 def _complain(text: str) -> None:
-    # In one piece: a launcher puts its tag between text and end of line otherwise.
+    # In one write: a launcher puts its tag between text and end of line otherwise.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

@@ -53,7 +53,7 @@ def run(settings: Settings) -> bool:
     """Trains as the settings say. Collective; Horovod has to be initialised (`models.dist.start`).
 
     Returns:
-        Whether the training came to its end; if not, a signal stopped it and there is a checkpoint.
+        Whether the training finished. If not, a signal stopped it and there is a checkpoint.
 
     Raises:
         UserError: On all ranks, for wrong input, for a training that diverged, and for a checkpoint
@@ -96,7 +96,7 @@ def run(settings: Settings) -> bool:
         channels_last=settings.channels_last,
         clip_norm=settings.clip_norm,
         accumulate=settings.accumulate,
-        observe=settings.anderson == "default",  # the paper's method knows no such check
+        observe=settings.anderson == "default",  # the paper's method has no such check
         keep_batches=0 if settings.recalibrate == "never" else settings.recalibrate_batches,
         stop_requested=stop_request,
     )
@@ -170,8 +170,8 @@ def run(settings: Settings) -> bool:
                 if log is not None:
                     log.write("epochs", epoch_row(*found, averages=trainer.has_averages))
             if improved or saving:
-                # Both hold the weights and statistics that were validated. The best one first: no
-                # other checkpoint may know of a better one than there is.
+                # Both hold the weights and statistics that were validated. best.pt comes first:
+                # last.pt must not record a better accuracy than that of best.pt.
                 state = state_of(identity, epoch, best, trainer, train_loader)
                 if improved:
                     keep(folder / BEST, state | {"history": False}, progress.warn)
@@ -234,7 +234,7 @@ def _open_log(
 ) -> MetricsLog | None:
     """Opens this training's files on rank 0, after its first steps. Collective.
 
-    What the folder held at the start is removed only now: not for a training that cannot begin.
+    Old files in the folder are removed only now, so that a training that cannot begin keeps them.
     """
 
     def begin() -> None:
@@ -255,7 +255,7 @@ def _device(settings: Settings) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cpu" or (settings.device == "auto" and not max(gather(count))):
         return torch.device("cpu")
-    # A launcher shows a rank all GPUs of its machine or, as srun --gpu-bind=closest, its own alone.
+    # A rank sees all GPUs of its machine or, as with srun --gpu-bind=closest, its own alone.
     index = hvd.local_rank() % max(count, 1)
     own = None
     if count:
@@ -372,7 +372,7 @@ def _schedule(settings: Settings, steps_per_epoch: int) -> Schedule:
 
 
 def _settle_batch_norm(settings: Settings, trainer: Trainer) -> bool:
-    """Gives all ranks the same statistics, fit for the present weights. Collective.
+    """Gives all ranks the same batch-norm statistics for the present weights. Collective.
 
     Returns whether they were measured anew.
     """

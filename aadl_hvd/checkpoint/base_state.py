@@ -1,6 +1,6 @@
-"""Whether a base optimizer can train on from a state that was saved: shapes, settings, no NaN.
+"""Checks that a base optimizer can go on from a saved state: shapes, settings, no NaN.
 
-torch takes in nearly anything, and trips in the first step.
+torch loads nearly anything, and then fails in the first step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from aadl_hvd.errors import CheckpointError
 from aadl_hvd.schema import anything, entries, instance, listed, number, refuse
 
-# Of torch.optim's classes: what a parameter's state holds once there is any, of its own shape.
+# Entries of a parameter's state that have its shape, once there is a state, by optimizer class.
 _SHAPED: dict[Any, tuple[str, ...]] = {
     torch.optim.SGD: (),
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
@@ -30,7 +30,7 @@ _SHAPED: dict[Any, tuple[str, ...]] = {
     torch.optim.ASGD: ("ax",),
     torch.optim.Rprop: ("prev", "step_size"),
 }
-# And tensors of one number.
+# Entries that are tensors of one number; "step" for the classes that are not listed.
 _SINGLE: dict[Any, tuple[str, ...]] = {
     torch.optim.NAdam: ("step", "mu_product"),
     torch.optim.ASGD: ("step", "eta", "mu"),
@@ -40,9 +40,9 @@ if hasattr(torch.optim, "Muon"):  # not in every version
     _SHAPED[torch.optim.Muon], _SINGLE[torch.optim.Muon] = ("momentum_buffer",), ()
 if hasattr(torch.optim, "Adafactor"):
     _SHAPED[torch.optim.Adafactor] = ()
-# Asked for by a flag among the settings.
+# Entries that exist if a flag among the settings is set.
 _SWITCHED = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
-# Where torch's constructors refuse numbers; all others only have to be finite.
+# Settings for which torch's constructors refuse some numbers; all others must only be finite.
 _NOT_NEGATIVE = {
     *("lr", "momentum", "weight_decay", "eps", "alpha", "betas", "rho", "lr_decay"),
     *("momentum_decay", "etas", "step_sizes"),
@@ -52,7 +52,7 @@ _LARGEST_SETTING = torch.finfo(torch.float32).max
 
 
 def check_base(state_dict: Mapping[str, Any]) -> None:
-    """Raises a CheckpointError where torch would load something else than was saved, or trip."""
+    """Raises a CheckpointError if torch would load something else than was saved, or fail."""
     entries({"state": instance(dict), "param_groups": listed(instance(dict))})(
         state_dict, "state_dict"
     )
@@ -69,14 +69,14 @@ def check_base(state_dict: Mapping[str, Any]) -> None:
 def check_loaded(
     optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Mapping[Any, Any]
 ) -> None:
-    """Raises a CheckpointError where a base optimizer could not train on with what it has loaded.
+    """Raises a CheckpointError if a base optimizer could not go on with what it has loaded.
 
-    Flags that another version of torch did not have are what they were.
+    Flags that are not in the saved state, as of another version of torch, keep their values.
 
     Args:
-        optimizer: as torch has loaded it, all that it makes up for itself included.
-        groups: its parameter groups from before.
-        state: its state from before.
+        optimizer: the optimizer after torch has loaded the state.
+        groups: its parameter groups before loading.
+        state: its state before loading.
     """
     for i, (group, before) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         place = f"state_dict['param_groups'][{i}]"
@@ -87,7 +87,7 @@ def check_loaded(
                 group[name] = here
             elif name in optimizer.defaults and name not in group:  # not a scheduler's
                 raise CheckpointError(f"Invalid {place}: it is damaged, it lacks {name!r}.")
-    needs_all = isinstance(optimizer, torch.optim.Adagrad)  # which makes no state in a step
+    needs_all = isinstance(optimizer, torch.optim.Adagrad)  # it makes no state in a step
     found = {
         i: optimizer.state.get(p)
         for i, (p, _) in enumerate(_with_groups(optimizer))
@@ -103,17 +103,17 @@ def check_entries(
     whole: bool = True,
     like: Mapping[Any, Any] | None = None,
 ) -> None:
-    """Raises a CheckpointError where a parameter's state is not what its optimizer needs.
+    """Raises a CheckpointError if a parameter's state is not what its optimizer needs.
 
-    What the classes of torch.optim need is known; others' tensors must have the shape of those that
-    they take the place of. None may be NaN.
+    The entries that classes of torch.optim need are known. With other classes a tensor must have
+    the shape of the one that it replaces. No entry may hold NaN.
 
     Args:
         found: states, by the parameters' places.
-        optimizer: which is to go on from them.
-        name: what messages call them.
+        optimizer: the optimizer that is to go on from them.
+        name: their name in messages.
         whole: nothing may be missing.
-        like: the state, by parameter, that these take the place of.
+        like: the state, by parameter, that these replace.
     """
     pairs = _with_groups(optimizer)
     for place, entry in found.items():
@@ -123,7 +123,7 @@ def check_entries(
         needed, shapes = _needs(optimizer, *pairs[place], (like or {}).get(pairs[place][0]))
         if not isinstance(entry, dict):
             refuse(entry, what, "a dict")
-        # One that is empty is made at the first step, but for Adagrad's.
+        # An empty state is filled at the first step, except Adagrad's.
         begun = whole and (entry or isinstance(optimizer, torch.optim.Adagrad))
         if absent := sorted(needed - entry.keys()) if begun else []:
             raise CheckpointError(f"Invalid {what}: it is damaged, it lacks {absent}.")
@@ -135,10 +135,10 @@ def check_entries(
 def _needs(
     optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any], like: Any
 ) -> tuple[set[str], dict[str, torch.Size]]:
-    """What a parameter's state must hold; and the shapes of what is known of it."""
+    """Returns the entries that a parameter's state must have, and the known shapes of entries."""
     engine = getattr(optimizer, "anderson_engine", None)  # an accelerated one is of a derived class
     cls: Any = type(optimizer if engine is None else engine.given)
-    if cls not in _SHAPED:  # nor classes derived from these, which may keep what they like
+    if cls not in _SHAPED:  # nor are classes derived from these, which may keep anything
         known = like.items() if isinstance(like, dict) else ()
         return set(), {k: v.shape for k, v in known if isinstance(v, Tensor) and v.numel() > 1}
     needed = dict.fromkeys(_SHAPED[cls], p.shape)
@@ -161,7 +161,7 @@ def _check_value(value: Any, shape: torch.Size | None, name: str) -> None:
         ok = value.layout == torch.strided and value.device.type != "meta"
         wanted = "dense, without NaN"
         if shape is not None:
-            single = shape.numel() == value.numel() == 1  # [] and [1] are both around
+            single = shape.numel() == value.numel() == 1  # [] and [1] both occur
             ok = ok and value.is_floating_point() and (single or value.shape == shape)
             wanted += f", floating, of shape {[*shape]}"
         ok = ok and not value.isnan().any()
@@ -176,9 +176,9 @@ def _with_groups(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[st
 
 
 def _check_setting(found: Any, here: Any, name: str, place: str) -> None:
-    """A number must stand where there is a number; flags and texts may be others.
+    """Checks that a number replaces a number. Flags and texts may change.
 
-    NumPy's numbers count, and tensors of one number where torch can take a step with them.
+    NumPy's numbers are taken, and tensors of one number if torch can take a step with them.
     """
     found, here = (x.item() if isinstance(x, np.generic) else x for x in (found, here))
     if isinstance(here, list | tuple):

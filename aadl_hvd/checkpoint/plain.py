@@ -1,11 +1,11 @@
 """What a checkpoint may hold: tensors and plain values, which torch reads without running code.
 
-torch.save writes whatever can be pickled. `torch.load(weights_only=True)` reads few types only, and
-says so when the run that wrote the file is gone. So `plain` decides before a file is written: what
-has a plain equal becomes that, the rest is an error that names its place.
+torch.save writes all that can be pickled. `torch.load(weights_only=True)` reads only a few types,
+and says so when the run that wrote the file is over. So `plain` checks before a file is written. A
+value with a plain equivalent is converted. Any other value is an error that names its place.
 
-What torch reads differs little from 2.6 to 2.15 (torch/_weights_only_unpickler.py); where it does,
-`_is_read` tries.
+The types that torch reads differ little from 2.6 to 2.15 (torch/_weights_only_unpickler.py). Where
+they differ, `_is_read` tries.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch.nn.parameter import is_lazy
 
 from aadl_hvd.errors import CheckpointError
 
-_DEEPEST = 64  # levels: pickle recurses, as the walk here does, and Python allows 1000 calls
-_LONGEST_INT = 8 * 255 - 1  # bits of the longest that torch reads
+_DEEPEST = 64  # levels: pickle and the walk here recurse, and Python allows 1000 calls
+_LONGEST_INT = 8 * 255 - 1  # bits of the longest int that torch reads
 _SCALARS = frozenset({type(None), bool, float, str})  # stay as they are
-# What an instance of a derived class is equal to, if anything.
+# Convert an instance of a derived class to its base class.
 _BASES: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
@@ -50,27 +50,28 @@ _LAYOUTS = {
     *(torch.strided, torch.sparse_coo),
     *(torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
 }
-_OPEN = object()  # stands for the result of what is still being converted
+_OPEN = object()  # stands for the result of a value that is still being converted
 
 
 def plain(value: Any, name: str) -> Any:
-    """The same in types that torch reads; `aadl_hvd.checkpoint.save` says the rules.
+    """Converts a value to types that torch reads; `aadl_hvd.checkpoint.save` says the rules.
 
-    Containers are new, tensors are not copied. What is shared stays shared.
+    Containers are new, tensors are not copied. Shared objects stay shared.
 
     Args:
         value: nested containers; it is not changed.
-        name: what messages call it.
+        name: its name in messages.
 
     Raises:
-        CheckpointError: an entry has no plain equal: says where, of what type, and what to do.
+        CheckpointError: an entry has no plain equivalent. The message says where it is, its type,
+            and what to do.
     """
     return _Walk().convert(value, name)
 
 
 class _Walk:
     def __init__(self) -> None:
-        # By id: the original, which must live as long as its id is in use, and the result.
+        # By id: the original, which must stay alive while its id is in use, and the result.
         self._done: dict[int, tuple[Any, Any]] = {}
         self._depth = 0
         self._dtypes: dict[int, tuple[torch.dtype, str]] = {}  # by address of the memory
@@ -100,7 +101,7 @@ class _Walk:
             return self.convert(_from_numpy(value, name), name)
         if isinstance(value, np.generic) and value.dtype.kind in _NUMBERS:
             item = value.item()
-            if not isinstance(item, np.generic):  # as that of a long double is
+            if not isinstance(item, np.generic):  # the item of a long double is one
                 return self.convert(item, name)
         if isinstance(value, PurePath):
             return os.fspath(value)
@@ -170,7 +171,7 @@ class _Walk:
 
 
 class _EmptyBytes:
-    """b"", pickled as Python pickles bytes that are not empty: torch reads it in this way only."""
+    """b"", pickled as Python pickles bytes that are not empty: torch reads no other form."""
 
     def __reduce__(self) -> Any:
         return codecs.encode, ("", "latin1")
@@ -180,7 +181,7 @@ _EMPTY = _EmptyBytes()
 
 
 def _scalar(value: Any, equal: Any, name: str) -> Any:
-    """What an instance of a derived class, or of bytes, is written as."""
+    """Returns the value to write for an instance of a derived class, or of bytes."""
     if not (equal == value or equal != equal):  # NaN
         _refuse(value, name)
     if isinstance(equal, complex) and not _is_read(1j):
@@ -192,7 +193,7 @@ def _scalar(value: Any, equal: Any, name: str) -> Any:
 
 @functools.cache
 def _is_read(value: Any) -> bool:
-    """Whether this version of torch reads a small value that not all versions do."""
+    """Whether this version of torch reads a small value that not all versions read."""
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
@@ -203,32 +204,32 @@ def _is_read(value: Any) -> bool:
 
 
 def _holds_more(value: Any) -> bool:
-    """Whether an instance of a derived class has attributes that its plain equal would lose."""
+    """Whether an instance of a derived class has attributes that a plain value would lose."""
     if isinstance(value, enum.Enum) or type(value) is collections.OrderedDict:
         return False
     own = getattr(value, "__dict__", {})
-    if isinstance(value, dict):  # attributes may be another way to its entries
+    if isinstance(value, dict):  # attributes may be aliases of its entries
         return any(dict.get(value, name, _OPEN) is not item for name, item in own.items())
     return isinstance(value, (*_BASES, list, tuple, set, frozenset)) and bool(own)
 
 
 def _is_key(value: Any) -> bool:
-    """Whether a converted value can be a key: hashed by what it is, not by where it is."""
+    """Whether a converted value can be a key: hashed by value, not by identity."""
     if isinstance(value, tuple):
         return all(map(_is_key, value))
     return not isinstance(value, Tensor | dict | list | set | bytearray)
 
 
 def _with_lists(value: Any) -> Any:
-    """A random state of NumPy, which takes lists; it cannot take numbers from torch's uint64."""
+    """Converts a random state of NumPy to lists: it cannot take numbers from torch's uint64."""
     if isinstance(value, dict):
         return {key: _with_lists(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
-    """A tensor of the same dtype and numbers, in the same memory where torch can use it."""
-    if type(array) not in (np.ndarray, np.memmap):  # others mean more, as masked ones do
+    """Returns a tensor of the same dtype and numbers, in the same memory if torch can use it."""
+    if type(array) not in (np.ndarray, np.memmap):  # others hold more, such as a mask
         _refuse(array, name, "numpy.asarray(x)")
     if array.dtype.kind in _NUMBERS:
         dtype = array.dtype.newbyteorder("=")
@@ -242,7 +243,7 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
 
 
 def _without_subclass(value: Tensor, name: str) -> Tensor:
-    """The tensor itself, without what a derived class makes of it."""
+    """Returns the value as a plain Tensor, without its derived class."""
     if is_lazy(value) or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         # It has no numbers yet, or they are in other tensors.
         local = hasattr(value, "to_local")

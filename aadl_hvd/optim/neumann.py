@@ -1,4 +1,4 @@
-"""The Neumann optimizer: implicit inversion of mini-batch Hessians at the price of momentum SGD."""
+"""The Neumann optimizer: implicit inversion of mini-batch Hessians at the cost of momentum SGD."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from aadl_hvd.errors import AndersonError, ConfigError, UnsupportedError
 from aadl_hvd.optim.job import check_whole
 
 VARIABLES: Final = ("parameters", "tensors")
-# The norms, t and K are those of all groups together: in these, groups cannot differ.
+# Groups cannot differ in these: the norms, t and K are those of all groups together.
 _SHARED: Final = ("steps_per_epoch", "warmup_epochs", "reset_epochs", "variables")
 
-# What one call of `step` updates in one group: the group, parameters, gradients, m, v.
+# The work of one call of `step` in one group: the group, parameters, gradients, m, v.
 _Work = tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -40,25 +40,27 @@ class NeumannOptimizer(torch.optim.Optimizer):
 
     - |delta| is the norm over all parameters of the optimizer together: the source's w is one
       vector. It is accumulated in float64. (Only with `hvd.Adasum`, which updates tensor by tensor,
-      is it that of each tensor.)
-    - The regularizer is left out where delta = 0, or is so small that it would overflow.
-    - t counts the steps after the warm-up, from 1, and goes on through resets; so mu(t) =
-      1 - 1/(1 + t), held in [mu_min, mu_max], rises once ("during training") and stays.
+      it is the norm of each tensor.)
+    - The regularizer is left out if delta is 0, or so small that the regularizer would overflow.
+    - t counts the steps after the warm-up, from 1. Resets do not change it. So mu(t) =
+      1 - 1/(1 + t), clipped to [mu_min, mu_max], rises once ("during training") and stays.
     - K counts the steps since the last reset: resets are at t = 1, 1 + K, 1 + K + 2K, ... for the
-      first K; it doubles at each reset but the first.
-    - In the warm-up w <- w - lr g; m is 0 and v follows w already, so that delta is not the
-      difference of two neighbouring iterates when the repulsion begins.
+      first K. It doubles at each reset but the first.
+    - In the warm-up w <- w - lr g, m is 0, and v already follows w. So delta is not the difference
+      of two successive iterates when the repulsion begins.
     - weight_decay is part of the objective: weight_decay w is added to g, in the warm-up too.
-    - lr is that of the step, as a schedule has set it: m keeps what earlier steps put into it.
-    - Groups have their own lr, weight_decay, alpha, beta, gamma, mu_min and mu_max; |delta|, the
+    - lr is that of the present step, as a schedule has set it. The terms of earlier steps in m keep
+      theirs.
+    - Groups have their own lr, weight_decay, alpha, beta, gamma, mu_min and mu_max. |delta|, the
       number of variables, t and K are those of all groups.
-    - A parameter without a gradient is left alone: it moves not, nor is it counted in |delta| or in
-      the number of variables. One that joins later begins with m = 0 and v = w.
+    - A parameter without a gradient does not move. It is not counted in |delta| or in the number of
+      variables. When it first has a gradient it begins with m = 0 and v = w.
 
-    State (`m`, `v` in the parameter's dtype, and integers `step`, `t`, `reset_at`, `period`, the
-    same for all parameters) is there from the construction on, so `hvd.broadcast_optimizer_state`
-    need not step on zero gradients to make it, which would also apply the weight decay. It
-    survives `hvd.DistributedOptimizer(optimizer)`, which makes a new optimizer of the groups.
+    The state exists from the construction on. It has `m` and `v` in the parameter's dtype, and the
+    integers `step`, `t`, `reset_at` and `period`, the same for all parameters. So
+    `hvd.broadcast_optimizer_state` need not make it by a step on zero gradients, which would also
+    apply the weight decay. The state survives `hvd.DistributedOptimizer(optimizer)`, which makes a
+    new optimizer of the groups.
 
     Memory: m and v, and one more copy of the weights during a step and during evaluation.
 
@@ -74,15 +76,15 @@ class NeumannOptimizer(torch.optim.Optimizer):
         warmup_epochs: epochs of plain SGD before t = 1; at least 0. As steps: rounded. With 0 the
             repulsion begins at a tiny |delta|, and its first push may be larger than the weights.
         reset_epochs: the first K, in epochs; greater than 0. As steps: rounded, and at least 1.
-        variables: what "the number of variables" that beta is multiplied with counts: "parameters"
-            (scalars) or "tensors" (what TensorFlow, the source's framework, calls variables).
+        variables: what is counted as a variable, for the factor of beta: "parameters" (scalars) or
+            "tensors" (what TensorFlow, the source's framework, calls variables).
         weight_decay: at least 0.
 
     Raises:
         ConfigError: a value is not allowed, or groups differ where they cannot; the message names
             parameter, value and range.
-        UnsupportedError: complex parameters, or sharded ones (FSDP), of whose norm a process knows
-            a part; sparse gradients; `step` in `evaluation_weights`.
+        UnsupportedError: complex parameters; sharded ones (FSDP), since a process knows only a part
+            of their norm; sparse gradients; `step` in `evaluation_weights`.
     """
 
     _evaluating = False
@@ -116,7 +118,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
             "variables": variables,
             "weight_decay": weight_decay,
         }
-        # Horovod's call: the groups of another optimizer and nothing else.
+        # Horovod passes the groups of another optimizer and nothing else.
         alone = lr is None and steps_per_epoch is None
         before = params if isinstance(params, _Groups) and alone else None
         if before is not None:
@@ -128,7 +130,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
         self._allocate()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; settings that the group does not name are those of the constructor."""
+        """As in torch; settings that the group does not have are those of the constructor."""
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -157,7 +159,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Within it the parameters are w - mu m; w comes back on leaving, bit for bit.
+        """Context in which the parameters are w - mu m. On leaving w is restored bit for bit.
 
         Buffers, such as the statistics of batch normalization, stay those of w.
         """
@@ -173,7 +175,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 for p, _, _, w in moved:
                     p.copy_(w)
-            del self._evaluating  # the class's again: nothing is kept outside of the state
+            del self._evaluating  # back to the class's: nothing is kept outside of the state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -203,7 +205,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
                 self.state[p].update(clock._asdict())
 
     def _regularized(self, work: list[_Work], clock: _Clock) -> None:
-        """A step with d = g + ..., in which all groups meet in |delta|."""
+        """Takes a step with d = g + ..., where |delta| is the norm over all groups."""
         deltas = [torch._foreach_sub(weights, averages) for _, weights, _, _, averages in work]
         everything = [delta for part in deltas for delta in part]
         squared = _squared_norm(everything)
@@ -237,7 +239,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
                 )
             for p in weights:
                 if not self.state.get(p, {}).get("step"):
-                    # Here and not at the construction: weights are often loaded after that.
+                    # Here and not at construction: weights are often loaded after that.
                     self.state[p] = _fresh(p)
             states = [self.state[p] for p in weights]
             if weights:
@@ -246,9 +248,9 @@ class NeumannOptimizer(torch.optim.Optimizer):
         return work
 
     def past_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter and v, the moving average of its past values, where there is one.
+        """Returns each parameter with v, the moving average of its past values, if there is one.
 
-        Acceleration moves v along with the weights: delta = w - v stays what the optimizer made it.
+        Acceleration moves v along with the weights, so that delta = w - v does not change.
         """
         states = [(p, self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
         return [(p, state["v"]) for p, state in states if "v" in state]
@@ -260,7 +262,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
         return _Clock() if latest is None else _Clock(*(latest[name] for name in _Clock._fields))
 
     def _to_evaluate(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Parameters, m, and mu; that is 0 where there is nothing to subtract."""
+        """Yields parameter, m and mu; mu is 0 if there is nothing to subtract."""
         clock = self._clock()
         for group in self.param_groups:
             for p in group["params"]:
@@ -269,7 +271,7 @@ class NeumannOptimizer(torch.optim.Optimizer):
                 yield p, state.get("m", p), mu
 
     def _allocate(self) -> None:
-        """State before the first step, of the same shape on all ranks, for Horovod to broadcast."""
+        """Makes the state before the first step, alike on all ranks, for Horovod to broadcast."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and p not in self.state:
@@ -351,9 +353,9 @@ class _Clock(NamedTuple):
 
 
 class _Groups(list[dict[str, Any]]):
-    """Parameter groups that know the rest of their optimizer.
+    """Parameter groups that keep the state and defaults of their optimizer.
 
-    `hvd.DistributedOptimizer` hands them, and only them, to the optimizer it makes.
+    `hvd.DistributedOptimizer` passes only the groups to the optimizer it makes.
     """
 
     def __init__(self, groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
@@ -372,13 +374,13 @@ def _added(gradients: list[Tensor], weights: list[Tensor], decay: float) -> list
 
 
 def _squared_norm(tensors: list[Tensor]) -> float:
-    """Of all together, in float64."""
+    """The squared norm of all tensors together, in float64."""
     norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
     return float(torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum())
 
 
 def _regularizer(alpha: float, beta: float, squared: float, largest: float) -> float:
-    """What delta is multiplied with; 0 where that is more than the largest number there is."""
+    """The factor of delta; 0 if its magnitude would exceed `largest`."""
     cubed = squared * math.sqrt(squared)
     if cubed == 0.0:
         return 0.0

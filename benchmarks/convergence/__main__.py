@@ -88,7 +88,7 @@ def _launch(plan: Plan, results: Results, words: list[str]) -> int:
 
 
 def _without_paths(words: list[str]) -> list[str]:
-    """Results are shown around; where things lie on this machine is nobody's concern."""
+    """Hides paths of this machine, since results are published."""
     kept = []
     after = ""
     for word in words:

@@ -1,7 +1,7 @@
-"""What the published AADL code does to an optimizer: a dense reference, written for comparison.
+"""A dense reference for comparison: does to an optimizer what the published AADL code does.
 
 It knows iterates alone, and takes each for the image of the one before under the optimizer's map.
-That holds until the first acceleration: from then on a column of R may be the difference of two
+That holds until the first acceleration. From then on a column of R may be the difference of two
 points that no step connects.
 """
 
@@ -15,14 +15,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def extrapolate(X: Tensor, relaxation: float) -> Tensor:
-    """Anderson's point from iterates alone.
+    """Returns Anderson's point from iterates alone.
 
     With r_k = x_{k+1} - x_k, columns of W the differences of x and of R those of r,
 
         gamma = argmin || r - R gamma ||  (by QR),   x - W gamma + relaxation (r - R gamma)
 
-    where x is the last iterate but one and r its residual. So, unlike Eq. 6 of arXiv 2110.14813,
-    relaxation damps the residual alone, and not the step as a whole.
+    where x is the last iterate but one and r its residual. Unlike in Eq. 6 of arXiv 2110.14813,
+    relaxation damps the residual alone, and not the whole step.
 
     Args:
         X: iterates [n, h], oldest first; h at least 3.
@@ -41,19 +41,19 @@ def extrapolate(X: Tensor, relaxation: float) -> Tensor:
 class Aadl:
     """Accelerates any optimizer from outside; call `after_step` after each of its steps.
 
-    As in the published code: no safeguard, each parameter group for itself, the accelerated point
-    takes the last iterate's place in the history, and on several ranks each computes everything
-    for itself. The count of steps starts anew at every acceleration and must exceed `wait`, of
-    which 1 is the published default; so with frequency 1 every second step is accelerated.
+    As in the published code, there is no safeguard. Each parameter group is accelerated separately,
+    and each rank computes everything itself. The accelerated point replaces the last iterate in the
+    history. The count of steps starts anew at every acceleration and must exceed `wait`, whose
+    published default is 1. So with frequency 1 every second step is accelerated.
 
-    Not imitated: versions of the published code let the weights and the newest entry of the history
-    share memory after an acceleration, so that the next step overwrites that entry.
+    One fault is not imitated. In versions of the published code the weights and the newest entry of
+    the history share memory after an acceleration, so that the next step overwrites that entry.
 
     Args:
         optimizer: a torch optimizer, distributed or not.
-        history_depth: iterates that are kept.
+        history_depth: number of iterates that are kept.
         frequency: accelerate every so many steps.
-        store_every: keep every so-manieth iterate.
+        store_every: store an iterate every so many steps.
         relaxation: beta.
         wait: see above.
     """
@@ -77,7 +77,7 @@ class Aadl:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Stores the iterate, and moves the weights where it is time."""
+        """Stores the iterate and accelerates, each when it is due."""
         self._since_store += 1
         if self._since_store >= self._store_every:
             self._since_store = 0

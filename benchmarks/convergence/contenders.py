@@ -14,7 +14,7 @@ from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 from benchmarks.convergence.aadl import Aadl
 from models.problems import Problem
 
-# Contenders that differ from the default in nothing else.
+# Contenders that differ from the default in the history's dtype only.
 HISTORY_DTYPES = {"bfloat16": torch.bfloat16}
 
 
@@ -23,10 +23,10 @@ class Contender:
     """An optimizer in training.
 
     Attributes:
-        optimizer: distributed.
+        optimizer: a distributed optimizer.
         after_step: to be called after each of its steps, or None.
-        observes: its `observe` is told each step's loss.
-        averages: it can lend averaged weights to evaluate.
+        observes: its `observe` gets each step's loss.
+        averages: it has averaged weights to evaluate.
     """
 
     optimizer: Any
@@ -55,7 +55,7 @@ def make(name: str, problem: Problem, model: nn.Module) -> Contender:
     if name in ("default", *HISTORY_DTYPES):
         anderson = AndersonConfig(history_dtype=HISTORY_DTYPES.get(name))
         optimizer = DistributedAndersonOptimizer(base, named, anderson=anderson)
-        # Averages are the default's: nobody asks what they are beside a narrower history.
+        # Averaged weights are measured for the default only.
         return Contender(optimizer=optimizer, observes=True, averages=name == "default")
     if name == "paper":
         settings = dataclasses.replace(settings, average_window=None)

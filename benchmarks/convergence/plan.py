@@ -1,4 +1,4 @@
-"""What is to be run: from the command line to a list of runs, which the ranks are handed."""
+"""Turns the command line into a plan: a list of runs for the ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENDERS = {
     "bfloat16": "the same with its history in bfloat16",
 }
 USUAL_CONTENDERS = ("base", "aadl", "paper", "paper+average", "default")
-# Seeds where none are asked for, so that all problems together take about 40 minutes on 2 cores.
+# Default numbers of seeds. All problems together take about 40 minutes on 2 cores.
 SEEDS = {"digits_mlp": 15, "digits_resnet": 5, "admissions": 3, "burgers2d": 3, "burgers100d": 3}
 OTHER_SEEDS = 20
 QUICK_PROBLEMS = ("quadratic", "digits_mlp-full-sgd", "digits_mlp-100-nesterov", "burgers2d")
@@ -38,7 +38,7 @@ class Plan:
         conditions: what must be equal for runs to be compared; written into the results.
         options: problem -> its own options, such as the path of its data.
         results: file that the runs are added to.
-        cycle_time: Horovod's, in ms.
+        cycle_time: Horovod's cycle time in ms.
     """
 
     runs: list[tuple[str, str, int]]
@@ -82,11 +82,11 @@ def parser() -> argparse.ArgumentParser:
     fewer = ", ".join(f"{count} for {name}" for name, count in SEEDS.items())
     add("--seeds", metavar="0-19", help="a range or a list such as 0,1,5; default: "
         f"{OTHER_SEEDS} seeds, and {fewer}")  # fmt: skip
-    add("--ranks", type=int, default=2, help="on this machine; default: 2")
+    add("--ranks", type=int, default=2, help="number of ranks, on this machine; default: 2")
     add("--out", type=Path, default=Path("benchmarks/results/convergence"),
         help="folder to write; runs that its results.json has are kept unless they are run again; "
         "default: %(default)s")  # fmt: skip
-    add("--steps", type=int, help="instead of each problem's own")
+    add("--steps", type=int, help="number of steps, instead of each problem's own")
     add("--quick", action="store_true", help=f"{QUICK_STEPS} steps of a few problems with "
         f"{QUICK_SEEDS} seeds: does it run at all?")  # fmt: skip
     add("--resume", action="store_true", help="leave out runs that results.json has")
@@ -97,8 +97,8 @@ def parser() -> argparse.ArgumentParser:
     add("--burgers100d-points", type=int, metavar="N",
         help="collocation points; default: the paper's 4000")  # fmt: skip
     add("--cycle-time", type=float, default=0.2, metavar="MS",
-        help="Horovod's, unless HOROVOD_CYCLE_TIME is set; default: %(default)s, since small "
-        "problems wait for it in every step")  # fmt: skip
+        help="Horovod's cycle time, unless HOROVOD_CYCLE_TIME is set; default: %(default)s, since "
+        "small problems wait for it in every step")  # fmt: skip
     return made
 
 
@@ -106,7 +106,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """The plan that the command line asks for.
 
     Raises:
-        UserError: something in it cannot be.
+        UserError: an option has a value that is not allowed.
     """
     if options.ranks < 1:
         raise UserError(f"--ranks is {options.ranks}, must be at least 1")
@@ -133,7 +133,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             text = name.replace("_", "-")
             raise UserError(f"--{text} is {value}, must be at least {low}")
     seeds = {name: _seeds(options, name) for name in problems}
-    # Seed by seed, so that a run that is cut short has something of every problem.
+    # Seed by seed, so that an interrupted call has results of every problem.
     runs = [
         (problem, contender, seed)
         for seed in sorted(set().union(*seeds.values()))
@@ -166,7 +166,7 @@ def parse_seeds(text: str) -> list[int]:
     """Seeds from "0-19" or "0,1,5" or both mixed.
 
     Raises:
-        UserError: it is something else.
+        UserError: the text is something else.
     """
     seeds: list[int] = []
     try:

@@ -72,7 +72,7 @@ def _panels(problem: str, run: Run) -> list[str]:
 
 
 def _draw(axes: Any, runs: list[Run], name: str, contender: str) -> None:
-    # What diverged has fewer points; the others are drawn on, up to there as the mean of all.
+    # A run that diverged has fewer points. The mean is over all runs, so the curve ends there.
     curves = [_curve(run, name) for run in runs]
     steps = max((curve[0] for curve in curves), key=len)
     values = np.full((len(steps), len(runs)), np.nan)
@@ -87,7 +87,7 @@ def _draw(axes: Any, runs: list[Run], name: str, contender: str) -> None:
     colour = f"tab:{COLOURS[contender]}"
     axes.plot(steps, mean, color=colour, label=label, linewidth=1.3)
     if np.isfinite(band).any():
-        # On a logarithmic axis a band that reaches 0 would pull the axis down with it.
+        # On a logarithmic axis a band that reaches 0 would stretch the axis.
         low = np.maximum(mean - band, 0.1 * mean)
         axes.fill_between(
             steps, low, mean + band, color=f"tab:{COLOURS[contender]}", alpha=0.2, lw=0

@@ -1,4 +1,4 @@
-"""results.json: all runs so far, one a line, and the conditions they were made under."""
+"""results.json: all runs so far, one per line, and the conditions they were made under."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Key = tuple[str, str, int]
 
 
 def key(run: Run) -> Key:
-    """(problem, contender, seed), of which there is one run."""
+    """The key of a run: (problem, contender, seed)."""
     return run["problem"], run["contender"], run["seed"]
 
 
 class Results:
-    """What results.json holds.
+    """The content of results.json.
 
     Args:
         path: the file; need not exist.
 
     Attributes:
         head: conditions, machine, versions, date and arguments of the last launch.
-        runs: by (problem, contender, seed).
+        runs: runs by (problem, contender, seed).
 
     Raises:
-        UserError: the file is something else.
+        UserError: the file holds something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +69,7 @@ class Results:
         self.runs[key(run)] = run
 
     def write(self) -> None:
-        """Writes the file as a whole or not at all."""
+        """Writes the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps({"format": FORMAT, **self.head}, indent=1)
         lines = ",\n".join(
@@ -81,7 +81,7 @@ class Results:
 
 
 def plain(value: Any, digits: int = 7) -> Any:
-    """The same with numbers rounded to `digits` significant ones; not finite ones become None."""
+    """Rounds numbers to `digits` significant digits; those that are not finite become None."""
     if isinstance(value, dict):
         return {name: plain(item, digits) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -15,7 +15,7 @@ from benchmarks.convergence.results import Key, Run
 from models.problems import PROBLEMS
 
 AVERAGED = "default, averaged weights"
-"""A contender that no run has: the default's other weights, lent for evaluation."""
+"""The default, evaluated at its averaged weights. It has no runs of its own."""
 CONTENDER_ORDER = (*CONTENDERS, AVERAGED)
 
 
@@ -45,12 +45,12 @@ class Row:
         final: metric -> mean over seeds at the end.
         mean_of_ratios: final training loss over the base's with the same seed, mean over seeds;
             None without runs of the base.
-        ratio_of_means: the same of the means.
-        worst_ratio: the largest.
-        steps_to_base: mean over the seeds that got there of the steps to the base's final training
-            loss; None if none did.
-        reached: how many did.
-        seconds_per_step: mean; without the time for measuring.
+        ratio_of_means: mean of the final training losses over the mean of the base's.
+        worst_ratio: largest ratio of a seed.
+        steps_to_base: steps to the base's final training loss, mean over the seeds that reached it;
+            None if none did.
+        reached: number of these seeds.
+        seconds_per_step: mean, without the time for measuring.
         counters: summed over seeds: stored, accelerated, rejected, averaged, as far as kept.
     """
 
@@ -72,10 +72,10 @@ def mean_and_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over seeds of curves, and half the width of its 95 % band.
 
     Args:
-        values: [points, seeds]; what is not finite makes the mean inf and the band nan.
+        values: [points, seeds]; a value that is not finite makes the mean inf and the band nan.
 
     Returns:
-        [points] and [points]; bands are nan for a single seed.
+        Means [points] and bands [points]; bands are nan for a single seed.
     """
     count = values.shape[1]
     finite = np.isfinite(values).all(axis=1)
@@ -91,8 +91,8 @@ def mean_and_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def steps_to(run: Run, loss: float) -> int | None:
     """Steps after which a run's training loss is at or below `loss`; None if it never is.
 
-    With a full batch as each step saw it, thinned as stored; else as measured over the whole
-    training set at the marks.
+    With a full batch it is the loss that each step saw, as far as stored. Else it is the loss over
+    the whole training set, measured at the marks.
     """
     if run["full_batch"]:
         stride = run["loss"]["stride"]
@@ -105,7 +105,7 @@ def steps_to(run: Run, loss: float) -> int | None:
 
 
 def with_averaged(runs: Iterable[Run]) -> list[Run]:
-    """The runs, and for each that has averaged weights another that is judged by those."""
+    """Returns the runs, and for each with averaged weights another one, measured at those."""
     every = []
     for run in runs:
         every.append(run)

@@ -1,4 +1,4 @@
-"""What every rank runs: all runs of a plan, one after the other, in one launch."""
+"""The program of every rank: all runs of a plan, one after the other, in one launch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from models.problems import Problem, build
 
 MARKS = 40
 CURVE_POINTS = {True: 400, False: 100}
-"""At most so many of the losses that a run saw: every step's where it had a full batch of 400."""
+"""Largest number of losses that are stored of a run, with a full batch or without."""
 FEW = 8
 WRITE_EVERY = 20.0
 SAY_EVERY = 2.0
 
 
 def main(plan_path: Path) -> None:
-    """Runs the plan; rank 0 writes results and tells how far it is."""
+    """Runs the plan; rank 0 writes results and shows the progress."""
     dist.start()
     plan = Plan.read(plan_path)
     results = Results(plan.results) if hvd.rank() == 0 else None
@@ -47,7 +47,7 @@ def main(plan_path: Path) -> None:
             started = time.monotonic()
             run = {"problem": name, "contender": contender, "seed": seed}
             run |= train(problem, contender)
-            gc.collect()  # optimizers and Horovod's hooks on them are cycles
+            gc.collect()  # optimizers and Horovod's hooks on them are reference cycles
             if results is not None:
                 results.add(run)
                 progress.tell(number, run, time.monotonic() - started)
@@ -64,8 +64,7 @@ def main(plan_path: Path) -> None:
 def train(problem: Problem, contender: str) -> Run:
     """One training, measured at `MARKS` points on the way. Collective.
 
-    It ends early where the loss is not finite any more; all ranks see the same weights and so find
-    the same.
+    It ends early if the loss is no longer finite. All ranks have the same weights, so they agree.
     """
     model = problem.make_model()
     made = make(contender, problem, model)
@@ -111,7 +110,7 @@ def train(problem: Problem, contender: str) -> Run:
 
 
 def _few_batches(problem: Problem, model: nn.Module, done: int) -> Callable[[], float]:
-    """This rank's loss on its last training batches: what averaged weights are chosen by."""
+    """This rank's loss on its last training batches, by which averaged weights are chosen."""
     count = 1 if problem.full_batch else FEW
 
     def loss() -> float:
@@ -123,7 +122,7 @@ def _few_batches(problem: Problem, model: nn.Module, done: int) -> Callable[[], 
 
 
 def _evaluated(optimizer: Any) -> contextlib.AbstractContextManager[Any]:
-    """The weights that the base optimizer wants to be judged by: NeumannOptimizer has its own."""
+    """Context with the weights to evaluate the base optimizer at: NeumannOptimizer has its own."""
     own = getattr(optimizer, "evaluation_weights", None)
     return contextlib.nullcontext() if own is None else own()
 
@@ -140,14 +139,14 @@ def _step(problem: Problem, model: nn.Module, made: Contender, step: int) -> flo
         made.optimizer.observe(loss)
     made.optimizer.step()
     if made.after_step is not None:
-        # The factorization may refuse what is not finite; then it stays so, and is recorded.
+        # The factorization may refuse values that are not finite. The run is recorded as diverged.
         with contextlib.suppress(torch.linalg.LinAlgError):
             made.after_step()
     return loss.item()
 
 
 class _Progress:
-    """Lines on stderr, one every few seconds at most, with an estimate of what is left."""
+    """Lines on stderr, one every few seconds at most, with an estimate of the time left."""
 
     def __init__(self, plan: Plan) -> None:
         self._runs = plan.runs

@@ -1,7 +1,7 @@
-"""The one measurement that all sweeps make: acceleration against the same steps without it.
+"""The measurement of all sweeps: acceleration against the same steps without it.
 
-An accelerated and a plain optimizer take turns in one program, so that whatever else the machine
-does meets both. Only public names of the library are used: its timers, its counters, its bytes.
+An accelerated and a plain optimizer take turns in one program, so that other work on the machine
+slows both. Only public names of the library are used: its timers, its counters, its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aadl_hvd import AndersonConfig, AndersonOptimizer
 from benchmarks import report
 from benchmarks.workload import CYCLE_PARTS, Workload
 
-# Of an acceleration step, what is not needed for storing a pair.
+# The parts of an acceleration step that are not needed for storing a pair.
 GRAM_TO_WRITE = ("gram", "solve", "update", "gather", "write")
 
 
@@ -28,10 +28,10 @@ class Setting:
     """One way to accelerate.
 
     Attributes:
-        name: in tables and files.
+        name: name in tables and files.
         config: settings of the library.
         falling: the learning rate falls in every step; then an update reads R, too.
-        cycles: of p steps, in a turn.
+        cycles: cycles of p steps in a turn.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Task(Protocol):
         """Parameters with names, as Horovod wants them."""
 
     def prepare(self) -> None:
-        """What comes before a step and is not timed."""
+        """Does the work before a step that is not timed."""
 
     def step(self, optimizer: Any) -> None:
-        """What is timed."""
+        """Does the work that is timed."""
 
 
 class Quadratic(Workload):
@@ -77,9 +77,9 @@ class Training:
     """A whole training step: forward, backward, the optimizer's step.
 
     Args:
-        name: of a problem of `models.problems`.
-        rank: of this process.
-        ranks: that share the data.
+        name: name of a problem of `models.problems`.
+        rank: rank of this process.
+        ranks: number of ranks that share the data.
     """
 
     def __init__(self, name: str, rank: int, ranks: int) -> None:
@@ -95,10 +95,10 @@ class Training:
         return list(self._model.named_parameters(prefix=prefix))
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def step(self, optimizer: Any) -> None:
-        """A training step; an accelerated optimizer is shown the loss."""
+        """Does a training step; an accelerated optimizer observes the loss."""
         optimizer.zero_grad()
         loss = self._problem.loss(self._model, self._steps)
         loss.backward()
@@ -110,11 +110,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How optimizers are made on the ranks that there are.
+    """How optimizers are made, with Horovod or without.
 
     Attributes:
         plain: makes the optimizer without acceleration.
-        accelerated: makes the other one.
+        accelerated: makes the accelerated optimizer.
         barrier: all ranks leave it together.
     """
 
@@ -124,7 +124,7 @@ class Engine:
 
 
 def in_one_process() -> Engine:
-    """Without Horovod."""
+    """Returns the engine without Horovod."""
     return Engine(
         plain=lambda task: task.base,
         accelerated=lambda task, config: AndersonOptimizer(task.base, anderson=config),
@@ -133,7 +133,7 @@ def in_one_process() -> Engine:
 
 
 def through_horovod() -> Engine:
-    """On Horovod's ranks."""
+    """Returns the engine on Horovod's ranks."""
     import horovod.torch as hvd
 
     from aadl_hvd import DistributedAndersonOptimizer
@@ -155,18 +155,18 @@ def measure(
     Args:
         setting: what to measure.
         make_task: makes the same task each time.
-        turns: of each optimizer, after the history is full.
-        engine: `in_one_process` or `through_horovod`.
+        turns: turns of each optimizer, after the history is full.
+        engine: result of `in_one_process` or `through_horovod`.
 
     Returns:
         On this rank, medians with quartiles over turns. Seconds: "own_step_s", a plain step;
-        "acceleration_step_s", an acceleration step less a plain one; "gram_to_write_s", what of it
-        is not needed for storing; "parts_s", the library's timers for a cycle of p steps. Ratios
-        to the plain step: "step_over_own", the mean over a cycle; "between_over_own", a step that
-        does not accelerate. "sent_bytes": what a cycle handed to collectives, by part.
-        "history_bytes": of history and averages. "cycles", and how many were "accelerated".
+        "acceleration_step_s", an acceleration step less a plain one; "gram_to_write_s", its parts
+        that are not needed for storing; "parts_s", the library's timers for a cycle of p steps.
+        Ratios to the plain step: "step_over_own", the mean over a cycle; "between_over_own", a step
+        that does not accelerate. "sent_bytes": bytes that a cycle passed to collectives, by part.
+        "history_bytes": bytes of history and averages. "cycles" and "accelerated": their numbers.
     """
-    gc.collect()  # an earlier optimizer is in cycles of references, and with it its history
+    gc.collect()  # an earlier optimizer and its history are in reference cycles
     config = setting.config
     p = config.frequency
     own, task = make_task(), make_task()
@@ -228,7 +228,7 @@ def measure(
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Wall-clock of a call."""
+    """Wall-clock seconds of a call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -1,8 +1,8 @@
-"""The sweep `overhead`: settings side by side, by part, against the least that they must read.
+"""The sweep `overhead`: several settings, by part, against the floor.
 
-The floor is the 2 m n/P numbers of the history, read once at the copy bandwidth of this machine,
-measured in the same run. A dense reference does what the published code does: all n x m numbers
-on every rank, QR or normal equations.
+The floor is the time to read the 2 m n/P numbers of the history once, at the copy bandwidth of the
+same run. A dense reference works as the published code does: all n x m numbers on every rank, QR or
+normal equations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RANKS = (1, 2)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of this sweep alone."""
+    """Adds the options of this sweep."""
     add = parser.add_argument
     add("--parameters", default="resnet50", metavar="NETWORK|N", help="default: %(default)s")
     add("--depth", type=int, default=20, help="m; default: %(default)s")
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError where an option is wrong."""
+    """Raises UserError if an option is wrong."""
     shapes_of(options.parameters)
     command.at_least(1, options, "depth", "turns")
 
@@ -44,8 +44,8 @@ def words(options: argparse.Namespace, ranks: int) -> list[str]:
 
 
 def settings(depth: int, ranks: int) -> list[Setting]:
-    """Those that are measured; every point is taken, so that no acceleration step is cut short."""
-    # One rank would have to guess the noise, which takes no time.
+    """The settings that are measured. Every point is taken, so that no step is cut short."""
+    # A single rank guesses the noise, which takes no time.
     gate: dict[str, Any] = {} if ranks > 1 else {"noise_gate": None}
     bare: dict[str, Any] = {"averages": (), "noise_gate": None}
     window = bare | {"average_window": 4, "average_threshold": 1e-30}
@@ -67,7 +67,7 @@ def settings(depth: int, ranks: int) -> list[Setting]:
 
 
 def measure_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All settings, and the dense reference unless it is left out. Collective."""
+    """Measures all settings, and the dense reference unless it is left out. Collective."""
     import horovod.torch as hvd
 
     shapes, engine = shapes_of(options.parameters), through_horovod()
@@ -86,7 +86,7 @@ def measure_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _measure_dense(n: int, m: int) -> dict[str, float]:
-    """Iterates stacked to n x (m + 2), least squares on all of it."""
+    """Times stacking iterates to n x (m + 2), and least squares on all of it."""
     import torch
 
     from benchmarks.convergence.aadl import extrapolate

@@ -1,7 +1,7 @@
 """The sweep `scaling`: an acceleration step against the number of ranks, rows and columns.
 
-Strong: n stays, a rank's share falls. Weak: n grows with the ranks. Where ranks outnumber cores
-they share them, and they share memory bandwidth in any case: the table says so.
+Strong: n stays, a rank's share falls. Weak: n grows with the ranks. Ranks share memory bandwidth.
+If they outnumber the cores they also share cores, and the table says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPTIONS = "numbers", "share", "depth", "turns"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of this sweep alone."""
+    """Adds the options of this sweep."""
     add = parser.add_argument
     add("--numbers", type=int, default=8_000_000, help="n, strong; default: %(default)s")
     add("--share", type=int, default=2_000_000, help="n/P, weak; default: %(default)s")
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError where an option is wrong."""
+    """Raises UserError if an option is wrong."""
     command.at_least(1, options, *_OPTIONS)
 
 
@@ -42,7 +42,7 @@ def words(options: argparse.Namespace, ranks: int) -> list[str]:
 
 
 def measure_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Strong and weak, in both layouts. Collective."""
+    """Measures strong and weak scaling, in both layouts. Collective."""
     import horovod.torch as hvd
     import torch
 
@@ -99,12 +99,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def notes(results: dict[str, Any]) -> str:
-    """Settings."""
+    """The settings of all runs."""
     return f"m = {results['m']}, p = q = 5, {results['machine']['cores']} cores"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Acceleration step against ranks; dotted: a perfect one; grey: where ranks share cores."""
+    """Plots the acceleration step against ranks; dotted: ideal; grey: ranks share cores."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")

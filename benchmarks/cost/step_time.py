@@ -18,7 +18,7 @@ RANKS = (2,)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of this sweep alone."""
+    """Adds the options of this sweep."""
     parser.add_argument("--problem", default=PROBLEM, help="default: %(default)s")
     parser.add_argument(
         "--turns", type=int, default=10, help=f"of {STEPS} steps, of each; default: %(default)s"
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError where an option is wrong."""
+    """Raises UserError if an option is wrong."""
     from models.problems import PROBLEMS
 
     if options.problem not in PROBLEMS or options.problem == "admissions":
@@ -41,7 +41,7 @@ def words(options: argparse.Namespace, ranks: int) -> list[str]:
 
 
 def measure_on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Default settings with each p. Collective."""
+    """Measures default settings with each p. Collective."""
     import horovod.torch as hvd
 
     rank, ranks = hvd.rank(), hvd.size()
@@ -76,12 +76,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def notes(results: dict[str, Any]) -> str:
-    """Settings."""
+    """The settings of all runs."""
     return f"Default settings but for p; medians over turns of {STEPS} steps"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """A step over Horovod's own, median and quartiles over turns."""
+    """Plots a step's time over Horovod's own, median and quartiles over turns."""
     from matplotlib.figure import Figure
 
     runs = results["runs"]

@@ -1,9 +1,10 @@
 """What Anderson acceleration costs on one GPU: `python -m benchmarks.gpu --help`.
 
-First one rank's parts of an acceleration step, P simulated, in torch alone: each against the bytes
-it has to move over the copy bandwidth of the same run. Then a network's training step with and
-without acceleration: with torch alone, fed by DALI where that is installed, and through Horovod
-with one rank where that is built with NCCL. Times on a GPU are taken in its stream.
+First it times the parts of an acceleration step on one rank of P, in torch alone. The other ranks
+are simulated. The floor of a part is the bytes it has to move over the copy bandwidth of the same
+run. Then it times a network's training step with and without acceleration: with torch alone, with
+DALI if it is installed, and through Horovod with one rank if it is built with NCCL. Times on a GPU
+are taken in its stream.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--ranks", type=int, nargs="+", default=[1, 6, 96, 1536], help="P; default: 1 6 96 1536")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     add("--depth", type=int, default=20, help="m; default: %(default)s")
-    add("--cycles", type=int, default=20, help="that are timed; default: %(default)s")
-    add("--model", default="resnet50", help="of the training step; default: %(default)s")
+    add("--cycles", type=int, default=20, help="timed cycles of p steps; default: %(default)s")
+    add("--model", default="resnet50", help="network of the training step; default: %(default)s")
     add("--batch", type=int, default=64, help="images in a step; default: %(default)s")
     add("--image-size", type=int, default=224, help="pixels; default: %(default)s")
     add("--no-steps", action="store_true", help="parts alone, without training steps")
@@ -88,7 +89,7 @@ def _launch(options: argparse.Namespace) -> None:
         "step_of": step_of,
         "parts": runs,
     }
-    report.write(out, results)  # what comes may fail where it has never been run
+    report.write(out, results)  # now, since the training steps below may fail
     _plot(runs, found["name"], out.with_suffix(".png"))
     steps: dict[str, Any] = {}
     for name, run in () if options.no_steps or options.torch_alone else _steps(options, device):
@@ -100,7 +101,7 @@ def _launch(options: argparse.Namespace) -> None:
 
 
 def _steps(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Runs with their names; in place of one that cannot be, why."""
+    """Yields names and runs; in place of a run that is not possible, the reason."""
     from benchmarks.gpu import step
 
     yield "torch alone", step.measure(options, device, step.synthetic(options, device), False)
@@ -132,7 +133,7 @@ def _device(name: str) -> torch.device:
     """The device asked for.
 
     Raises:
-        UserError: it is another one, or there is no GPU.
+        UserError: the name is not known, or there is no GPU.
     """
     if name not in ("cuda", "cpu"):
         raise UserError(f"--device is {name!r}, must be cuda or cpu")
@@ -145,7 +146,7 @@ def _device(name: str) -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device's name and memory, and what drives it."""
+    """The device's name, memory and software versions."""
     if device.type != "cuda":
         return {"name": "cpu", "torchvision": version("torchvision")}
     figures = torch.cuda.get_device_properties(device)

@@ -1,9 +1,9 @@
-"""What one rank of P does by itself on a device, timed, with its kernels counted.
+"""Times the own work of one rank of P on a device, and counts its kernels.
 
-The rank is alone. Its communicator answers as P ranks would and talks to nobody. The weights have
-the shapes of the network. Gradients are those of a quadratic, at a new random point in every step,
-so that no acceleration step is rejected and each does all of its work. This looks into the library,
-because parts on a GPU are timed in its stream.
+The rank is alone: its communicator answers as P ranks would, and sends nothing. The weights have
+the shapes of the network. Gradients are those of a quadratic, at a new random point in every step.
+So no acceleration step is rejected, and each does all of its work. This module uses private names
+of the library, because parts on a GPU are timed in its stream.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from aadl_hvd.stats import Stats
 from benchmarks.report import spread
 from benchmarks.workload import Clock, copy_bandwidth, gpu_synchronizations
 
-# Beside the library's own parts: own gradients on random coordinates, in the backward pass, and
-# their mean after it; this rank's rows of the gradient; what the library does between its parts.
+# Parts beside the library's own: samples of the rank's own gradient, taken in the backward pass;
+# their mean after it; this rank's rows of the gradient; the library's work between its parts.
 BACKWARD, SAMPLE, RESIDUAL, OTHER = "backward", "sample", "residual", "other"
 _NO_KERNEL = (
     *("empty", "new_empty", "detach", "unflatten_dense_tensors", "lift", "alias", "_local"),
@@ -46,12 +46,12 @@ _SYNCHRONIZING = ("cpu", "tolist", "item", "__float__")
 
 
 class OneOfMany(Communicator):
-    """Answers as if every one of `size` ranks held what this one holds.
+    """A communicator that answers as if all `size` ranks held the same as this one.
 
     Args:
         size: P.
-        rank: which of them this is.
-        weights: what an allgather brings, [n].
+        rank: this rank.
+        weights: result of an allgather, [n].
     """
 
     def __init__(self, size: int, rank: int, weights: Tensor) -> None:
@@ -78,10 +78,10 @@ class OneOfMany(Communicator):
 
 
 class _Timers(Stats):
-    """Stats whose parts exclude one another, and which know what part is under way.
+    """Stats whose parts exclude one another, and which know the present part.
 
-    On a GPU a part takes from when the GPU comes to its start to when it comes to its end, idle
-    time included; `settle` brings `seconds` up to date.
+    On a GPU a part lasts from when the GPU reaches its start to when it reaches its end, idle time
+    included. `settle` brings `seconds` up to date.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class _Timers(Stats):
 
     @property
     def part(self) -> str | None:
-        """The part under way; None outside all."""
+        """The present part; None outside all parts."""
         return self._under_way[-1] if self._under_way else None
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class _Timers(Stats):
             self._under_way.pop()
 
     def settle(self) -> dict[str, float]:
-        """Waits for the device; a copy of `seconds`."""
+        """Waits for the device and returns a copy of `seconds`."""
         self._clock.synchronize()
         for part, start, end in self._spans:
             self.seconds[part] += self._clock.seconds(start, end)
@@ -142,16 +142,16 @@ class _TimedSamples:
 
 
 def foreach_launches(tensors: int, numbers: int) -> int:
-    """Kernels of one torch._foreach_copy_ on a GPU.
+    """Number of kernels of one torch._foreach_copy_ on a GPU.
 
-    Pieces of 65,536 numbers, 320 of them in a launch, of at most 64 tensors (two lists), as in
-    torch's MultiTensorApply.cuh; a launch ends at the limit that is met first.
+    A launch takes at most 320 pieces of 65,536 numbers, of at most 64 tensors (two lists), as in
+    torch's MultiTensorApply.cuh. It ends at the limit that is met first.
     """
     return math.ceil(tensors / 64) + numbers // (65536 * 320)
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts operations that start a kernel on a GPU, by part; one for each but for lists."""
+    """Counts kernels on a GPU, by part: one per operation, except for lists of tensors."""
 
     def __init__(self, timers: _Timers) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def started(self, on: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """Counts one that torch does not see, Triton's, whenever `on` is called for it."""
+        """Wraps `on` to count Triton's kernels: torch does not see them, and each calls `on`."""
 
         def counted(tensor: Tensor) -> Any:
             if self._timers.part is not None:
@@ -200,27 +200,29 @@ def share(
     cycles: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """One rank's own work for an acceleration step and what led up to it.
+    """Measures one rank's own work for an acceleration step and the steps before it.
 
     Args:
-        shapes: of the parameters.
+        shapes: shapes of the parameters.
         config: settings; p = q, or q = 1.
         ranks: P.
-        cycles: of p steps that are timed, after the history is full.
-        device: where.
+        cycles: timed cycles of p steps, after the history is full.
+        device: device of the rank.
 
     Returns:
-        Rows of this rank, its bytes, the bandwidth of a copy just before and after, in bytes/s
-        (what else this machine does meets both), and by part: seconds (median and quartiles over
-        cycles), kernels and synchronizations of one cycle, and synchronizations by step, the
-        acceleration step last. On a GPU synchronizations are those that torch warns of, and
-        `peak_bytes` is what was allocated there at most beyond weights and gradients; the vector
-        that an allgather would bring is not in it.
+        Rows of this rank, its bytes, and the bandwidth of a copy in bytes/s, measured just before
+        and after. By part: seconds (median and quartiles over cycles), kernels and synchronizations
+        of one cycle. And synchronizations by step, the acceleration step last; on a GPU those that
+        torch warns of. `peak_bytes` is the peak allocation on a GPU beyond weights and gradients,
+        without the result of an allgather.
+
+    Raises:
+        RuntimeError: an acceleration step was rejected.
     """
     n = sum(shape.numel() for shape in shapes)
     p, m, q = config.frequency, config.history_depth, config.store_every
     gpu = device.type == "cuda"
-    gc.collect()  # the rank before this one is full of cycles, and must not go while bytes count
+    gc.collect()  # the rank before is in reference cycles: free it before bytes are counted
     rank = _Rank(shapes, config, ranks, device)
     before_all = copy_bandwidth(repeats=5, device=device)["median"]
     if gpu:
@@ -297,7 +299,7 @@ class _Rank:
         self._points = torch.randn(hi - lo + 4096, generator=generator).to(device)
         self._w.copy_(weights[:n])
         if config.layout == "columns":
-            rank = 0  # holds as many columns as anybody
+            rank = 0  # no rank holds more columns
         self.timers = _Timers(device)
         with mock.patch.object(state, "Stats", lambda **_: self.timers):  # parts share one
             self.accelerator = Accelerator(config, OneOfMany(ranks, rank, weights))
@@ -310,10 +312,10 @@ class _Rank:
         self.calls = 0
 
     def run(self, steps: int) -> None:
-        """Steps of which only acceleration's own part is timed.
+        """Takes steps; only the work of acceleration is timed.
 
-        As where residuals change slowly, so that R^T r is carried forward on a processor: the ones
-        here mean nothing.
+        The residuals here are random. They are treated as if they changed slowly, so that R^T r is
+        carried forward on a CPU.
         """
         with mock.patch.object(gram, "DRIFT", math.inf):
             for _ in range(steps):
@@ -321,7 +323,7 @@ class _Rank:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[tuple[_Kernels, _Synchronizations]]:
-        """Within, kernels and synchronizations are counted, in chunks of a GPU's length."""
+        """Context that counts kernels and synchronizations, with a GPU's length of chunks."""
         kernels, synchronizations = _Kernels(self.timers), _Synchronizations(self.timers)
         with contextlib.ExitStack() as stack:
             for module in (chunking, replicas):

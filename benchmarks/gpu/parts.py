@@ -24,22 +24,22 @@ def measure(
     cycles: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What `one_rank.share` returns, with the floor of each part in seconds.
+    """Returns the result of `one_rank.share`, with the floor of each part in seconds.
 
     Args:
-        shapes: of the parameters.
+        shapes: shapes of the parameters.
         depth: m.
         ranks: P, of which this is one; the others are simulated.
-        dtype: of the history.
-        cycles: acceleration steps that are timed.
-        device: where.
+        dtype: dtype of the history.
+        cycles: number of timed acceleration steps.
+        device: device of the rank.
     """
     config = AndersonConfig(
         history_depth=depth,
         frequency=FREQUENCY,
         store_every=FREQUENCY,
         history_dtype=dtype,  # type: ignore[arg-type]
-        # One rank would have to guess the noise, which takes no time.
+        # A single rank guesses the noise, which takes no time.
         noise_gate=None if ranks == 1 else AndersonConfig.noise_gate,
     )
     found = one_rank.share(shapes, config, ranks, cycles, device)
@@ -56,14 +56,14 @@ def measure(
 
 
 def floor_bytes(n: int, rows: int, m: int, itemsize: int, averages: int) -> dict[str, int]:
-    """Bytes that each part has to read and write at least; the noise gate's samples are few.
+    """Bytes that each part has to read and write at least, without the noise gate's few samples.
 
     Args:
         n: number of parameters.
-        rows: of this rank, n/P.
+        rows: rows of this rank, n/P.
         m: columns of the history.
         itemsize: bytes of a number of the history; all others are float32.
-        averages: exponential ones, each of w and r.
+        averages: number of exponential averages, each of w and r.
     """
     return {
         # Rows of weights and gradient, the pair before; both pairs and a column of R and Y.
@@ -76,7 +76,7 @@ def floor_bytes(n: int, rows: int, m: int, itemsize: int, averages: int) -> dict
 
 
 def seconds_of(found: dict[str, Any]) -> dict[str, float]:
-    """Median seconds of an acceleration step and what led up to it, by the table's parts."""
+    """Median seconds of an acceleration step and the steps before it, by the table's parts."""
     medians = {part: value["median"] for part, value in found["seconds"].items()}
     return {name: sum(medians[part] for part in parts) for name, parts in PARTS.items()}
 

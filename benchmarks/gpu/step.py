@@ -1,8 +1,8 @@
-"""A network's training step on one device, with and without acceleration, turn and turn about.
+"""A network's training step on one device, with and without acceleration, in turns.
 
-Mixed precision with a GradScaler, images (and weights, where Horovod need not send them) in
-channels_last. Every accelerated point is taken, so that no acceleration step is cut short. What the
-network learns is of no interest here.
+It uses mixed precision with a GradScaler. Images are in channels_last, and so are weights unless
+Horovod has to send them. Every accelerated point is taken, so that no acceleration step is cut
+short. What the network learns does not matter.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from models.errors import UserError
 CLASSES = 1000
 DIGITS = 10
 WARM_UP = 5
-BATCHES = 4  # synthetic ones, which come round and round
+BATCHES = 4  # synthetic batches, which are repeated
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class Training:
-    """A network in training on synthetic labels.
+    """A network in training, with its optimizer.
 
     Args:
-        options: of the command line.
-        device: where.
-        wrap: makes of the base optimizer and the network the optimizer that steps.
+        options: options of the command line.
+        device: device of the network.
+        wrap: makes the optimizer that steps from the base optimizer and the network.
         distributed: the optimizer has Horovod's methods.
     """
 
@@ -54,7 +54,7 @@ class Training:
         distributed: bool,
     ) -> None:
         torch.manual_seed(0)
-        gc.collect()  # optimizers are cycles, and must not go while bytes count
+        gc.collect()  # old optimizers are reference cycles: free them before bytes are counted
         gpu = device.type == "cuda"
         self._before = torch.cuda.memory_allocated() if gpu else 0
         model = networks.build(options.model, CLASSES).to(device)
@@ -71,7 +71,7 @@ class Training:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Allocated on the GPU at most since this was made, without what was there before."""
+        """Peak bytes allocated on the GPU beyond those at construction; None without a GPU."""
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated() - self._before
@@ -96,14 +96,13 @@ class Training:
 def measure(
     options: argparse.Namespace, device: torch.device, batches: Batches, distributed: bool
 ) -> dict[str, Any]:
-    """Times accelerated steps against those of the base optimizer, which take turns.
+    """Times accelerated steps and the base optimizer's own steps, in turns.
 
     Args:
-        options: of the command line.
-        device: where.
+        options: options of the command line.
+        device: device of the network.
         batches: images float32 [B, 3, H, W] and labels int64 [B] without end.
-        distributed: through Horovod, which has been started, with its reductions even with one
-            rank.
+        distributed: step through Horovod, which must be started; it reduces even with one rank.
 
     Returns:
         Seconds of both steps and their ratio, over cycles of p steps; seconds of an acceleration
@@ -173,7 +172,7 @@ def measure(
 
 
 def synthetic(options: argparse.Namespace, device: torch.device) -> Batches:
-    """Random images and labels on the device."""
+    """Returns random images and labels on the device, without end."""
     generator = torch.Generator().manual_seed(0)
     size = (options.batch, 3, options.image_size, options.image_size)
     made = [
@@ -188,7 +187,7 @@ def synthetic(options: argparse.Namespace, device: torch.device) -> Batches:
 
 @contextlib.contextmanager
 def decoded(options: argparse.Namespace, device: torch.device) -> Iterator[Batches]:
-    """JPEGs decoded and augmented by DALI, on the GPU where there is one.
+    """Yields batches of JPEGs that DALI decodes and augments, on the GPU if there is one.
 
     Raises:
         UserError: DALI is not installed, or the batch is larger than the data.
@@ -225,7 +224,7 @@ def horovod_lacks(device: torch.device) -> str | None:
 
 
 def steps_table(runs: dict[str, Any]) -> str:
-    """One row for each way to feed and to reduce; a text in place of what could not be run."""
+    """One row for each way to feed and to reduce; a reason in place of a run that is missing."""
     head = [
         "",
         "base / ms",
@@ -295,13 +294,13 @@ def _accelerated(
 
 @contextlib.contextmanager
 def _reducing_alone() -> Iterator[None]:
-    """Within, Horovod reduces gradients even where it has one rank, as it does in elastic runs."""
+    """Context in which Horovod reduces gradients even with one rank, as in elastic runs."""
     with mock.patch.dict(os.environ, {"HOROVOD_ELASTIC": "1"}):
         yield
 
 
 def checked(options: argparse.Namespace) -> None:
-    """Raises UserError where the network is none."""
+    """Raises UserError if the network is not known."""
     with torch.device("meta"):
         try:
             networks.build(options.model, CLASSES)

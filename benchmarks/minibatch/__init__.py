@@ -1,1 +1,1 @@
-"""Small mini-batch trainings in one process: the yardstick for methods that accelerate them."""
+"""Small mini-batch trainings in one process, to compare methods that accelerate them."""

@@ -57,10 +57,10 @@ def parser() -> argparse.ArgumentParser:
     add("names", nargs="*", help="cases, groups or families, see --list; default: all")
     add("--list", action="store_true", help="say what there is, run nothing")
     add("--configs", nargs="*", default=["default"], metavar="SETTINGS",
-        help="of AndersonConfig, such as frequency=5,mixing=1; default: default; none for the "
-        "base alone")  # fmt: skip
+        help="settings of AndersonConfig, such as frequency=5,mixing=1; default: default; none for "
+        "the base alone")  # fmt: skip
     add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: each case's own")
-    add("--steps", type=int, metavar="N", help="instead of each problem's own")
+    add("--steps", type=int, metavar="N", help="number of steps, instead of each problem's own")
     add("--grid", choices=("none", "constant", "cosine", "both"), help="schedules of the tuning, "
         "16 runs each (20 for plain SGD) and seed; default: constant")  # fmt: skip
     add("--observe", action=argparse.BooleanOptionalAction, default=True,
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures what is asked for; results are written after every case."""
+    """Measures the chosen cases; results are written after every case."""
     cases = chosen(options.names)
     for name, low in (("seeds", 1), ("steps", 1), ("optimum", 0)):
         if getattr(options, name) is not None:
@@ -110,10 +110,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parse_config(text: str) -> AndersonConfig:
-    """Settings from "name=value,name=value"; "default" for none.
+    """Reads settings from "name=value,name=value"; "default" for none.
 
     Raises:
-        UserError: it is something else, or a name is not known.
+        UserError: the text has another form, or a name is not known.
         ConfigError: a value is not allowed.
     """
     settings: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Base optimizers, what a tuning of them tries, and the cases: a problem with a base."""
+"""Base optimizers, the grid of their tuning, and the cases: a problem with a base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Base:
     Attributes:
         kind: "sgd" (Nesterov's where there is momentum), "adam" or "adamw".
         lr: learning rate at first.
-        momentum: of SGD, or beta1 of Adam; 0 to below 1.
+        momentum: momentum of SGD, or beta1 of Adam; in [0, 1).
         cosine: the rate falls to 0 by half a cosine. False: it is constant.
     """
 
@@ -34,7 +34,7 @@ class Base:
 
     @property
     def name(self) -> str:
-        """Such as sgd0.5, nesterov0.1m0.9, adam0.002m0.9-cosine."""
+        """A name such as sgd0.5, nesterov0.1m0.9, adam0.002m0.9-cosine."""
         kind = "nesterov" if self.kind == "sgd" and self.momentum else self.kind
         momentum = f"m{self.momentum:g}" if self.momentum else ""
         return f"{kind}{self.lr:g}{momentum}{'-cosine' * self.cosine}"
@@ -45,7 +45,7 @@ class Base:
         return self.kind != "adamw"
 
     def make(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-        """The optimizer; AdamW takes `DECOUPLED_DECAY` in place of `weight_decay`."""
+        """Makes the optimizer; AdamW takes `DECOUPLED_DECAY` in place of `weight_decay`."""
         weights, betas = model.parameters(), (self.momentum, 0.999)
         if self.kind == "sgd":
             return torch.optim.SGD(
@@ -67,13 +67,13 @@ class Base:
 
 
 def grid(base: Base, schedules: str = "constant") -> list[Base]:
-    """What a tuning tries: rates x1 to x8, momentum 0.9 to 0.99.
+    """Returns the bases that a tuning tries: rates x1 to x8, momentum 0.9 to 0.99.
 
-    SGD without momentum is tried so, and with momentum at rates scaled by 1 - momentum, which make
-    steps of the same length.
+    Plain SGD is tried without momentum, and with momentum at rates scaled by 1 - momentum. Their
+    steps have the same length.
 
     Args:
-        base: the untuned one; among those returned unless its momentum or schedule is not.
+        base: the untuned base; it is in the grid if its momentum and schedule are.
         schedules: "none" (nothing is tried), "constant", "cosine" or "both".
     """
     if schedules == "none":
@@ -96,7 +96,7 @@ class Case:
         problem: one of `problems.MAKERS`.
         base: untuned.
         group: "easy", "hard", "full", "mnist1d", "conv" or "text".
-        seeds: how many by default; 30 where the base itself is chaotic.
+        seeds: default number of seeds; 30 if the base itself is chaotic.
     """
 
     problem: str
@@ -154,10 +154,10 @@ CASES = {case.name: case for case in _SUITE}
 
 
 def chosen(words: Sequence[str]) -> list[Case]:
-    """Cases by name, group, problem or family of problems; all where there are no words.
+    """Finds cases by name, group, problem or family of problems; all if there are no words.
 
     Raises:
-        UserError: nothing is called so.
+        UserError: a word is none of these.
     """
     found: set[str] = set()
     for word in words:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def conv2d(batch_norm: bool) -> nn.Sequential:
-    """From images [N, 1, 8, 8] to 10 logits: 16, 32 and 32 channels, ReLU."""
+    """Maps images [N, 1, 8, 8] to logits [N, 10]: 16, 32 and 32 channels, ReLU."""
     layers: list[nn.Module] = []
     for (inner, outer), stride in zip(itertools.pairwise((1, 16, 32, 32)), (1, 2, 2), strict=True):
         layers.append(nn.Conv2d(inner, outer, 3, stride, padding=1, bias=not batch_norm))
@@ -20,7 +20,7 @@ def conv2d(batch_norm: bool) -> nn.Sequential:
 
 
 def conv1d(batch_norm: bool) -> nn.Sequential:
-    """From signals [N, 1, 40] to 10 logits: three layers of 16 channels, ReLU."""
+    """Maps signals [N, 1, 40] to logits [N, 10]: three layers of 16 channels, ReLU."""
     layers: list[nn.Module] = []
     for inner, kernel in ((1, 5), (16, 3), (16, 3)):
         layers.append(nn.Conv1d(inner, 16, kernel, 2, padding=kernel // 2, bias=not batch_norm))
@@ -34,9 +34,9 @@ class Transformer(nn.Module):
 
     Args:
         size: number of characters in the alphabet.
-        width: of the embedding; the hidden layer has four times as much.
-        heads: of the attention; they divide `width`.
-        context: characters at most.
+        width: units of the embedding; the hidden layer has four times as many.
+        heads: number of attention heads; it divides `width`.
+        context: largest number of characters.
     """
 
     def __init__(self, size: int, *, width: int, heads: int, context: int) -> None:

@@ -1,7 +1,7 @@
-"""What is trained: data, network, weight decay and batches, by name and seed; without downloads.
+"""The problems: data, network, weight decay and batches, by name and seed; without downloads.
 
-The objective that is minimised is f = loss + (weight decay / 2) ||w||^2 where the base optimizer
-adds the decay to the gradient; where it does not (AdamW), f is the loss.
+The objective that is minimised is f = loss + (weight decay / 2) ||w||^2 if the base optimizer adds
+the decay to the gradient. If it does not (AdamW), f is the loss.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 class Problem:
     """A training problem.
 
-    Small batches are drawn without replacement, each epoch in an order of its own. Items that do
-    not fill a last batch are left out of that epoch.
+    Small batches are drawn without replacement, in a new order each epoch. Items that do not fill
+    a last batch are left out of that epoch.
 
     Attributes:
-        name: what tables call it.
-        seed: of the weights, the batches and, for the digits, the split into training and
+        name: name in tables.
+        seed: seed of the weights, the batches and, for the digits, the split into training and
             validation data.
         train: inputs and targets [N, ...].
-        validation: the same.
+        validation: inputs and targets [M, ...].
         build: makes the network from torch's generator.
         batch: items of a batch; at most N.
         steps: steps of a whole training.
-        weight_decay: of every parameter, where the base optimizer couples it.
-        losses: from outputs and targets to the losses of the items.
+        weight_decay: decay of every parameter, if the base optimizer couples it.
+        losses: maps outputs and targets to the losses of the items.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Problem:
     losses: Callable[[Tensor, Tensor], Tensor] = cross_entropy
 
     def make_model(self, apart: float = 0.0) -> nn.Module:
-        """Fresh weights from the seed.
+        """Makes a model with weights from the seed.
 
         Args:
             apart: moves them in a random direction, by this fraction of their norm.
@@ -97,7 +97,7 @@ class Problem:
         return self.train[0][chosen], self.train[1][chosen]
 
     def objective(self, model: nn.Module, loss: Tensor, coupled: bool) -> Tensor:
-        """f: `loss`, and the decay of all weights where it is coupled."""
+        """Returns f: `loss`, plus the decay of all weights if it is coupled."""
         decay = self.weight_decay if coupled else 0.0
         return loss + 0.5 * decay * squares(model.parameters())
 
@@ -138,7 +138,7 @@ def _with_statistics(model: nn.Module, inputs: Tensor) -> nn.Module:
     for module in measured.modules():
         if isinstance(module, BATCH_NORMS):
             module.reset_running_stats()
-            module.momentum = None  # the mean of all batches; here of one
+            module.momentum = None  # the mean of all batches; here there is one
     measured.train()(inputs)
     return measured.eval()
 
@@ -198,7 +198,7 @@ def _mnist1d_samples() -> tuple[Data, Data]:
 
 
 def text(seed: int, *, batch: int = 32, name: str = "") -> Problem:
-    """The next character of scikit-learn's descriptions of data sets, one layer of width 48.
+    """Predicts the next character of scikit-learn's data set descriptions: one layer of width 48.
 
     Every tenth window of `CONTEXT` characters is for validation.
     """
@@ -242,7 +242,7 @@ MAKERS: dict[str, Callable[..., Problem]] = {
     "text-32": text,
     "text-200": partial(text, batch=200),
 }
-"""Makers of problems, called with a seed; the number in the name is the batch."""
+"""Constructors by name, called with a seed; the number in the name is the batch."""
 
 
 def make(name: str, seed: int, steps: int | None = None) -> Problem:
@@ -251,7 +251,7 @@ def make(name: str, seed: int, steps: int | None = None) -> Problem:
     Args:
         name: one of `MAKERS`.
         seed: see `Problem`.
-        steps: instead of its own.
+        steps: number of steps; None: the problem's own.
     """
     problem = MAKERS[name](seed, name=name)
     return problem if steps is None else dataclasses.replace(problem, steps=steps)

@@ -27,11 +27,11 @@ class Runs:
     Args:
         configs: settings of the acceleration, by name; `BASE` is none of them.
         observe: see `run.train`.
-        steps: of every run; None: the problem's own.
+        steps: steps of every run; None: the problem's own.
 
     Attributes:
-        runs: by problem, base, name of the settings, distance at the start, steps and seed.
-        made: how many runs were made here.
+        runs: runs by problem, base, name of the settings, distance at the start, steps and seed.
+        made: number of runs that were made here.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Runs:
         """Takes the runs without acceleration from a file that `write` wrote, if it is there.
 
         Raises:
-            UserError: it is something else.
+            UserError: the file holds something else.
         """
         if not path.exists():
             return
@@ -78,7 +78,7 @@ class Runs:
         return self.runs[key]
 
     def write(self, path: Path, tables: Mapping[str, Any]) -> None:
-        """Writes runs and tables, whole or not at all; numbers that are not finite as null.
+        """Writes runs and tables atomically; numbers that are not finite become null.
 
         Raises:
             UserError: the folder cannot be written to.

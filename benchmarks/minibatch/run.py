@@ -1,4 +1,4 @@
-"""One training, measured on the way; and the least f that L-BFGS finds."""
+"""One training with its measurements, and the least f that L-BFGS finds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.minibatch.problems import Problem
 EVERY = 10
 """Steps from one evaluation to the next."""
 LAST = 5
-"""Evaluations, the last of a training, whose mean is its result."""
+"""Number of last evaluations whose mean is the result of a training."""
 Run = dict[str, Any]
 
 
@@ -33,19 +33,19 @@ def train(
 ) -> tuple[Run, nn.Module]:
     """One training. Equal arguments give equal bits on one thread.
 
-    It ends early where f is not finite any more.
+    It ends early if f is no longer finite.
 
     Args:
-        problem: what is trained.
+        problem: the problem.
         base: the base optimizer.
         config: settings of the acceleration; None: the base optimizer alone, not wrapped.
         observe: tell the accelerated optimizer the loss of every step.
         apart: see `Problem.make_model`.
 
     Returns:
-        The trained model, and:
+        The run and the trained model. The run has
         "result": means of the last evaluations, of "f", "loss", "validation_loss" and
-        "validation_accuracy"; infinite (accuracy 0) where f was not finite;
+        "validation_accuracy"; infinite (accuracy 0) if f was not finite;
         "curve": f at steps 10, 20, ...; "seconds": of training alone; "steps"; "stats": text.
     """
     model = problem.make_model(apart)
@@ -90,15 +90,15 @@ def steps_to(run: Run, level: float) -> float:
 
 
 def least(problem: Problem, coupled: bool, models: Iterable[nn.Module], iterations: int) -> float:
-    """The least f that L-BFGS finds, full batch, in float64.
+    """Returns the least f that L-BFGS finds, full batch, in float64.
 
     Batch norm has the statistics of the whole training set.
 
     Args:
-        problem: what is minimised.
-        coupled: whether f has the weight decay.
-        models: where to start from; they stay as they are.
-        iterations: of L-BFGS from each of them, at most.
+        problem: the problem.
+        coupled: whether f includes the weight decay.
+        models: starting points; they are not changed.
+        iterations: largest number of L-BFGS iterations from each of them.
     """
     inputs, targets = problem.train
     double = inputs.double() if inputs.is_floating_point() else inputs

@@ -1,4 +1,4 @@
-"""What is measured of one case, and the table that says it."""
+"""The measurements of one case, and their table."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Plan:
     """What is measured of every case.
 
     Attributes:
-        seeds: None: the case's own number.
-        schedules: of the grid, see `bases.grid`.
-        optimum: iterations of L-BFGS; 0: its f is not asked for.
+        seeds: number of seeds; None: the case's own number.
+        schedules: schedules of the grid, see `bases.grid`.
+        optimum: iterations of L-BFGS; 0: do not run it.
     """
 
     seeds: int | None = None
@@ -50,7 +50,7 @@ class Plan:
     optimum: int = 0
 
     def seeds_of(self, case: Case) -> int:
-        """How many seeds a case is run with."""
+        """The number of seeds of a case."""
         return case.seeds if self.seeds is None else self.seeds
 
 
@@ -58,8 +58,8 @@ def measure(case: Case, runs: Runs, plan: Plan) -> list[Row]:
     """Makes the runs of a case.
 
     Returns:
-        A row each for the untuned base, the same started `APART` apart, and every setting on it;
-        then the same for the best base of the grid.
+        One row each for the untuned base, the same started `APART` apart, and every setting on
+        it. Then the same for the best base of the grid.
     """
     seeds = plan.seeds_of(case)
     tried = grid(case.base, plan.schedules)
@@ -97,8 +97,8 @@ def summarise(
 
     Args:
         runs: one for each seed.
-        base: of the base optimizer, in the same order of seeds.
-        best: of the best of the grid; None: there is no grid.
+        base: runs of the base optimizer, in the same order of seeds.
+        best: runs of the best base of the grid; None: there is no grid.
         floors: the least f of each seed; None: not known.
 
     Returns:
@@ -140,7 +140,7 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of values that may be infinite; 0 where one is 0 or less and none is infinite."""
+    """Geometric mean; infinite if a value is infinite, else 0 if a value is 0 or less."""
     if any(math.isinf(value) for value in values):
         return math.inf
     if any(value <= 0.0 for value in values):
@@ -178,7 +178,7 @@ def _results(runs: Sequence[Run], name: str) -> list[float]:
 def _floors(case: Case, seeds: int, iterations: int, steps: int | None) -> list[float] | None:
     """The least f of each seed, from the first weights and from the base's last ones."""
     if not case.base.coupled:
-        return None  # without the decay f has no minimum on data that can be separated
+        return None  # without the decay f has no minimum on separable data
     floors = []
     for seed in range(seeds):
         problem = problems.make(case.problem, seed, steps)

@@ -1,6 +1,6 @@
-"""Predicts the cost of acceleration on large machines, from what was measured on small ones.
+"""Predicts the cost of acceleration on large machines, from measurements on small ones.
 
-It measures nothing. It reads what these have written:
+It measures nothing. It reads the results of:
 python -m benchmarks.cost overhead    # the library's timers on one rank and on two
 python -m benchmarks.gpu              # kernels that a GPU starts, and the time of one
 """
@@ -36,7 +36,7 @@ SETTINGS = {  # p, q, whether the ranks of a node share the history
 LEGEND = """\
 Streaming: bytes moved for a row, over the GPU's memory bandwidth; passes over all weights by
 formula. Kernels: counted, {microseconds:.0f} us each with the Python around them ({source}). Solve:
-as measured. Messages: formulas, with the figures of the machine file. Nothing is taken to overlap.
+as measured. Messages: formulas, with the figures of the machine file. No overlap is assumed.
 """
 
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs=2,
         default=[367.0, 1200.0],
         metavar=("FLOAT32", "MIXED"),
-        help="of a V100; default: %(default)s",
+        help="training speed of a V100; default: %(default)s",
     )
     overhead = report.RESULTS / "overhead.json"
     add("--overhead", type=Path, default=overhead, help="default: %(default)s")
@@ -125,7 +125,7 @@ def _predict(
     kernels: Kernels,
     rates: dict[str, float],
 ) -> dict[str, Any]:
-    """Everything about one machine."""
+    """Returns all predictions for one machine."""
     variants = {
         name: {
             ranks: predictions.predict(machine, ranks, timers, kernels, n=n, p=p, q=q, node=node)

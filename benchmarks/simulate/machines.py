@@ -1,4 +1,4 @@
-"""What the cost model needs of a machine file."""
+"""The figures of a machine file that the cost model needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Machine(Performance):
     """A machine's peak figures.
 
     Attributes:
-        name: of its file.
+        name: name of its file.
         gpus_per_node: g.
     """
 
@@ -25,7 +25,7 @@ def read_machine(name: str) -> Machine:
     """Reads a machine file, see `launch.machines.load_machine`.
 
     Raises:
-        UserError: it cannot be read, or does not say what the cost model needs.
+        UserError: it cannot be read, or lacks figures that the cost model needs.
     """
     try:
         machine = load_machine(name)

@@ -1,8 +1,8 @@
 """The cost model: pure functions of message lengths, ranks and a machine's figures.
 
 Collectives are those of Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication
-Operations in MPICH", 2005: a message of n bytes costs a + n b, a the latency in seconds and b the
-seconds per byte; lg P is rounded up where P is no power of two. Local additions are left out.
+Operations in MPICH", 2005. A message of n bytes costs a + n b seconds: a is the latency in seconds,
+b the seconds per byte. lg P is rounded up if P is no power of two. Local additions are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.simulate.machines import Machine
 
 CYCLE = 1e-3  # seconds between two negotiations of Horovod, as the machine files set it
 FLOAT64 = 8
-# What is sent along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the
+# Numbers sent along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the
 # weights 4, r^T r and four numbers that say whether ranks have stored the same 5.
 PAYLOAD = 20
 OBSERVED = 4  # numbers in the verdict on an observed loss
@@ -43,7 +43,7 @@ def tree_broadcast(n: float, ranks: int, a: float, b: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """P ranks on the nodes of a machine, filled one after the other: two levels.
+    """P ranks on the nodes of a machine, which are filled one after the other: two levels.
 
     GPUs of a node share its injection bandwidth. A ring enters and leaves every node once, so each
     node injects what a single rank would.
@@ -68,7 +68,7 @@ class Network:
 
     @property
     def latency(self) -> float:
-        """Of the slowest hop of a ring, s: all hops of a round wait for it."""
+        """Seconds of latency of the slowest hop of a ring: all hops of a round wait for it."""
         inside, outside = self.machine.intranode_latency, self.machine.network_latency
         return max(inside, outside) if self.nodes > 1 else inside
 
@@ -79,7 +79,7 @@ class Network:
         return max(inside, 1.0 / self.machine.injection_bandwidth) if self.nodes > 1 else inside
 
     def tree(self, n: float) -> float:
-        """Seconds to bring n bytes from one rank to all, or to reduce them on it: node by node."""
+        """Seconds to send n bytes from one rank to all, or to reduce them on it: node by node."""
         machine = self.machine
         across = tree_broadcast(
             n, self.nodes, machine.network_latency, 1.0 / machine.injection_bandwidth
@@ -166,7 +166,7 @@ def history_bytes(
         layout: "rows": 2 m n/P numbers of the history; "columns": 2 n ceil(m/P).
         itemsize: bytes of a number of the history.
         work: bytes of a number of pairs (4 n/P) and averages.
-        averages: 2 n/P numbers each.
+        averages: number of averages, of 2 n/P numbers each.
     """
     rows = -(-n // ranks) if layout == "rows" else n
     columns = m if layout == "rows" else -(-m // ranks)
@@ -175,7 +175,7 @@ def history_bytes(
 
 # Passes over this rank's rows.
 ROW_PARTS = ("read", "store", "gram", "update", "average")
-# Passes over all n weights, whatever P: bytes for each, float32. "write" copies the point into the
+# Passes over all n weights, for any P: bytes for each, float32. "write" copies the point into the
 # tensors, "replicas" is a checksum.
 WHOLE_PARTS = {"write": 8, "replicas": 4}
 
@@ -186,8 +186,8 @@ def streaming(
     """Seconds that a rank's own passes over memory take, by part.
 
     Args:
-        bytes_per_row: of ROW_PARTS.
-        rows: of the rank.
+        bytes_per_row: bytes per row of each of ROW_PARTS.
+        rows: rows of the rank.
         n: number of parameters.
         bandwidth: bytes/s, read and written.
     """
@@ -204,7 +204,7 @@ def offloaded(
         n: number of parameters.
         m: history depth.
         stack_and_solve: bytes that could be copied while columns are stacked and solved by QR.
-        bandwidth: what a rank has of its host's memory bandwidth, bytes/s.
+        bandwidth: a rank's share of its host's memory bandwidth, bytes/s.
         link: bytes per second between GPU and host.
         itemsize: bytes of a parameter.
 

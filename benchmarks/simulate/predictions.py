@@ -1,4 +1,4 @@
-"""From what was measured and a machine's figures to seconds, shares of a step, and bytes."""
+"""Predicts seconds, shares of a step, and bytes from measurements and a machine's figures."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Prediction:
     Attributes:
         ranks: P.
         p: acceleration's frequency.
-        seconds: by the columns of the tables.
-        bytes: of history and averages on a GPU.
-        kernels: that are started.
-        in_backward: those of them in backward passes, where a host that is ahead hides them.
+        seconds: seconds by column of the tables.
+        bytes: bytes of history and averages on a GPU.
+        kernels: number of kernels.
+        in_backward: number of these in backward passes, where a host that is ahead hides them.
     """
 
     ranks: int
@@ -88,7 +88,7 @@ class Prediction:
         return sum(v for k, v in self.seconds.items() if k not in SWITCHABLE)
 
     def share(self, step: float, bare: bool = False) -> float:
-        """Cost over that of the p steps it belongs to, which take `step` seconds each."""
+        """Cost over that of the p steps it belongs to; each takes `step` seconds."""
         return (self.bare if bare else self.total) / (self.p * step)
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,16 +107,16 @@ def predict(
     q: int,
     node: bool = False,
 ) -> Prediction:
-    """One rank of P on a machine.
+    """Predicts the cost for one rank of P on a machine.
 
-    Streaming scales with memory bandwidth; every kernel costs the host its time beside it; nothing
+    Streaming scales with memory bandwidth. Every kernel adds the host's time for it. Nothing
     overlaps.
 
     Args:
         machine: its figures.
         ranks: P.
         timers: the work on a row.
-        kernels: that are started.
+        kernels: the kernels of a step.
         n: number of parameters.
         p: acceleration's frequency.
         q: a pair is stored every q steps, q <= p.

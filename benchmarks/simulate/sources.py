@@ -1,7 +1,7 @@
-"""What predictions are made from: the library's public timers and kernels counted on a GPU.
+"""The sources of predictions: the library's public timers, and kernels counted on a GPU.
 
-Both are read from results: of `benchmarks.cost overhead`, with a copy's bandwidth measured beside
-the timers, and of `benchmarks.gpu`.
+The timers are read from the results of `benchmarks.cost overhead`, with the bandwidth of a copy
+measured beside them. The kernels are read from the results of `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ RANKS = 2  # of the run that predictions are compared with
 
 @dataclasses.dataclass(frozen=True)
 class Timers:
-    """What one rank that holds all rows took for an acceleration step with p = q.
+    """The work of an acceleration step with p = q on one rank that holds all rows.
 
-    Seconds become bytes by the bandwidth of a copy measured beside them: those hold on a machine
-    with another bandwidth.
+    Seconds are converted to bytes by the bandwidth of a copy measured beside them. The bytes are
+    the same on a machine with another bandwidth.
 
     Attributes:
         source: the file that it was read from.
         n: number of parameters.
         m: history depth.
         averages: number of running averages.
-        bytes_per_row: read and written, by part.
+        bytes_per_row: bytes read and written, by part.
         solve_s: seconds of the small solve.
-        dense_bytes: that could be copied while a dense reference stacks and solves by QR.
+        dense_bytes: bytes that could be copied while a dense reference stacks and solves by QR.
         predicted: seconds by part of a rank of RANKS, from `bytes_per_row` and the bandwidth that
             these ranks had.
-        measured: what they took.
+        measured: measured seconds of these parts.
     """
 
     source: str
@@ -88,13 +88,13 @@ def read_timers(path: Path) -> Timers:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What a GPU starts for an acceleration step with p = q.
+    """The kernels of an acceleration step with p = q on a GPU.
 
     Attributes:
         source: the file that it was read from.
-        seconds: of one, with the Python around it.
-        by_ranks: kernels by part, by P.
-        synchronizations: of the host with the GPU.
+        seconds: seconds of one kernel, with the Python around it.
+        by_ranks: number of kernels by part, by P.
+        synchronizations: number of synchronizations of the host with the GPU.
     """
 
     source: str
@@ -103,7 +103,7 @@ class Kernels:
     synchronizations: int
 
     def of(self, ranks: int) -> dict[str, int]:
-        """By part, as counted for the largest P up to `ranks`."""
+        """Kernels by part, as counted for the largest P up to `ranks`."""
         known = sorted(self.by_ranks)
         return dict(self.by_ranks[max((P for P in known if ranks >= P), default=known[0])])
 
@@ -113,7 +113,7 @@ def read_kernels(path: Path, seconds: float | None = None) -> Kernels:
 
     Args:
         path: its JSON file.
-        seconds: of a kernel, in place of what was measured there.
+        seconds: seconds of a kernel, in place of the measured ones.
 
     Raises:
         UserError: it cannot be read, or has no runs with float32 and more than one rank.

@@ -1,4 +1,4 @@
-"""Tables from the results that were written, answers, and the plot."""
+"""Tables from the written results, answers, and the plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether every image can be read, and by the loader that is going to read it."""
+"""Checks that the chosen loader can read every image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.data.decode import open_image, show
 from models.data.folder import ImageList
 
 GREY_LEVELS_APART = 6.0
-"""How much brighter or darker, on average, DALI may show an image than torch's loader."""
+"""Largest mean absolute difference between DALI's pixels and torch's loader's, 0 to 255."""
 
 
 def find_corrupt(
@@ -27,15 +27,15 @@ def find_corrupt(
     shards: int = 1,
     threads: int = 1,
 ) -> list[str]:
-    """Decodes every `shards`-th image and names those that the loader cannot show.
+    """Decodes every `shards`-th image and names those that the loader cannot read.
 
     One such image ends a DALI pipeline in the middle of an epoch, on one rank, and often without
-    its name; hence this look before training. Named are files that are damaged; whose kind the
-    loader does not take; that have no one brightness (floating-point pixels); and, for DALI, that
-    it shows otherwise than torch's loader.
+    its name. So all images are checked before training. A file is named if it is damaged, if the
+    loader does not take its kind, or if its pixels have no agreed brightness (floating point).
+    For DALI it is also named if the pixels differ from those of torch's loader.
 
     Args:
-        images: What to look at.
+        images: Images to check.
         loader: "dali" or "torch".
         channels: 3 for colour, 1 for grey.
         shard: This rank's shard, below `shards`.
@@ -58,7 +58,7 @@ def find_corrupt(
 def _reason(why: Callable[[str], str | None], path: str) -> str | None:
     try:
         return why(path)
-    except Exception as error:  # decoders raise all kinds
+    except Exception as error:  # decoders raise many kinds
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         return f"cannot be decoded: {error}"
@@ -67,8 +67,8 @@ def _reason(why: Callable[[str], str | None], path: str) -> str | None:
 def _why_not_torch(path: str) -> None:
     """Raises if the file cannot be decoded."""
     with open(path, "rb") as file, open_image(file) as image:
-        # Every byte of a JPEG is still entropy-decoded, which is what finds a truncated file;
-        # the scaled inverse transform only makes it about three times faster.
+        # Every byte of a JPEG is still entropy-decoded, so a truncated file is found. The scaled
+        # inverse transform makes this about three times faster.
         image.draft("L", (1, 1))
         show(image, "L")
 
@@ -113,7 +113,7 @@ def _exif_blocks(image: Image.Image) -> int:
 def _difference(pixels: np.ndarray, expected: np.ndarray, kind: str) -> str | None:
     expected = expected.reshape(*expected.shape[:2], -1)
     if pixels.shape != expected.shape:
-        return f"DALI turns it otherwise than its EXIF orientation says: {kind}"
+        return f"DALI does not turn it as its EXIF orientation says: {kind}"
     apart = float(np.abs(pixels.astype(np.int16) - expected).mean())
     if apart > GREY_LEVELS_APART:
         return f"DALI shows other pixels than torch's loader, by {apart:.0f} of 255: {kind}"

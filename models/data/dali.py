@@ -1,8 +1,7 @@
 """NVIDIA DALI: decoding and augmentation on the CPU, or on the GPU with ``device="mixed"``.
 
-The reader's settings are the safe ones of many that look right: with DROP and padded batches the
-ranks fall out of step after the first epoch; with FILL, or PARTIAL without padding, images are
-lost.
+Other settings of the reader look right but are not. With DROP and padded batches the ranks fall out
+of step after the first epoch. With FILL, or with PARTIAL without padding, images are lost.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class DaliLoader(Loader):
         refused = [path for path in self.images.paths() if not can_open(path)]
         if refused:
             raise UserError(
-                f"DALI opens no file whose name is not UTF-8, {len(refused)} of {images.root} "
-                f"such as {refused[0]!r}: rename them, or use `--loader torch`"
+                f"DALI cannot open files whose names are not UTF-8 ({len(refused)} in "
+                f"{images.root}, such as {refused[0]!r}): rename them, or use `--loader torch`"
             )
         self._iterator: Any = None
         self._checkpoint: str | None = None
@@ -71,7 +70,7 @@ class DaliLoader(Loader):
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Loader`; holds DALI's own checkpoint of about 0.5 kB."""
+        """See `Loader`; includes DALI's own checkpoint of about 0.5 kB."""
         if self._iterator is None:
             self._iterator = self._build()
         checkpoint = self._iterator.checkpoints()[0]
@@ -87,7 +86,7 @@ class DaliLoader(Loader):
                 "the data loader cannot go on from there: DALI's own checkpoint is None"
             )
         self._checkpoint = state["dali"]
-        self._iterator = self._build()  # now, that DALI says at once what it cannot read
+        self._iterator = self._build()  # now, so that DALI reports a bad checkpoint at once
 
     def close(self) -> None:
         """See `Loader`."""
@@ -103,8 +102,8 @@ class DaliLoader(Loader):
             ) from error
 
     def _next_epoch(self) -> None:
-        # Batches past the last full one belong to the epoch and have to be drawn: some ranks have
-        # one more of them than others, and the iterator resets only at its own end.
+        # Batches past the last full one must be drawn, too, since the iterator resets only at its
+        # end. Some ranks have one more of them than others.
         while self._next() is not None:
             pass
         self.epoch, self.batch = self.epoch + 1, 0
@@ -145,9 +144,9 @@ def build_pipeline(
         images: The data set, the same on every rank.
         options: How to shard, shuffle and transform it.
         gpu: Decode with nvJPEG (``device="mixed"``) and transform on the GPU.
-        device_id: The GPU, that is the local rank; None for a pipeline without one. A graph for
-            the GPU can be serialised, and so checked, without any.
-        checkpoint: DALI's own, to go on from.
+        device_id: Index of the GPU, the local rank; None for a pipeline without one. A graph for
+            the GPU can be serialised, and so checked, without a GPU.
+        checkpoint: DALI's checkpoint to resume from; None begins.
 
     Returns:
         A pipeline with the outputs images, float32 [B, C, H, W], and labels, int32 [B, 1].
@@ -156,7 +155,7 @@ def build_pipeline(
         batch_size=options.batch_size,
         num_threads=options.workers,
         device_id=device_id,
-        # By rank, or all ranks would draw the same crops.
+        # It depends on the rank, or all ranks would draw the same crops.
         seed=options.seed * 100_003 + options.rank,
         prefetch_queue_depth=3 if gpu else 2,
         # Always on, since it changes the order in which images come.
@@ -181,22 +180,22 @@ def build_pipeline(
 
 
 def can_open(path: str) -> bool:
-    """Whether DALI takes the name at all."""
+    """Whether DALI can open a file of this name: it must be UTF-8."""
     try:
         path.encode()
-    except UnicodeEncodeError:  # what Python makes of a name that is not UTF-8
+    except UnicodeEncodeError:  # Python has surrogates in a name that is not UTF-8
         return False
     return True
 
 
 class Decoder:
-    """Decodes one file at a time as the loader does on the CPU, to check it. Not for two threads.
+    """Decodes one file at a time as the loader does on the CPU, to check it. Not thread-safe.
 
-    On the GPU the loader decodes by these CPU decoders whatever nvJPEG does not take.
+    On the GPU the loader uses these CPU decoders for files that nvJPEG does not take.
     """
 
     def __init__(self, channels: int) -> None:
-        """Builds nothing yet.
+        """Builds no pipeline yet.
 
         Args:
             channels: 3 for colour, 1 for grey.
@@ -205,7 +204,7 @@ class Decoder:
         self._pipelines: dict[bool, Pipeline] = {}
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Decodes a file whole.
+        """Decodes a whole file.
 
         Args:
             data: The file's content.
@@ -221,7 +220,7 @@ class Decoder:
     def decode_last_pixel(self, data: bytes) -> None:
         """Reads a file to its end, and transforms only what the last pixel needs.
 
-        A JPEG takes 40 % of the time that `decode` takes.
+        For a JPEG this takes 40 % of the time of `decode`.
 
         Args:
             data: The file's content.
@@ -232,7 +231,7 @@ class Decoder:
         self._run(data, whole=False)
 
     def _run(self, data: bytes, *, whole: bool) -> np.ndarray:
-        # An error leaves a pipeline invalid; another takes 10 ms.
+        # An error leaves a pipeline invalid; a new one takes 10 ms.
         pipeline = self._pipelines.pop(whole, None) or self._build(whole=whole)
         pipeline.feed_input("file", [np.frombuffer(data, np.uint8)])
         pixels = np.array(pipeline.run()[0].at(0))
@@ -269,7 +268,7 @@ def _images(files: Any, options: LoaderOptions, *, gpu: bool) -> Any:
         "output_type": _output_type(options.channels),
     }
     if gpu:
-        # The largest images of ImageNet; saves reallocations while training.
+        # The size of ImageNet's largest images; it saves reallocations while training.
         decoder |= {"preallocate_width_hint": 5980, "preallocate_height_hint": 6430}
         decoder |= {"jpeg_fancy_upsampling": True}  # as on the CPU, and in torch's loader
     mirror: Any = 0

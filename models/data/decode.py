@@ -1,7 +1,7 @@
-"""What an image file shows, as torch's loader decodes it and DALI's is held to.
+"""Decodes image files for torch's loader. The check of DALI compares with the same pixels.
 
-Upright, as its EXIF orientation says. 16 bits a channel become 8 by division. Transparency is left
-out, and the colours beneath it are shown. Colour profiles are left out, too.
+Images are turned upright by their EXIF orientation. 16 bits per channel become 8 by division.
+Transparency is ignored: the colours beneath it are shown. Colour profiles are ignored, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Of the first frame. The rest has no agreed brightness (F), or needs a profile to be shown (LAB).
+# Modes of the first frame that are read. Others have no agreed brightness (F) or need a colour
+# profile (LAB).
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 _MODES_16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 _ORIENTATION = 0x0112
@@ -28,12 +29,12 @@ _TURNS = {
 # In TIFF files: photometric interpretation, planar configuration, bits, sample format.
 _PHOTOMETRIC, _PLANAR, _BITS, _FORMAT = 262, 284, 258, 339
 
-# Damaged EXIF data says nothing of the orientation; that is no reason to warn in every epoch.
+# Damaged EXIF data gives no orientation. The warning would come again in every epoch.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """Opens an image and reads no more than its header.
+    """Opens an image and reads its header only.
 
     Args:
         file: Binary file. A path would let PIL map the file, and it then misreads turned TIFFs.
@@ -42,7 +43,7 @@ def open_image(file: BinaryIO) -> Image.Image:
         PIL's image, to be closed by the caller.
 
     Raises:
-        ValueError: It is no image, or of a kind that has no one meaning; says which.
+        ValueError: It is no image, or its pixels have no agreed meaning; the message says which.
         OSError: The file's header is damaged.
     """
     try:
@@ -82,25 +83,25 @@ def show(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    # PIL reads 16 bits into 32 here, and not from other formats.
+    # PIL reads 16 bits into 32 for these formats only.
     return image.mode in _MODES_16 or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _without_meaning(image: Image.Image) -> str | None:
     tags: Any = getattr(image, "tag_v2", {})
     if any(value != 1 for value in tags.get(_FORMAT, (1,))):
-        return "its pixels are signed or floating-point numbers, of no agreed brightness"
+        return "its pixels are signed or floating-point numbers, which have no agreed brightness"
     if image.mode not in _MODES and not _is_16_bit(image):
-        return f"its pixels are of PIL's mode {image.mode}, of no agreed brightness or colour"
+        return f"its pixels have PIL's mode {image.mode}, without an agreed brightness or colour"
     if max(tags.get(_BITS, (8,))) > 8 and (tags.get(_PHOTOMETRIC) == 0 or tags.get(_PLANAR) == 2):
-        return "it is a 16-bit TIFF in which white is 0 or colours are apart, which PIL misreads"
+        return "it is a 16-bit TIFF in which white is 0 or planes are separate, which PIL misreads"
     return None
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, of the image's EXIF data alone.
+    """Returns the orientation, 1 to 8, from the image's EXIF data alone.
 
-    `ImageOps.exif_transpose` goes by XMP, too, which DALI does not. TIFF files are upright already.
+    `ImageOps.exif_transpose` also reads XMP, which DALI does not. TIFF files are upright already.
     """
     if image.format == "TIFF" or "exif" not in image.info:
         return 1
@@ -108,5 +109,5 @@ def _orientation(image: Image.Image) -> int:
     try:
         exif.load(image.info["exif"])
         return int(exif.get(_ORIENTATION, 1))
-    except Exception:  # whatever the parser trips over
+    except Exception:  # the parser raises many kinds
         return 1

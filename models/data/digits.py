@@ -16,10 +16,9 @@ TRAIN_IMAGES, VAL_IMAGES = 1500, 297
 def write_digits(root: str | Path, *, size: int = 32) -> Path:
     """Writes the digits as ``root/train/0..9/*.jpg`` and ``root/val/0..9/*.jpg``.
 
-    The scans are 8 x 8 pixels with 17 grey levels; they are written enlarged, so that the JPEG's
-    8 x 8 blocks do not eat the strokes. The split is stratified and always the same. The folder
-    appears all at once: an interrupted call leaves nothing under `root`, and a second call
-    returns at once.
+    The scans are 8 x 8 pixels with 17 grey levels. They are enlarged, since JPEG's 8 x 8 blocks
+    would blur the strokes. The split is stratified and always the same. The folder is created
+    atomically: an interrupted call leaves no `root`. A second call returns at once.
 
     Args:
         root: Folder to write.

@@ -1,9 +1,9 @@
-"""ImageNet-style folders: which images there are, and of which classes.
+"""Lists the images of ImageNet-style folders, and their classes.
 
 Labels are positions in the sorted list of the *training* classes, for every part of the data set.
-Neither DALI's nor torchvision's own folder reader is used for this: they number whatever folders
-they meet, so that an empty class folder, a hidden folder or ``lost+found`` silently shifts the
-labels, and they number the validation classes apart from the training classes.
+The folder readers of DALI and torchvision are not used, since they number all folders that they
+find. An empty class folder, a hidden folder or ``lost+found`` would silently shift the labels. They
+also number the validation classes apart from the training classes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ImageList:
         """
         hasher = hashlib.sha256()
         for file, label in zip(self.files, self.labels, strict=True):
-            # What is not UTF-8 in a name, Python has as surrogates.
+            # Python has surrogates for bytes of a name that are not UTF-8.
             hasher.update(f"{label}\t{file}\n".encode(errors="surrogateescape"))
         return hasher.hexdigest()
 
@@ -76,7 +76,7 @@ def check_folder(path: str | Path) -> None:
     """Checks that there is a folder at `path`.
 
     Raises:
-        UserError: There is none, or the system does not say.
+        UserError: There is none, or the system refuses to tell.
     """
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -90,18 +90,18 @@ def check_folder(path: str | Path) -> None:
 
 
 def list_images(root: str | Path, classes: Sequence[str] | None = None) -> ImageList:
-    """Lists ``root/CLASS/.../image`` with labels; see `Walk` for what is passed over.
+    """Lists ``root/CLASS/.../image`` with labels; see `Walk` for what is skipped.
 
     Args:
         root: Folder of class folders.
-        classes: The training classes: `root` may lack some, but has no others. None takes the
-            class folders found, which is right for the training images alone.
+        classes: The training classes: `root` may lack some, but must have no others. None takes
+            the class folders found; use it for the training images only.
 
     Returns:
         The images, sorted by class and name.
 
     Raises:
-        UserError: `root` is missing or has no class folders; a link in it leads nowhere or to a
+        UserError: `root` is missing or has no class folders; a link in it is broken or leads to a
             folder above; a training class has no images; a class folder is not one of `classes`; a
             folder cannot be read.
     """

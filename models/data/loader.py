@@ -1,4 +1,4 @@
-"""What DALI's and torchvision's loaders have in common: shards, counts, position, identity."""
+"""The base class of the DALI and torch loaders: shards, counts, position, identity."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class LoaderOptions:
     """How images become batches; the same on all ranks except `rank` and `device`.
 
     Attributes:
-        train: Shuffled and augmented full batches, or every image once, in order.
+        train: True: full batches, shuffled and augmented. False: every image once, in order.
         rank: This rank.
         world: Number of ranks.
         batch_size: Images in a batch of one rank.
         image_size: Side of the square images that come out, in pixels.
         resize: Length of the shorter side before the centre crop, in pixels.
         channels: 3 for colour, 1 for grey.
-        augment: "none"; "crop", a random crop resized; "imagenet", that and mirroring.
-        shuffle: "epoch", a global reshuffle each epoch; "once", one order drawn from the seed, so
-            that every rank keeps its shard and a batch of the whole shard never changes.
-        seed: For order and augmentation.
+        augment: "none"; "crop", a random crop resized; "imagenet", that and random mirroring.
+        shuffle: "epoch", a global reshuffle each epoch; "once", one order drawn from the seed. With
+            "once" every rank keeps its shard, and a batch of the whole shard never changes.
+        seed: Seed of order and augmentation.
         workers: DALI threads, or worker processes of torch's loader, of this rank.
-        device: Where the batches end up.
+        device: Device of the batches.
     """
 
     train: bool
@@ -54,12 +54,12 @@ class LoaderOptions:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Per channel, in units of the brightest pixel value: ImageNet's."""
+        """ImageNet's mean per channel, as a fraction of the largest pixel value."""
         return (0.485, 0.456, 0.406) if self.channels == 3 else (0.449,)
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Per channel, in units of the brightest pixel value: ImageNet's."""
+        """ImageNet's deviation per channel, as a fraction of the largest pixel value."""
         return (0.229, 0.224, 0.225) if self.channels == 3 else (0.226,)
 
 
@@ -67,13 +67,13 @@ class Loader(ABC):
     """Batches of one rank: iterate over it once per epoch.
 
     Each pass yields ``(images, labels)``: float32 [B, channels, image_size, image_size],
-    normalised, and int64 [B], both on the options' device. Training batches are full, and their
-    number is the same on all ranks, which collectives in the training loop rely on; the images
-    left over differ from epoch to epoch with ``shuffle="epoch"``. In validation every image of the
-    data set comes exactly once over all ranks; the last batch may be smaller, and a rank may have
-    one batch less than `__len__` says.
+    normalised, and int64 [B], both on the options' device. Training batches are full. All ranks
+    have the same number of them: collectives in the training loop rely on it. With
+    ``shuffle="epoch"`` the images left over differ from epoch to epoch. In validation every image
+    comes exactly once over all ranks. The last batch may be smaller, and a rank may have one batch
+    fewer than `__len__` says.
 
-    A pass that was left early goes on where it stopped, and so does one after `load_state_dict`.
+    A pass that was left early resumes where it stopped. So does one after `load_state_dict`.
     """
 
     kind: str
@@ -86,10 +86,10 @@ class Loader(ABC):
             options: How to shard, shuffle and transform it.
 
         Raises:
-            UserError: There is not one full batch, or not one validation image, for each rank.
+            UserError: A rank would have no full training batch, or no validation image.
         """
         self.options = options
-        # Reshuffling takes place between epochs: without this the first would be sorted by class.
+        # Reshuffling is done between epochs: without this the first would be sorted by class.
         self.images = images.shuffled(options.seed) if options.train else images
         self.epoch = 0
         self.batch = 0
@@ -114,7 +114,7 @@ class Loader(ABC):
 
     @property
     def shard(self) -> tuple[int, int]:
-        """First and past-the-end position in the list of files of this rank's first shard."""
+        """First and past-the-end position of this rank's first shard in the list of files."""
         count, world, rank = len(self.images), self.options.world, self.options.rank
         return count * rank // world, count * (rank + 1) // world
 
@@ -127,14 +127,14 @@ class Loader(ABC):
         return {"identity": self._identity(), "epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved position; the following batches are bitwise the same.
+        """Resumes from a saved position; the following batches are bitwise the same.
 
         Args:
-            state: What `state_dict` gave on this rank.
+            state: Result of `state_dict` on this rank.
 
         Raises:
-            UserError: The state was saved with other data, ranks or options; names each
-                difference. A loader would otherwise restore silently to a wrong place.
+            UserError: The state was saved with other data, ranks or options. The message names
+                each difference. Without this check a loader would silently resume elsewhere.
         """
         then, now = state["identity"], self._identity()
         different = [

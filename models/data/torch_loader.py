@@ -36,14 +36,14 @@ class TorchLoader(Loader):
             num_workers=options.workers,
             pin_memory=on_gpu,
             persistent_workers=options.workers > 0,
-            generator=torch.Generator(),  # else each epoch draws from the global one
+            generator=torch.Generator(),  # else each epoch draws from the global generator
             # Forking a process that runs MPI's and Horovod's threads is not safe.
             multiprocessing_context="forkserver" if options.workers else None,
             worker_init_fn=_start_worker if options.workers else None,
         )
-        # A program may end without close(). This is registered after multiprocessing's own exit
-        # function, and so runs before it: that one would wait for ever for workers that outlive
-        # its one SIGTERM.
+        # A program may end without close(). This exit function is registered after
+        # multiprocessing's, so it runs first. multiprocessing's sends one SIGTERM, and would wait
+        # for ever for workers that survive it.
         atexit.register(_close_at_exit, weakref.ref(self))
         shape = (1, options.channels, 1, 1)
         self._mean = torch.tensor(options.mean, device=options.device).view(shape) * 255
@@ -57,13 +57,14 @@ class TorchLoader(Loader):
             self.batch += 1
             if not left:
                 self.epoch, self.batch = self.epoch + 1, 0
-            # Normalised here, in one go and on the GPU: a quarter of the bytes leave the workers.
+            # Normalised here, on the options' device: workers then send uint8, a quarter of the
+            # bytes.
             pixels = pixels.to(self.options.device, non_blocking=True).float()
             yield (pixels - self._mean) / self._std, labels.to(self.options.device)
 
     def close(self) -> None:
         """See `Loader`."""
-        # Now: while an error is on its way up, its traceback holds the iterator.
+        # Explicitly: while an exception propagates, its traceback keeps the iterator alive.
         iterator: Any = self._batches._iterator
         if iterator is not None:
             iterator._shutdown_workers()
@@ -76,16 +77,16 @@ def _close_at_exit(loader: weakref.ref[TorchLoader]) -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """For a worker process, as it starts."""
+    """Prepares a worker process at its start."""
     outlive_one_sigterm(worker)
     threading.Thread(target=_end_with_rank, name="rank", daemon=True).start()
 
 
 def _end_with_rank() -> None:
-    # torch's own watch asks for the parent, which here is the fork server. That one, and the
-    # resource tracker, end as soon as no process holds their pipes, and the workers do.
-    # multiprocessing knows the process that asked for this one: the rank holds the other end of a
-    # pipe, which the kernel closes however the rank ends.
+    # torch watches the worker's parent process, which here is the fork server. It lives on while a
+    # process holds its pipes, as the workers do; so does the resource tracker. multiprocessing's
+    # parent_process() is the rank. It holds the other end of a pipe, which the kernel closes
+    # however the rank ends.
     rank = multiprocessing.parent_process()
     assert rank is not None
     rank.join()
@@ -140,16 +141,16 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, epoch = key
-        # Not by torchvision.io, which is a third faster and going to be removed.
+        # Not with torchvision.io, which is a third faster but will be removed.
         try:
             with open(self.paths[position], "rb") as file, open_image(file) as stored:
                 image = v2.functional.pil_to_tensor(show(stored, self.mode))
-        except Exception as error:  # PIL raises all kinds, most without the name
+        except Exception as error:  # PIL raises many kinds, most without the file's name
             raise RuntimeError(
                 f"cannot decode {self.paths[position]}: {error}. --check-images names all such "
                 "files before training."
             ) from error
         with torch.random.fork_rng(devices=[]):
-            # By image and epoch, so that crops depend neither on the worker nor on a resume.
+            # Seeded by image and epoch: crops depend neither on the worker nor on a resume.
             torch.manual_seed(hash((self.seed, epoch, position)))
             return self.transform(image), self.labels[position]

@@ -14,38 +14,38 @@ import numpy as np
 
 from models.errors import UserError
 
-# What both loaders take, so that the images do not change with the loader.
+# Suffixes that both loaders read, so that the images do not change with the loader.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
     *(".jp2", ".j2k", ".pnm", ".ppm", ".pgm", ".pbm"),
 )
-# Made by file systems, by archives of macOS and by network storage; the last holds thumbnails.
+# Folders made by file systems, by archives of macOS, and by network storage for thumbnails.
 NO_CLASS = frozenset({"lost+found", "__MACOSX", "@eaDir"})
 
 
 class Walk:
     """Goes through the class folders of one part of a data set.
 
-    Hidden files and folders and `NO_CLASS` are passed over, and so are files that are no images by
-    their names. Links to folders are followed; but within a class no folder is listed twice, and
-    none is that holds the class.
+    Hidden files and folders, `NO_CLASS`, and files without a suffix of `EXTENSIONS` are skipped.
+    Links to folders are followed. But within a class no folder is listed twice, and no folder
+    that holds the class is listed.
     """
 
     def __init__(self, root: Path) -> None:
-        """Reads nothing of `root` yet, which has to be a folder."""
+        """Lists nothing yet; `root` must be a folder."""
         self.root = root
         self.left_out: Counter[str] = Counter()
         top = root.resolve()
         self._above = {_identity(os.stat(folder)) for folder in (top, *top.parents)}
-        # Of each image, in the order of the list; hashed, since there may be millions.
+        # Device and inode of each image, in the order of the list; hashed to save memory.
         self._identities = array("q")
 
     def class_folders(self) -> list[str]:
         """Sorted names of the class folders.
 
         Raises:
-            UserError: `root` cannot be read; or a link in it leads nowhere, so that a class may be
-                lost, or to a folder above, so that it would hold the other classes.
+            UserError: `root` cannot be read; a link in it is broken, so a class may be lost; or a
+                link leads to a folder above, so it would hold the other classes.
         """
         found, astray = [], []
         for entry in self._entries(self.root):
@@ -72,7 +72,7 @@ class Walk:
         """Lists a class folder.
 
         Args:
-            name: Of the class.
+            name: The class.
 
         Returns:
             Sorted paths relative to `root`.
@@ -91,10 +91,10 @@ class Walk:
             seen.add(own)
             for entry in self._entries(folder):
                 identity, mode = (own[0], entry.inode()), stat.S_IFREG
-                if not entry.is_file(follow_symlinks=False):  # else the folder told all of this
+                if not entry.is_file(follow_symlinks=False):  # a regular file needs no stat call
                     identity, mode = _follow(entry) or (identity, 0)
                 if stat.S_ISDIR(mode):
-                    # Links last: what can be reached without them keeps its own name.
+                    # Links last: a folder that can be reached without one keeps its own path.
                     folders.insert(0 if entry.is_symlink() else len(folders), entry.path)
                 elif not mode and not _is_image(entry.name):
                     self.left_out["links to nothing"] += 1
@@ -116,7 +116,7 @@ class Walk:
         """Finds files that are listed under several names.
 
         Args:
-            files: What `images_below` returned, of all classes in turn.
+            files: Results of `images_below` for all classes, in turn.
 
         Returns:
             One ``path and path`` for each further name.
@@ -127,7 +127,7 @@ class Walk:
         return [f"{files[order[i]]} and {files[order[i + 1]]}" for i in again]
 
     def _entries(self, folder: str | Path) -> list[os.DirEntry[str]]:
-        """All entries by name, but for those that are always passed over."""
+        """Returns the entries sorted by name, without those that are always skipped."""
         try:
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
@@ -151,7 +151,7 @@ def some(names: Sequence[str], limit: int = 10) -> str:
 
 
 def _follow(entry: os.DirEntry[str]) -> tuple[tuple[int, int], int] | None:
-    """Identity and mode of what a link leads to; None if that is nothing."""
+    """Returns identity and mode of a link's target; None if the link is broken."""
     try:
         status = entry.stat()
     except OSError as error:

@@ -44,17 +44,17 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "burgers2d-relu": partial(Burgers2d, activation="relu"),
     "burgers100d": Burgers100d,
 }
-"""Makers of problems, called with `seed`, `rank`, `ranks` and options; family before the "-"."""
+"""Constructors by name, called with `seed`, `rank`, `ranks` and options. "-" ends the family."""
 
 
 def build(name: str, *, seed: int = 0, rank: int = 0, ranks: int = 1, **options: Any) -> Problem:
     """Makes the problem called `name`, one of `PROBLEMS`.
 
     Args:
-        name: as above.
-        seed: of weights, split and batches.
+        name: one of `PROBLEMS`.
+        seed: seed of weights, split and batches.
         rank: this rank.
-        ranks: their number.
+        ranks: number of ranks.
         options: the problem's own, such as `steps`; "admissions" must have `csv`, a path.
     """
     problem = PROBLEMS[name](seed=seed, rank=rank, ranks=ranks, **options)

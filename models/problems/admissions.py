@@ -1,9 +1,9 @@
-"""The paper's graduate admissions: chance of admission from seven figures of a student.
+"""The paper's graduate admissions: predicts the chance of admission from seven features.
 
 Data: M. S. Acharya, A. Armaan, A. S. Antony, A comparison of regression models for prediction of
 graduate admissions, ICCIDS 2019; version 1.1, 500 students. It is not part of this project: give
-its path. arXiv 2110.14813 speaks of 9 parameters; nine is the number of the file's columns, and one
-of them is a serial number and one the target. Seven are used here.
+its path. arXiv 2110.14813 speaks of 9 parameters. Nine is the number of the file's columns, but one
+is a serial number and one is the target. So seven are used here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_admissions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         Features [500, 7] and chance of admission [500], float64.
 
     Raises:
-        UserError: there is no such file, or it is another one.
+        UserError: the file cannot be read, or does not hold the published data.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -71,14 +71,14 @@ def read_admissions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 class Admissions(Supervised):
     """The paper's MLP: 3 hidden layers of 64 ReLU, Adam 0.02, batch 40, mean squared error.
 
-    The learning rate falls to 4e-3 after 1,000 epochs of 10 steps; the paper does not say how many
-    there are. 400 students are for training and 100 for validation, drawn by the seed; features
-    are standardised by the training part.
+    The learning rate falls to 4e-3 after 1,000 epochs of 10 steps. The paper does not say how many
+    epochs there are. The seed draws 400 students for training and 100 for validation. Features are
+    standardised by the training part.
 
     Args:
         csv: path of the data, see `read_admissions`.
         epochs: passes over the training set.
-        steps: stop early; None: train all epochs.
+        steps: stop after so many steps; None: train all epochs.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.

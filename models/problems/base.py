@@ -1,4 +1,4 @@
-"""What a training problem is, and how ranks share its data."""
+"""Base classes of training problems, and how ranks share their data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from aadl_hvd import AndersonConfig, NeumannOptimizer
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "neumann")
 
-# The paper's algorithm on problems that the paper does not have: its residual, safeguard and moving
-# average, with a window and frequencies in the middle of those it uses.
+# The paper's algorithm on problems that are not in the paper: its residual, safeguard and moving
+# average. History depth and frequencies are in the middle of the paper's values.
 NOT_IN_PAPER = dataclasses.replace(
     AndersonConfig.paper("burgers2d"), history_depth=10, frequency=5, store_every=1
 )
@@ -27,21 +27,22 @@ NOT_IN_PAPER = dataclasses.replace(
 class Problem(abc.ABC):
     """A training problem as one rank of several sees it.
 
-    A global batch of B items is split over P ranks into shares of B // P or B // P + 1 items, in
-    order. A rank's loss is the *sum* over its share divided by B / P, so that the mean over ranks
-    is the global batch's mean exactly, whatever the remainder; where P divides B it is the
-    share's mean. Nothing is dropped but what does not fill a last small batch of an epoch.
+    A global batch of B items is split in order over P ranks into shares of B // P or B // P + 1
+    items. A rank's loss is the *sum* over its share divided by B / P. So the mean over ranks is
+    exactly the mean of the global batch, even if P does not divide B. Only items that do not fill
+    the last small batch of an epoch are dropped.
 
-    Everything follows from (seed, rank, ranks) alone: the global batches from the seed, the same
-    on any number of ranks.
+    Everything follows from (seed, rank, ranks) alone. The global batches follow from the seed: they
+    are the same on any number of ranks.
 
     Args:
-        seed: of the weights, of the split into training and validation data, and of the batches.
+        seed: seed of the weights, of the split into training and validation data, and of the
+            batches.
         rank: this rank.
-        ranks: their number.
+        ranks: number of ranks.
 
     Attributes:
-        name: what tables call it; set where it is registered.
+        name: name in tables; `build` sets it.
         steps: steps of the base optimizer in a whole training.
         full_batch: each step sees the whole training set.
         paper: settings of the paper's algorithm here, moving average included.
@@ -59,7 +60,7 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def make_model(self) -> nn.Module:
-        """Fresh weights that depend on the seed alone, the same on every rank."""
+        """Makes a model whose weights depend on the seed alone: they are equal on all ranks."""
 
     @abc.abstractmethod
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -75,11 +76,11 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Measures a model on all data; costs nothing but time and changes nothing.
+        """Measures a model on all data, and changes nothing.
 
         Returns:
-            "training_loss" over the whole training set, mostly "validation_loss", and what else
-            the problem has.
+            "training_loss" over the whole training set, usually "validation_loss", and further
+            metrics of the problem.
         """
 
     def share(self, count: int) -> slice:
@@ -87,15 +88,15 @@ class Problem(abc.ABC):
         return slice(count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks)
 
     def mean(self, losses: Tensor, count: int) -> Tensor:
-        """This rank's loss from those of its share's items, `count` being those of all ranks."""
+        """This rank's loss, from the losses of its items; `count` is the items of all ranks."""
         return losses.sum() * (self.ranks / count)
 
 
 class Supervised(Problem):
-    """Inputs and targets, all of them in memory on every rank.
+    """A problem with inputs and targets, all of them in memory on every rank.
 
-    Small batches are drawn without replacement, each epoch in an order of its own; items that do
-    not fill a last batch wait for the next epoch.
+    Small batches are drawn without replacement, in a new order each epoch. Items that do not fill
+    a last batch are left out of that epoch.
 
     Args:
         train: inputs and targets [N, ...].
@@ -166,7 +167,7 @@ class Supervised(Problem):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weights made inside depend on `seed` alone; torch's generator outside is left as it was."""
+    """Seeds torch's generator within the context, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -189,7 +190,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """A base optimizer by name: one of `OPTIMIZERS`.
 
-    "nesterov" has momentum 0.9; "neumann" alone needs to know `steps_per_epoch`.
+    "nesterov" has momentum 0.9. Only "neumann" uses `steps_per_epoch`.
     """
     parameters = model.parameters()
     if kind == "sgd":

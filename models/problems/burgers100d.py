@@ -1,11 +1,11 @@
 """A physics-informed network (PINN) for the paper's Burgers equation in 99 dimensions and time.
 
 arXiv 2110.14813, Eq. 18 and 22: u_t + u Σ_a u_{x_a} - ν Δu = f on (-1, 1)^99 x (0, 1], u = 0 on the
-boundary, f such that u = exp(-t) Π_a (x_a - 1)(x_a + 1). The paper gives no ν here; 0.01/π is that
-of its other problem.
+boundary, f such that u = exp(-t) Π_a (x_a - 1)(x_a + 1). The paper gives no ν here, so the value of
+its other problem is used, 0.01/π.
 
-The mean of log|x² - 1| is 2 log 2 - 2, so that at a random point u is about -exp(-61), 1e-27: in
-effect the network learns to be 0, and an error relative to u says nothing.
+The mean of log|x² - 1| is 2 log 2 - 2. So at a random point u is about -exp(-61), 1e-27. In effect
+the network learns to be 0, and an error relative to u says nothing.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ VISCOSITY = 0.01 / math.pi
 SPACE = 99
 DATA_POINTS, COLLOCATION_POINTS = 400, 4000
 TRAINING_PART = 0.8
-# Points in one pass. Each has three matrices of 50 x 50; forwards and backwards over few points at
-# a time these stay in the cache, which makes a step 1.6 times as fast as over all points at once.
+# Points in one pass. Each has three matrices of 50 x 50. With few points at a time they stay in the
+# cache, which makes a step 1.6 times as fast as with all points at once.
 CHUNK = 200
 
 
 class LaplacianMLP(nn.Module):
-    """A tanh network that knows its derivatives by time and along (1, ..., 1), and its Laplacian.
+    """A tanh network that computes its derivatives by t and along (1, ..., 1), and its Laplacian.
 
     With z = W a + b in every layer, derivatives by x as rows of J and Laplacians as Δ,
 
         J_z = J_a W^T,  Δz = W Δa,    J_a = σ'(z) J_z,  Δa = σ''(z) |J_z|² + σ'(z) Δz
 
-    where |J_z|² sums over the rows, the directions in space. Only that sum is wanted, and it does
-    not change when the directions are rotated. So in place of 99 directions 50 do: with
+    where |J_z|² sums over the rows, the directions in space. Only that sum is needed, and rotating
+    the directions does not change it. So 50 directions are enough in place of 99: with
     W_1 = L Q^T (Q orthonormal, L 50 x 50) the first layer's J_z is L^T.
 
     Args:
@@ -89,7 +89,7 @@ class LaplacianMLP(nn.Module):
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is known already."""
+    """A loss whose gradient is already known."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -106,12 +106,12 @@ class Burgers100d(Problem):
 
     The loss is MSE_u + MSE_f (Eq. 19 to 21) over 320 initial and boundary points and 3,200
     collocation points; a quarter as many are for validation. Half of the 400 lie at t = 0, half
-    on one of the 198 faces. Points are uniform and stay for the whole training. The paper names no
-    activation here; tanh.
+    on one of the 198 faces. Points are uniform and fixed for the whole training. The paper names no
+    activation here; tanh is used.
 
     Args:
         collocation: points inside, training and validation together; the paper's 4,000.
-        steps: of Adam.
+        steps: steps of Adam.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.
@@ -159,7 +159,7 @@ class Burgers100d(Problem):
         return 0.05 * 0.5 ** (step // 1000)
 
     def loss(self, model: nn.Module, step: int) -> Tensor:
-        """As in `Problem`; its gradient is computed along with it, where gradients are on."""
+        """As in `Problem`. If gradients are enabled, its gradient is computed here, too."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients: list[Tensor] = []
         total = torch.zeros(())
@@ -203,9 +203,9 @@ def exact_solution(x: np.ndarray, t: np.ndarray) -> np.ndarray:
 def forcing(x: np.ndarray, t: np.ndarray) -> np.ndarray:
     """f [N] = u_t + u Σ_a u_{x_a} - ν Δu of `exact_solution`, float64.
 
-    u_{x_a} and u_{x_a x_a} are 2 x_a and 2 times the product of the other factors. Those come
-    from products from the left and from the right, which, unlike a division of the whole by one
-    factor, stand the boundary, and need no logarithm.
+    u_{x_a} and u_{x_a x_a} are 2 x_a and 2 times the product of the other factors. That product is
+    the cumulative product from the left times the one from the right. A division of the whole
+    product by one factor would fail on the boundary, where the factor is 0.
     """
     factors = x * x - 1
     ones = np.ones((len(x), 1))
@@ -238,7 +238,7 @@ def _tensors(x: np.ndarray, t: np.ndarray, values: np.ndarray) -> Points:
 
 
 def _chunks(data: Points, inner: Points) -> Iterator[tuple[Points, Points]]:
-    """The same points, few at a time."""
+    """Yields the same points in chunks of at most `CHUNK`."""
     count = -(-max(len(data[0]), len(inner[0])) // CHUNK)
     for i in range(count):
         yield _cut(data, slice(i, None, count)), _cut(inner, slice(i, None, count))

@@ -25,20 +25,20 @@ ACTIVATIONS = ("tanh", "relu")
 
 
 class TaylorMLP(nn.Module):
-    """A fully connected network that knows its derivatives.
+    """A fully connected network that computes its derivatives.
 
-    Derivatives are propagated forwards with the values (Taylor mode), layer by layer: with
+    Derivatives are propagated forwards with the values (Taylor mode), layer by layer. With
     z = W a + b and derivatives by x and t as indices,
 
         z_x = W a_x,    a'_x = σ'(z) z_x,    a'_xx = σ''(z) z_x² + σ'(z) z_xx.
 
-    One backward pass through this costs what it costs through any network four times as wide;
-    nested reverse mode takes a pass for every derivative, and then one through all of them.
+    One backward pass through this costs as much as through a network four times as wide. Nested
+    reverse mode takes a pass for every derivative, and then one through all of them.
 
     Args:
-        widths: units of each layer, input and output included. Glorot's initialisation, usual for
-            PINNs (the paper names none), keeps eight layers of 20 from squeezing x and t to
-            nothing.
+        widths: units of each layer, input and output included. Weights have Glorot's
+            initialisation, usual for PINNs (the paper names none). With others the values of x and
+            t can vanish over eight layers of 20.
         activation: "tanh" or "relu", whose second derivative is taken as 0.
     """
 
@@ -67,7 +67,7 @@ class TaylorMLP(nn.Module):
         count = len(points)
         first: Any = self.layers[0]
         others: Any = self.layers[1:]
-        # Of the first layer the derivatives are its weights, at every point.
+        # The derivatives of the first layer are its weights, at every point.
         along_x = first.weight[:, 0].expand(count, -1)
         along_t = first.weight[:, 1].expand(count, -1)
         jet = torch.stack([first(points), along_x, along_t, torch.zeros_like(along_x)])
@@ -133,8 +133,8 @@ class Burgers2d(Problem):
     Args:
         activation: "tanh" or "relu".
         resample: draw the training points anew every so many steps, as the paper's "when a new
-            data batch is selected" suggests; None: they stay.
-        steps: of Adam.
+            data batch is selected" suggests; None: keep them.
+        steps: steps of Adam.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.
@@ -205,7 +205,7 @@ class Burgers2d(Problem):
         return tuple(items[of_data] for items in data), inner[part]
 
     def _draw(self, number: int) -> Any:
-        """Points of a batch: for training and for validation, each ((points, u), inner points)."""
+        """Draws a batch: for training and for validation, each ((points, u), inner points)."""
         random = np.random.default_rng([self.seed, number])
         x, t = random.uniform(-1, 1, DATA_POINTS), random.uniform(0, 1, DATA_POINTS)
         half = DATA_POINTS // 2
@@ -250,11 +250,11 @@ def exact_solution(x: Any, t: Any, nodes: int = 100) -> np.ndarray:
 
     Args:
         x: in [-1, 1], any shape.
-        t: in [0, 1], a shape that goes with x's.
-        nodes: of the quadrature, at least 50.
+        t: in [0, 1], a shape that broadcasts with x's.
+        nodes: nodes of the quadrature, at least 50.
 
     Returns:
-        u, of the shape that x and t make together.
+        u, of the broadcast shape of x and t.
     """
     if nodes < 50:
         raise ValueError(f"Invalid nodes={nodes!r}. Must be at least 50.")
@@ -262,7 +262,7 @@ def exact_solution(x: Any, t: Any, nodes: int = 100) -> np.ndarray:
     x, t = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(t, np.float64))
     y = x[..., None] - 2 * np.sqrt(VISCOSITY * t[..., None]) * eta
     exponent = -np.cos(np.pi * y) / (2 * np.pi * VISCOSITY)
-    # The largest out first: exp of the others cannot overflow.
+    # The largest exponent is subtracted, so that exp cannot overflow.
     f = weights * np.exp(exponent - exponent.max(axis=-1, keepdims=True))
     return -(np.sin(np.pi * y) * f).sum(axis=-1) / f.sum(axis=-1)
 

@@ -25,10 +25,10 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def split_digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """1,497 digits for training and 300 for validation, drawn by `seed`.
+    """Draws 1,497 digits for training and 300 for validation by `seed`.
 
     Returns:
-        (pixels [N, 64] in 0..1, labels [N]) of either part.
+        (pixels float32 [N, 64] in 0..1, labels int64 [N]) of either part.
     """
     pixels, labels = _digits()
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
@@ -42,8 +42,8 @@ class DigitsMLP(Supervised):
     Args:
         optimizer: "sgd", "nesterov" (momentum 0.9), "adam" or "neumann".
         batch: items in a global batch; None: all 1,497.
-        lr: learning rate; None: that of `RATES`.
-        steps: of the base optimizer.
+        lr: learning rate; None takes it from `RATES`.
+        steps: steps of the base optimizer.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.

@@ -1,7 +1,7 @@
 """A small residual network on the digits, with small batches and with one large one.
 
-For the generalization gap (arXiv 2110.14813, ResNet50 on 1,536 GPUs): the same number of epochs at
-both batch sizes, hence far fewer steps at the large one.
+It shows the generalization gap (arXiv 2110.14813, ResNet50 on 1,536 GPUs). Both batch sizes train
+for the same number of epochs, so the large one makes far fewer steps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ RATES = {SMALL_BATCH: 0.05, None: 0.3}
 class DigitsResNet(Supervised):
     """resnet8, width 8, on 8 x 8 digits; Nesterov, weight decay 1e-4, rate / 10 after 2/3.
 
-    Batch norm sees one rank's share at a time, as in any data-parallel training, so here the mean
-    of the ranks' losses is not the loss of one process. `metrics` measures a copy whose statistics
-    are those of the whole training set under its weights: running ones would lag behind weights
-    that have just been extrapolated or averaged, and differ between ranks.
+    Batch norm sees one rank's share at a time, as in any data-parallel training. So the mean of
+    the ranks' losses is not the loss of one process. `metrics` measures a copy of the model with
+    the statistics of the whole training set. Running statistics would lag behind weights that have
+    just been extrapolated or averaged, and they would differ between ranks.
 
     Args:
-        batch: items in a global batch, 32; None: all 1,497. lr 0.05 and 0.3.
+        batch: items in a global batch: 32 (lr 0.05); None: all 1,497 (lr 0.3).
         epochs: passes over the training set.
-        steps: stop early; None: train all epochs.
+        steps: stop after so many steps; None: train all epochs.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.

@@ -39,7 +39,7 @@ class LogisticCancer(Supervised):
 
     Args:
         optimizer: "sgd" (lr 0.5) or "nesterov" (lr 0.1, momentum 0.9).
-        steps: of the base optimizer.
+        steps: steps of the base optimizer.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.
@@ -82,7 +82,7 @@ class LogisticDigits(Supervised):
     """Softmax regression on scikit-learn's digits (see `digits_mlp`), full batch, Nesterov.
 
     Args:
-        steps: of the base optimizer, lr 0.1 and momentum 0.9.
+        steps: steps of the base optimizer, which has lr 0.1 and momentum 0.9.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.

@@ -14,14 +14,14 @@ from models.problems.base import Supervised, make_optimizer
 class Quadratic(Supervised):
     """mean over rows a of (a.w - b)²/2 in float64, minimum 0; its Hessian has condition 1e4.
 
-    The eigenvalues lie geometrically between 1e-4 and 1, so SGD with lr 1 is stable, and slow in
-    most directions. There is nothing to validate on.
+    The eigenvalues are spaced geometrically from 1e-4 to 1. So SGD with lr 1 is stable, and slow in
+    most directions. There is no validation set.
 
     Args:
         unknowns: n, the length of w.
         rows: at least n.
         condition: largest eigenvalue of the Hessian over the smallest.
-        steps: of the base optimizer.
+        steps: steps of the base optimizer.
         seed: see `Problem`.
         rank: see `Problem`.
         ranks: see `Problem`.
