@@ -29,8 +29,8 @@ from models.plots import draw, on_log_scale, panels
 RUNS = {"off": "Horovod's own", "default": "Anderson"}
 TAG = re.compile(r"\[\d+(?:,\d+)?\]<std(?:out|err)>:")
 
-# One batch is the whole training set, always the same: Anderson acceleration extrapolates a
-# deterministic map, and noise from small batches takes its advantage away.
+# One batch is the whole training set, always the same. So the residual-norm method is at work, the
+# paper's. With small batches it would be the subspace method.
 OPTIONS = {
     "loader": "dali",
     "model": "resnet8",

@@ -24,7 +24,7 @@ MARK = "aadl_hvd_file"
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Writes a checkpoint so that `path` holds the old one or the new one, whole.
 
-    What is saved can be loaded: what has a plain equal is written as that, the rest is refused.
+    What is saved can be loaded: what has a plain equivalent is written so, the rest is refused.
 
     - As they are: None, bool, int up to 2039 bits, float, complex, str, bytes; dict, OrderedDict,
       Counter, list, tuple, set of these; tensors, sparse and quantized ones too, and parameters,

@@ -49,6 +49,23 @@ class TrustState(State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class InvarianceState(State):
+    """Tensors whose scale does not matter: see `core.invariance.ScaleInvariance`.
+
+    Attributes:
+        looks: jumps that were looked at.
+        largest: cos(w, g)^2 over what is allowed, the largest of all looks; one for each tensor.
+    """
+
+    looks: Annotated[int, SHARED, integer()]
+    largest: Annotated[tuple[float, ...], SHARED, listed(number(0.0))]
+
+    def check(self, rows: int) -> None:
+        """Raises a CheckpointError where no run could go on from this."""
+        agree("invariance: looks, largest", bool(self.looks) == bool(self.largest))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class HandoverState(State):
     """Which method is at work: see `core.handover.Handover`.
 
@@ -95,14 +112,17 @@ class SubspaceState(State):
     Attributes:
         blocks: block means and their differences.
         trust: how far jumps may go.
+        invariance: the tensors whose scale does not matter.
         base: the base step before the last jump, [rows]; None where the next block judges none.
     """
 
     blocks: Annotated[BlocksState, SHARED, Nested(BlocksState)]
     trust: Annotated[TrustState, SHARED, Nested(TrustState)]
+    invariance: Annotated[InvarianceState, SHARED, Nested(InvarianceState)]
     base: Annotated[Tensor | None, ROWS, anything]
 
     def check(self, rows: int) -> None:
         """Raises a CheckpointError where no run could go on from this."""
         self.blocks.check(rows)
+        self.invariance.check(rows)
         check_optional(self.base, "subspace.base", self.trust.slope is not None, tensor(rows))

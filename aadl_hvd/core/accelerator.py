@@ -30,7 +30,7 @@ from torch import Tensor
 from aadl_hvd.core.acceptance import Rejected
 from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.loss_check import check_loss
-from aadl_hvd.core.numerics import plain_numerics
+from aadl_hvd.core.numerics import no_graph, plain_numerics
 from aadl_hvd.core.reduction import reduce_payloads
 from aadl_hvd.core.schedule import Schedule, measures_noise
 from aadl_hvd.core.solve import Vector
@@ -82,7 +82,7 @@ class Accelerator(AcceleratorState):
     def _step_with_history(self, problem: FixedPoint, schedule: Schedule) -> Any:
         """The sequence of the algorithm."""
         stats, acceptance, replicas = self.stats, self._acceptance, self._replicas
-        with plain_numerics(problem.device), stats.timed("read"):
+        with no_graph(problem.device), stats.timed("read"):
             self._prepare(problem)
             shard, method, averages = self._shard, self._method, self._averages
             w, r = method.staging_buffer()
@@ -100,14 +100,15 @@ class Accelerator(AcceleratorState):
                     method.note(w, r, problem)  # store
             if schedule.push:
                 with stats.timed("average"):
-                    averages.take(w, r, schedule.push)
+                    averages.take(w, self._decayed(problem, w, r), schedule.push)
             if schedule.accelerate:
                 cause, accelerated = None, False
                 try:
                     with stats.timed("gram"):  # one small reduction
+                        whole = self._decayed(problem, w, r)
                         reduce_payloads(
                             (
-                                averages.of(w, r, shard.sharding.counted),
+                                averages.of(w, whole, shard.sharding.counted),
                                 replicas.of(problem),
                                 *method.payloads(problem, r, stored),
                                 acceptance.losses,
@@ -178,6 +179,11 @@ class Accelerator(AcceleratorState):
         if self.config.noise_gate is not None and not self._handover.subspace:
             with self.stats.timed("noise"):
                 self._acceptance.noise.note(problem.deviations(), self._calls)
+
+    def _decayed(self, problem: FixedPoint, w: Tensor, r: Tensor) -> Tensor:
+        """r with weight decay, as the averages need it with any method; [rows]."""
+        decay = 0.0 if self._method.decayed else problem.decay(*self._shard.rows)
+        return torch.sub(r, decay * w) if isinstance(decay, Tensor) or decay else r
 
     def _note_gains(self, w: Tensor, r: Tensor) -> None:
         """Takes the gains of the averages in; with the residual-norm method the iterate, too."""

@@ -153,16 +153,17 @@ class WeightAverages:
             self._means.zero_()
         self.count += 1
         weights = self._weights(steps or self._every)
-        if self.use_kernels and self.decays:
+        if not self.decays:
+            return
+        if self.use_kernels:
             kernels.add_to_means(w, r, [*self._means], weights)
-        pairs = [
-            (mean, new, weight)
-            for means, weight in zip(self._means, weights, strict=True)
-            for mean, new in zip(means, (w, r), strict=True)
-        ]
-        for rows in () if self.use_kernels else chunks(w):
-            for mean, new, weight in pairs:
-                mean[rows].lerp_(new[rows], weight)
+            return
+        column = w.new_empty(len(weights), 1)
+        for row, weight in zip(column, weights, strict=True):
+            row.fill_(weight)  # one call for all averages: with few rows calls take the time
+        for rows in chunks(w):
+            for i, new in enumerate((w, r)):
+                self._means[:, i, rows].lerp_(new[rows], column)
 
     def mean(self, decay: float) -> Tensor | None:
         """This rank's rows of an average, [rows]; None if no iterate has been taken in."""

@@ -187,13 +187,13 @@ class Blocks:
         parts = [torch.stack(found).sum(dim=0) for found in (metrics, tables, numbers)]
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def combine(self, coefficients: Tensor, out: Tensor) -> Tensor:
-        """Adds dW times coefficients [k] to `out` [rows]."""
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """dW times coefficients [k], [rows], in memory that the next block uses."""
         k = self.columns
-        own = self._own[0, :k]
+        own, out = self._own[0, :k], self._vectors[3]
         weights = coefficients[:k].to(self.device, self.work)
         for rows in chunks(out, widened=self.dtype != self.work):
-            out[rows].add_(own[:, rows].to(self.work).T @ weights)
+            torch.mv(own[:, rows].to(self.work).T, weights, out=out[rows])
         return out
 
     def drop_block(self) -> None:

@@ -89,7 +89,9 @@ class Collectives:
         """The norm of the residual at an accelerated point, one step later."""
         return self._sum("safeguard", values)
 
-    @_listed("allreduce", "(m + 1) m + 20 + averages", "every acceleration step")
+    @_listed(
+        "allreduce", "(m + 1) m + 20 + averages", "acceleration steps of the residual-norm method"
+    )
     def reduction(self, message: Vector) -> Vector:
         """The payloads of an acceleration step."""
         return self._sum("gram", message)
@@ -104,6 +106,11 @@ class Collectives:
         """The coefficients of rank 0, and what they promise."""
         self._stats.bytes["solve"] += message.nbytes
         return self._comm.broadcast(message)
+
+    @_listed("allreduce", "4 times the tensors", "a jump, while any may be scale-invariant")
+    def growth(self, values: Vector) -> Vector:
+        """Which tensors' scale does not matter, and how far the jump goes along them."""
+        return self._sum("solve", values)
 
     @_listed("allreduce", "m", "an acceleration step in which R^T r is computed anew")
     def product(self, values: Vector) -> Vector:

@@ -12,8 +12,19 @@ import torch
 @contextlib.contextmanager
 def plain_numerics(device: torch.device) -> Iterator[None]:
     """Within the block there is no autograd graph, no autocast and no TF32."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision(device):
+    with no_graph(device), _full_precision(device):
         yield
+
+
+@contextlib.contextmanager
+def no_graph(device: torch.device) -> Iterator[None]:
+    """Within the block there is no autograd graph and no autocast: enough to copy and to add."""
+    with torch.no_grad():
+        if not torch.is_autocast_enabled(device.type):  # to enter it takes longer than to ask
+            yield
+            return
+        with torch.autocast(device.type, enabled=False):
+            yield
 
 
 @contextlib.contextmanager

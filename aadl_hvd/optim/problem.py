@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.core.fixed_point import Deviations
+from aadl_hvd.core.numerics import no_graph
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.optim.diagonals import Diagonals
 from aadl_hvd.optim.flatten import FlatLayout
@@ -32,6 +34,7 @@ from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
 
 # The base optimizer's state: {"entries": {index of the parameter: its state}}.
 Undo = dict[str, Any]
+_SMALL = 2**20  # numbers; with more the copy itself takes the time, and is better divided
 # Rows of the flat gradient, and the indices of the parameters that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
 
@@ -63,7 +66,7 @@ class OptimizerFixedPoint:
     ) -> None:
         self._optimizer = optimizer
         self._residual = residual
-        self._weights_before = weights_before or (lambda parameter: parameter)
+        self._weights_before = weights_before
         self.base_step: Callable[[], Any]
         self.skip_step: Callable[[], Any]
         self.evaluate: Callable[[], float]
@@ -76,6 +79,10 @@ class OptimizerFixedPoint:
         self._parameters: list[Tensor] = []
         self._group_of: list[dict[str, Any]] = []
         self._seen: Any = None
+        self._memory: Any = None  # where the parameters lie, and how many numbers each has;
+        self._stays = False  # whether they have stayed there, each in one piece
+        self._flat: list[Tensor] = []  # views of them, as long as they do
+        self._uniform: torch.dtype | None = None  # that of all of them
         self._described: Hashable = ()
         self._widest = torch.float16
         self._diagonals = Diagonals(optimizer, self._layout, [], [])
@@ -174,11 +181,18 @@ class OptimizerFixedPoint:
         if self._residual == "gradient":
             self._due = lo, hi, residual
         self._gradient = None
-        parameters = [self._weights_before(p) for p in self._parameters]
-        return self._layout.read(parameters, lo, hi, out, again=True)
+        if self._weights_before is not None:
+            before = [self._weights_before(p) for p in self._parameters]
+            return self._layout.read(before, lo, hi, out, again=True)
+        small = hi - lo == self.n <= _SMALL and self.device.type == "cpu"
+        if small and self._stays and self._uniform == out.dtype:  # one call copies all
+            self._flat = self._flat or [p.detach().view(-1) for p in self._parameters]
+            return torch.cat(self._flat, out=out)
+        return self._layout.read(self._parameters, lo, hi, out, again=True)
 
     def forget_buffers(self) -> None:
         self._layout.forget_views()
+        self._flat = []
 
     def keep_gradient(self) -> None:
         """To be called when the gradients are final, before the optimizer uses them.
@@ -187,7 +201,9 @@ class OptimizerFixedPoint:
         its default on GPUs, adds the momentum to them. A call costs nothing in a step that needs no
         residual.
         """
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        if self._due is None and self.samples is None:
+            return
+        with no_graph(self.device):
             if self._due is not None:
                 self._gradient = self._read_gradient(*self._due)
             if self.samples is not None:
@@ -303,15 +319,25 @@ class OptimizerFixedPoint:
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
-        pairs = [(p, group) for group in self._groups for p in group["params"] if p.requires_grad]
-        ps, group_of = [p for p, _ in pairs], [group for _, group in pairs]
+        ps: list[Tensor] = []
+        group_of: list[dict[str, Any]] = []
+        for group in self._groups:
+            own = [p for p in group["params"] if p.requires_grad]
+            ps += own
+            group_of += itertools.repeat(group, len(own))
         changed = not _same(ps, self._parameters)
         if changed or not _same(group_of, self._group_of):
-            self._parameters, self._group_of, self._seen = ps, group_of, None
+            self._parameters, self._group_of = ps, group_of
+            self._memory = self._seen = None
+        # What lies in the same memory as before is as before. To compare all takes thrice as long.
         # `model.half()` keeps the parameters and changes their dtypes.
+        memory = [*map(Tensor.data_ptr, ps)], [*map(Tensor.numel, ps)]
+        self._stays = memory == self._memory and all(map(Tensor.is_contiguous, ps))
+        if self._stays:
+            return
+        self._flat = []
         seen = [p.shape for p in ps], [p.dtype for p in ps], [p.device for p in ps]
         if changed or seen != self._seen:
-            self._seen = seen
             shapes, dtypes, devices = seen
             if len(set(devices)) > 1:
                 raise UnsupportedError(
@@ -319,10 +345,12 @@ class OptimizerFixedPoint:
                     "trainable parameters of one optimizer must be on one device."
                 )
             self._described = tuple(zip(map(id, ps), shapes, dtypes, devices, strict=True))
+            self._uniform = dtypes[0] if len(set(dtypes)) == 1 else None
             self._widest = functools.reduce(torch.promote_types, dtypes, torch.float16)
             if self._layout.shapes != tuple(shapes):
                 self._layout = FlatLayout(shapes)
             self._diagonals = Diagonals(self._optimizer, self._layout, ps, group_of)
+        self._memory, self._seen = memory, seen
         if changed:
             self._make_samples()
 

@@ -24,6 +24,7 @@ NUMBERS = {
     "reduction": {(M + 1) * M + 20},
     "block": {260},
     "jump": {12},
+    "growth": {16},
     "product": {M},
     "coefficients": {M},
     "slope": {1},
@@ -162,7 +163,7 @@ def test_a_step_sends_what_is_listed(case, request):
         "paper": {"residual_verdict", "average_spread", "weights"},
         "drift": {"product"},
         "resync": {"all_objects", "from_one_rank"},
-        "subspace": {"agree", "block", "jump", "weights"},
+        "subspace": {"agree", "block", "jump", "growth", "weights"},
     }[case]
     assert wanted <= {*everybody[0][1]}
 

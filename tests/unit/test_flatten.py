@@ -1,10 +1,12 @@
 """Any range of the flat vector, of tensors of any layout, against torch.cat."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aadl_hvd.optim.flatten import FlatLayout
+from aadl_hvd.optim.problem import OptimizerFixedPoint
 
 
 def plain(shape):
@@ -147,3 +149,42 @@ def test_write_any_range(spec, data):
     layout.write(given_tensors, flat, lo)
     assert torch.equal(joined(tensors), expected)
     assert [t.stride() for t in tensors] == strides
+
+
+def _transposed(p):
+    p.data = p.data.t()
+
+
+def _replaced(p):
+    p.data = p.data + 1.0
+
+
+def _cut(p):
+    p.data = p.data[:2]
+
+
+def _narrowed(p):
+    p.data = p.data.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [_transposed, _replaced, _cut, _narrowed])
+def test_weights_are_read_where_they_are_now(change):
+    """Small weights are read through views. Another memory behind a parameter must be noticed."""
+    weights = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(3))]
+    problem = OptimizerFixedPoint(torch.optim.SGD(weights, lr=0.1), "gradient")
+
+    def read():
+        before = problem.signature
+        out = torch.full((problem.n,), torch.nan)
+        problem.read_before(0, problem.n, out, torch.empty_like(out))
+        expected = torch.cat([p.detach().float().reshape(-1) for p in weights])
+        assert torch.equal(out, expected)
+        return before
+
+    first, *_ = [read() for _ in range(3)]
+    change(weights[0])
+    others = [read() for _ in range(3)]
+    assert (others[0] == first) == (change in (_transposed, _replaced))
+    with torch.no_grad():
+        weights[1].add_(1.0)  # in place
+    read()

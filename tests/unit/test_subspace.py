@@ -281,3 +281,24 @@ def test_far_apart_block_means_do_not_open_psi():
         shares.append(np.mean(found))
     assert shares[0] == pytest.approx(1.0, abs=0.4)
     assert shares[1] == pytest.approx(1.0, abs=0.4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_gains_of_averages_count_weight_decay(decay):
+    """By the trapezoidal rule they are exact on a quadratic, its decay included."""
+    group = Group(shapes=((3, 4), (7,)), lr=0.05, weight_decay=decay)
+    problem = Problem((group,), noise=0.0)
+    opt = problem.optimizer(AndersonConfig(method="subspace", averages=(0.9,), frequency=1))
+    for k in range(10):  # one block
+        w, mean = flat(opt), None
+        if opt.anderson._averages.count:
+            mean = opt.anderson._averages.mean(0.9).numpy().copy()
+        problem.set_gradient(opt, problem.gradient(k, w))
+        opt.step()
+
+    def f(x):
+        return problem.loss(0, x) + 0.5 * decay * x @ x
+
+    # At the block's end the average has taken the step's own iterate in.
+    mean = opt.anderson._averages.mean(0.9).numpy()
+    assert opt.anderson.average_gains[0.9] == pytest.approx(f(w) - f(mean), rel=1e-9)

@@ -29,7 +29,8 @@ from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.curvature import find_jump
 from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.handover import Handover
-from aadl_hvd.core.reduction import COMPARED, Payload, compared, equal
+from aadl_hvd.core.invariance import ScaleInvariance
+from aadl_hvd.core.reduction import COMPARED, Payload, compared, equal, numbers_of
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.core.trust import Trust
@@ -49,6 +50,7 @@ class Subspace:
     Attributes:
         blocks: the vectors.
         trust: how far a jump may go.
+        invariance: the tensors whose scale does not matter.
         fingerprint: of a loaded state that this rank has yet to go on from; 0: none.
         wanted: L of the next block: no shorter than the memory of the momentum, and even.
         noise: variance of one step's gradient in the last block; NaN: unknown.
@@ -74,6 +76,7 @@ class Subspace:
         dtype = config.history_dtype or shard.dtype
         self.blocks = Blocks(shard.sharding, dtype, shard.dtype, shard.device)
         self.trust = Trust()
+        self.invariance = ScaleInvariance(shard.sharding)
         self.fingerprint = 0
         self.same = False
         self.wanted = 0
@@ -202,7 +205,7 @@ class Subspace:
     # After the reduction
 
     def propose(self, problem: FixedPoint, w: Tensor, r: Tensor) -> Tensor:
-        """Coefficients of the columns [DEPTH] float64 on the host. Collective.
+        """The jump d, this rank's rows. Collective.
 
         Raises:
             Rejected: noise hides what there is, or nothing is to be gained.
@@ -227,7 +230,13 @@ class Subspace:
         self.trust.jumped(float(slope))
         self._gain = float(gain)
         self._stats.note_jump(self._gain)
-        return torch.from_numpy(coefficients)
+        jump, invariance = self.blocks.combine(torch.from_numpy(coefficients)), self.invariance
+        if invariance.looks:
+            sizes = [tensor.numel() for tensor in problem.tensors]
+            (sums,) = numbers_of([invariance.sums(sizes, w, r, jump)])
+            if invariance.look(sizes, self._collectives.growth(sums)):
+                invariance.correct(sizes, w, jump)
+        return jump
 
     def _solve(self, k: int, fraction: float) -> Vector:
         """[DEPTH + 2]: coefficients, slope and gain of the jump that is made."""
@@ -246,7 +255,7 @@ class Subspace:
 
     def complete(self, w: Tensor, proposal: Tensor) -> Tensor:
         """This rank's rows of the base step plus the jump, in the memory of w."""
-        return self.blocks.combine(proposal, w.copy_(self._acceptance.base_rows()))
+        return w.copy_(self._acceptance.base_rows()).add_(proposal)
 
     def rejected(self, cause: Rejection) -> None:
         """A jump that safeguard="loss" rejects was none."""
@@ -270,6 +279,7 @@ class Subspace:
         """Forgets all blocks; trust in jumps stays."""
         self.blocks.clear()
         self.trust.clear()
+        self.invariance.clear()
         self.fingerprint = 0
 
     def release(self) -> None:
@@ -285,7 +295,12 @@ class Subspace:
     def state(self) -> SubspaceState:
         """All it knows that is shared or divided among ranks, in host memory."""
         base = self._acceptance.base_rows().to("cpu", copy=True) if self.trust.judges else None
-        return SubspaceState(blocks=self.blocks.state(), trust=self.trust.state(), base=base)
+        return SubspaceState(
+            blocks=self.blocks.state(),
+            trust=self.trust.state(),
+            invariance=self.invariance.state(),
+            base=base,
+        )
 
     def own_state(self) -> OwnBlockState:
         """What this rank alone knows of the block that runs."""
@@ -298,6 +313,7 @@ class Subspace:
             assert own is not None
             self._losses = list(own.losses)
         self.trust.load_state(state.trust)
+        self.invariance.load_state(state.invariance)
         if state.base is None:
             self.trust.forget_jump()
         else:
