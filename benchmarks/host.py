@@ -1,0 +1,302 @@
+"""Host time of a step, with next to no arithmetic: Python, and starting torch's operations.
+
+The model has the parameter tensors of a network, with a few numbers each. Base optimizer and
+accelerated optimizer take turns, on the gradients of a quadratic, with or without noise. One rank
+of many is simulated: it does its own work, and the others answer at once. No GPU is needed: a GPU
+would have to wait for what is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import dataclasses
+import pstats
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.comm.base import Communicator
+from aadl_hvd.comm.local import LocalCommunicator
+from aadl_hvd.optim.local import LocalEngine
+from benchmarks import command, report
+from benchmarks.gpu.one_rank import OneOfMany
+from benchmarks.workload import shapes_of
+from models.errors import UserError
+
+OUT = report.RESULTS / "host.json"
+WARM = 320  # steps before anything is timed: histories are full, the subspace method sleeps
+BASES: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.3),
+    "Nesterov": lambda ps: torch.optim.SGD(ps, lr=0.03, momentum=0.9, nesterov=True),
+    "Adam": lambda ps: torch.optim.Adam(ps, lr=1e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        config: settings of `AndersonConfig`.
+        noise: standard deviation of a gradient's entries.
+        drift: how far the minimum moves in a step, so that there is always something to gain.
+    """
+
+    config: dict[str, Any]
+    noise: float = 0.0
+    drift: float = 0.0
+
+
+SETTINGS = {
+    "off": Setting({"enabled": False}),
+    "residual-norm": Setting({"method": "residual"}, drift=1e-3),
+    "residual-norm, p = q = 5": Setting(
+        {"method": "residual", "frequency": 5, "store_every": 5}, drift=1e-3
+    ),
+    "subspace": Setting({"method": "subspace"}, noise=1e-3, drift=0.02),
+    "subspace, asleep": Setting({"method": "subspace"}, noise=3.0),
+}
+
+
+class _Engine(LocalEngine):
+    """As in a job of several ranks: own gradients are sampled."""
+
+    reduces_gradients = True
+
+
+class _OneOfMany(OneOfMany):
+    """The other ranks' rows are those of the present weights."""
+
+    def __init__(self, size: int, parameters: list[torch.nn.Parameter]) -> None:
+        n = sum(p.numel() for p in parameters)
+        self.block = -(-n // size)
+        super().__init__(size, size // 2, torch.zeros(size * self.block))
+        self._parameters = parameters
+
+    def prepare(self) -> None:
+        """To be called before a step, outside the time that counts."""
+        flat = torch.cat([p.detach().view(-1) for p in self._parameters])
+        self._weights[: len(flat)] = flat
+
+    def _allgather(self, block: torch.Tensor) -> torch.Tensor:
+        self._weights[self.rank * self.block :][: len(block)] = block
+        return self._weights
+
+
+class _Run:
+    """One optimizer on the problem."""
+
+    def __init__(self, base: str, setting: Setting | None, tensors: int, ranks: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._count = count = numbers(tensors, ranks)
+        self.parameters = [
+            torch.nn.Parameter(torch.randn(count, generator=generator)) for _ in range(tensors)
+        ]
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self._curvature = torch.logspace(-3, 0, count)
+        self._setting = setting or Setting({})
+        self._generator = generator
+        self._minimum = torch.zeros(count)
+        self.around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self.optimizer: Any = BASES[base](self.parameters)
+        self._comm: Communicator = LocalCommunicator()
+        if setting is not None:
+            if ranks > 1:
+                self._comm = _OneOfMany(ranks, self.parameters)
+            engine = (_Engine if ranks > 1 else LocalEngine)(1, True, False)
+            config = AndersonConfig(**setting.config)
+            self.optimizer = AndersonOptimizer.accelerate(
+                self.optimizer, engine, config, self._comm
+            )
+
+    def step(self) -> float:
+        """One step; returns the seconds of the optimizer's part."""
+        noise, drift = self._setting.noise, self._setting.drift
+        self._minimum += drift * torch.randn(self._count, generator=self._generator).abs()
+        with torch.no_grad():
+            for p in self.parameters:
+                assert p.grad is not None
+                torch.sub(p, self._minimum, out=p.grad).mul_(self._curvature)
+                if noise:
+                    p.grad.add_(torch.randn(self._count, generator=self._generator), alpha=noise)
+        if isinstance(self._comm, _OneOfMany):
+            self._comm.prepare()
+        with self.around:
+            start = time.perf_counter()
+            self.optimizer.step()
+            return time.perf_counter() - start
+
+    def kinds(self) -> Iterator[tuple[str, float]]:
+        """Steps without end: what each was, and its seconds."""
+        stats = self.optimizer.anderson.stats
+        while True:
+            accelerated, rejected, stored = stats.accelerated, dict(stats.rejected), stats.stored
+            spent = self.step()
+            if stats.accelerated > accelerated:
+                kind = "accelerated"
+            elif stats.rejected != rejected:
+                kind = "rejected"
+            elif stats.stored > stored:
+                kind = "stored"
+            else:
+                kind = "other"
+            yield kind, spent
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the operations of torch that are started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def numbers(tensors: int, ranks: int) -> int:
+    """In a tensor: few, but so many that a rank has more rows than columns."""
+    return max(16, 64 * ranks // tensors)
+
+
+def measure(base: str, name: str, tensors: int, ranks: int, steps: int) -> dict[str, Any]:
+    """Measures one setting on one base optimizer.
+
+    Returns:
+        "base": its seconds (median, quartiles); "mean_ratio": seconds of all steps over those of
+        the base; "kinds": by what a step was, how many there were, their seconds beyond the base's
+        median, and the operations of torch that one starts beyond the base's.
+    """
+    plain, ours = (_Run(base, setting, tensors, ranks) for setting in (None, SETTINGS[name]))
+    stepped = ours.kinds()
+    for _ in range(WARM):
+        plain.step()
+        next(stepped)
+    alone: list[float] = []
+    found: dict[str, list[float]] = {}
+    for _ in range(steps):
+        alone.append(plain.step())
+        kind, spent = next(stepped)
+        found.setdefault(kind, []).append(spent)
+    median = report.spread(alone)["median"]
+    total = sum(sum(spent) for spent in found.values())
+    calls = _calls(plain, ours, min(steps, 64))
+    return {
+        "case": name,
+        "base_optimizer": base,
+        "ranks": ranks,
+        "base": report.spread(alone),
+        "mean_ratio": total / sum(alone),
+        "kinds": {
+            kind: {
+                "steps": len(spent),
+                "beyond": report.spread([one - median for one in spent]),
+                "calls": calls.get(kind),
+            }
+            for kind, spent in found.items()
+        },
+    }
+
+
+def _calls(plain: _Run, ours: _Run, steps: int) -> dict[str, int]:
+    """Operations of torch in the last step of each kind, beyond the base's."""
+    counted = _Calls()
+    plain.around = ours.around = counted
+    plain.step()
+    base, found = counted.count, {}
+    stepped = ours.kinds()
+    for _ in range(steps):
+        before = counted.count
+        kind, _ = next(stepped)
+        found[kind] = counted.count - before - base
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        command.at_least(1, options, "steps", "ranks")
+        report.prepare(options.out.parent)
+        torch.set_num_threads(1)
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    add = made.add_argument
+    add("--parameters", default="resnet50", metavar="NETWORK", help="default: %(default)s")
+    add("--ranks", type=int, nargs="+", default=[1, 1536], help="default: 1 1536")
+    add("--steps", type=int, default=640, help="timed steps; default: %(default)s")
+    add("--bases", nargs="+", choices=BASES, default=list(BASES), help="default: all")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
+    add("--profile", action="store_true", help="print where the time goes, by function")
+    add("--out", type=report.Path, default=OUT, help="default: %(default)s")
+    return made
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what is asked for, and prints and writes it."""
+    tensors = len(shapes_of(options.parameters))
+    runs = []
+    for ranks in options.ranks:
+        for base in options.bases:
+            for name in options.settings:
+                runs.append(measure(base, name, tensors, ranks, options.steps))
+                if options.profile:
+                    profile(base, name, tensors, ranks)
+    sizes = {ranks: numbers(tensors, ranks) for ranks in options.ranks}
+    print(f"\n{options.parameters}: {tensors} tensors; numbers in each, by ranks: {sizes}\n")
+    print(markdown(runs))
+    found = {"parameters": options.parameters, "tensors": tensors, "numbers": sizes}
+    report.write(options.out, found | {"steps": options.steps, "runs": runs})
+
+
+def profile(base: str, name: str, tensors: int, ranks: int) -> None:
+    """Prints by function where the time of the steps goes, the base optimizer's included."""
+    ours = _Run(base, SETTINGS[name], tensors, ranks)
+    for _ in range(WARM):
+        ours.step()
+    step, profiler = ours.optimizer.step, cProfile.Profile()
+    ours.optimizer.step = lambda: profiler.runcall(step)
+    for _ in range(WARM):
+        ours.step()
+    print(f"\n{base}, {name}, {ranks} ranks, {WARM} steps")
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def markdown(runs: Sequence[dict[str, Any]]) -> str:
+    """The runs as a table."""
+    rows = []
+    for run in runs:
+        ranks = "one rank" if run["ranks"] == 1 else f"1 of {run['ranks']:,} ranks"
+        title = f"{run['base_optimizer']}, {ranks}, {run['case']}"
+        base = 1e6 * run["base"]["median"]
+        for kind in sorted(run["kinds"]):
+            own = run["kinds"][kind]
+            calls = "" if own["calls"] is None else str(own["calls"])
+            beyond = f"{1e6 * own['beyond']['median']:.0f}"
+            ratio = f"{run['mean_ratio']:.2f}" if title else ""
+            name = f"{title}: {kind}" if title else kind
+            rows.append([name, str(own["steps"]), f"{base:.0f}", beyond, calls, ratio])
+            title = ""
+    head = ["", "steps", "base, us", "beyond it, us", "operations", "mean step over base"]
+    return report.table(head, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
