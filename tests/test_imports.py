@@ -55,6 +55,7 @@ FROM_INSIDE = {
         "aadl_hvd.optim.problem",
         "aadl_hvd.stats",
     },
+    "benchmarks/host.py": {"aadl_hvd.comm.base", "aadl_hvd.comm.local", "aadl_hvd.optim.local"},
     "benchmarks/latency.py": {"aadl_hvd.comm.horovod"},
     # The options of the training program come from the fields of AndersonConfig.
     "models/anderson_options.py": {"aadl_hvd.config"},

@@ -185,7 +185,9 @@ class Engine:
     def _reduce(self) -> None:
         if self.accelerator.comm.size == 1:
             return self.reduce()
-        self.note_own_gradients(p for p in self.problem.tensors if p.grad is not None)
+        samples = self.problem.samples
+        looked_at = () if samples is None else samples.parameters
+        self.note_own_gradients(p for p in looked_at if p.grad is not None)
         self.reduce()
         return self.note_mean_gradients()
 

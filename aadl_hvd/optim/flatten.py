@@ -28,8 +28,9 @@ class FlatLayout:
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = tuple(shapes)
         self.offsets = [0]
-        for shape in self.shapes:
-            self.offsets.append(self.offsets[-1] + shape.numel())
+        self.sizes = [shape.numel() for shape in self.shapes]
+        for size in self.sizes:
+            self.offsets.append(self.offsets[-1] + size)
         self._found: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         self._views: dict[tuple[int, torch.dtype, int, int], list[Tensor]] = {}
 
@@ -37,6 +38,10 @@ class FlatLayout:
     def n(self) -> int:
         """Length of the flat vector."""
         return self.offsets[-1]
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The part of each tensor, as a vector, of the first n numbers of a vector."""
+        return torch.split_with_sizes(flat[: self.n], self.sizes)
 
     def segments(self, lo: int, hi: int) -> list[tuple[int, int, int]]:
         """The tensors that meet rows [lo, hi): (index, first row, row after the last)."""

@@ -41,6 +41,7 @@ class GradientSamples:
 
     Attributes:
         samples, factor: see the arguments.
+        parameters: those that are looked at.
     """
 
     def __init__(self, parameters: Sequence[Tensor], samples: int = 1, factor: float = 1.0) -> None:
@@ -51,7 +52,7 @@ class GradientSamples:
             start, end = end, end + piece.stop - piece.start
             self._chosen[id(parameters[index])] = slice(start, end), piece
             weights.append(torch.full((end - start,), weight**0.5))
-        self._parameters = [p for p in parameters if id(p) in self._chosen]
+        self.parameters = [p for p in parameters if id(p) in self._chosen]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
         device = parameters[0].device if parameters else torch.device("cpu")
         # Square roots of how many coordinates each stands for; None: all are looked at.
@@ -76,7 +77,7 @@ class GradientSamples:
             if wanted():
                 self.take(p)
 
-        for p in self._parameters:
+        for p in self.parameters:
             hook = p.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
             self._hooks.append(hook)
 
@@ -101,7 +102,7 @@ class GradientSamples:
         """Reads the mean: the gradients after their reduction, before anything is done to them."""
         if self._taken:
             self._read_all(self._mean)
-            self._at_mean = [_mark(p.grad) for p in self._parameters]
+            self._at_mean = [_mark(p.grad) for p in self.parameters]
             self._reduced = True
 
     def deviations(self) -> Deviations | None:
@@ -121,7 +122,7 @@ class GradientSamples:
             self._mean.copy_(self._own[-1])
             reduced = True
         complete = all(
-            taken.get(id(p), 0) == self.samples for p in self._parameters if p.grad is not None
+            taken.get(id(p), 0) == self.samples for p in self.parameters if p.grad is not None
         )
         if not reduced or not complete:
             return None
@@ -138,7 +139,7 @@ class GradientSamples:
     def _final(self) -> tuple[Tensor, Tensor]:
         """The factor that gradients were multiplied by since the mean was read; their f . f now."""
         mean = self._mean
-        present = [p for p in self._parameters if p.grad is not None]
+        present = [p for p in self.parameters if p.grad is not None]
         if not self._untouched() or not present:  # each may have got a factor of its own
             final = self._read_all(torch.empty_like(mean))
             return (final @ mean) / (mean @ mean), self._squared(final)
@@ -161,8 +162,8 @@ class GradientSamples:
     def _untouched(self) -> bool:
         """Whether no gradient was replaced or changed in place, as far as torch counts changes."""
         known, self._at_mean = self._at_mean, []
-        return len(known) == len(self._parameters) and all(
-            _is_marked(p.grad, mark) for p, mark in zip(self._parameters, known, strict=True)
+        return len(known) == len(self.parameters) and all(
+            _is_marked(p.grad, mark) for p, mark in zip(self.parameters, known, strict=True)
         )
 
     def _samples_of(self, p: Tensor) -> int:
@@ -170,7 +171,7 @@ class GradientSamples:
         return int(where.stop - where.start)
 
     def _read_all(self, out: Tensor) -> Tensor:
-        for p in self._parameters:
+        for p in self.parameters:
             self._read(p, out[self._chosen[id(p)][0]])
         return out
 

@@ -27,6 +27,7 @@ from aadl_hvd.core.fixed_point import Deviations
 from aadl_hvd.core.numerics import no_graph
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.optim.diagonals import Diagonals
+from aadl_hvd.optim.flat_parameters import FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.job import check_whole
@@ -34,7 +35,6 @@ from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
 
 # The base optimizer's state: {"entries": {index of the parameter: its state}}.
 Undo = dict[str, Any]
-_SMALL = 2**20  # numbers; with more the copy itself takes the time, and is better divided
 # Rows of the flat gradient, and the indices of the parameters that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
 
@@ -79,10 +79,8 @@ class OptimizerFixedPoint:
         self._parameters: list[Tensor] = []
         self._group_of: list[dict[str, Any]] = []
         self._seen: Any = None
-        self._memory: Any = None  # where the parameters lie, and how many numbers each has;
-        self._stays = False  # whether they have stayed there, each in one piece
-        self._flat: list[Tensor] = []  # views of them, as long as they do
-        self._uniform: torch.dtype | None = None  # that of all of them
+        self._flat = FlatParameters([], self._layout)
+        self._stays = False  # whether they were found where they were
         self._described: Hashable = ()
         self._widest = torch.float16
         self._diagonals = Diagonals(optimizer, self._layout, [], [])
@@ -184,15 +182,11 @@ class OptimizerFixedPoint:
         if self._weights_before is not None:
             before = [self._weights_before(p) for p in self._parameters]
             return self._layout.read(before, lo, hi, out, again=True)
-        small = hi - lo == self.n <= _SMALL and self.device.type == "cpu"
-        if small and self._stays and self._uniform == out.dtype:  # one call copies all
-            self._flat = self._flat or [p.detach().view(-1) for p in self._parameters]
-            return torch.cat(self._flat, out=out)
-        return self._layout.read(self._parameters, lo, hi, out, again=True)
+        return self._flat.read(lo, hi, out, again=True, in_place=self._stays)
 
     def forget_buffers(self) -> None:
         self._layout.forget_views()
-        self._flat = []
+        self._flat.forget_views()
 
     def keep_gradient(self) -> None:
         """To be called when the gradients are final, before the optimizer uses them.
@@ -214,7 +208,7 @@ class OptimizerFixedPoint:
         self._due = self._gradient = self._deviations = None
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
-        return self._layout.read(self._parameters, lo, hi, out)
+        return self._flat.read(lo, hi, out)
 
     def read_residual(
         self, lo: int, hi: int, w: Tensor, out: Tensor, decayed: bool = True
@@ -230,7 +224,7 @@ class OptimizerFixedPoint:
         return self.read(lo, hi, out).sub_(w).div_(scale)
 
     def write(self, flat: Tensor, lo: int = 0) -> None:
-        self._layout.write(self._parameters, flat, lo)
+        self._flat.write(flat, lo)
 
     def advance(self) -> Any:
         return self.base_step()
@@ -328,14 +322,12 @@ class OptimizerFixedPoint:
         changed = not _same(ps, self._parameters)
         if changed or not _same(group_of, self._group_of):
             self._parameters, self._group_of = ps, group_of
-            self._memory = self._seen = None
+            self._flat, self._seen = FlatParameters([], self._layout), None
         # What lies in the same memory as before is as before. To compare all takes thrice as long.
         # `model.half()` keeps the parameters and changes their dtypes.
-        memory = [*map(Tensor.data_ptr, ps)], [*map(Tensor.numel, ps)]
-        self._stays = memory == self._memory and all(map(Tensor.is_contiguous, ps))
+        self._stays = self._flat.in_place()
         if self._stays:
             return
-        self._flat = []
         seen = [p.shape for p in ps], [p.dtype for p in ps], [p.device for p in ps]
         if changed or seen != self._seen:
             shapes, dtypes, devices = seen
@@ -345,12 +337,11 @@ class OptimizerFixedPoint:
                     "trainable parameters of one optimizer must be on one device."
                 )
             self._described = tuple(zip(map(id, ps), shapes, dtypes, devices, strict=True))
-            self._uniform = dtypes[0] if len(set(dtypes)) == 1 else None
             self._widest = functools.reduce(torch.promote_types, dtypes, torch.float16)
             if self._layout.shapes != tuple(shapes):
                 self._layout = FlatLayout(shapes)
             self._diagonals = Diagonals(self._optimizer, self._layout, ps, group_of)
-        self._memory, self._seen = memory, seen
+        self._flat, self._seen = FlatParameters(ps, self._layout), seen
         if changed:
             self._make_samples()
 

@@ -260,7 +260,7 @@ def test_pieces_are_unbiased(shapes, monkeypatch):
         monkeypatch.setattr(gradient_samples, "_SEED", seed)
         taker, again = (GradientSamples(parameters, 1, 1.0) for _ in range(2))
         assert 100 < taker._own.shape[1] <= 200
-        assert len(taker._parameters) <= gradient_samples.PIECES
+        assert len(taker.parameters) <= gradient_samples.PIECES
         for each in (taker, again):
             for p, d in zip(parameters, deviation, strict=True):
                 p.grad = 3.0 + d

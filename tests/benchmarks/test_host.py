@@ -1,0 +1,52 @@
+"""The benchmark of host time: what it calls a step, and what it counts."""
+
+import json
+
+import pytest
+
+from benchmarks import host
+
+
+def test_a_short_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(host, "WARM", 40)
+    out = tmp_path / "host.json"
+    words = ["--parameters", "resnet18", "--steps", "40", "--bases", "SGD", "--ranks", "1", "64"]
+    assert host.main([*words, "--settings", "off", "subspace", f"--out={out}"]) == 0
+    found = json.loads(out.read_text())
+    assert found["tensors"] == 62 and found["numbers"] == {"1": 16, "64": 66}
+    assert "beyond it, us" in capsys.readouterr().out
+    runs = {(run["case"], run["ranks"]): run["kinds"] for run in found["runs"]}
+    for ranks in (1, 64):
+        assert {*runs["off", ranks]} == {"other"}
+        assert runs["off", ranks]["other"]["calls"] == 0
+        kinds = runs["subspace", ranks]
+        assert kinds["accelerated"]["steps"] == 4, "one jump in each block"
+        assert kinds["other"]["steps"] == 36
+        assert kinds["accelerated"]["calls"] > kinds["other"]["calls"] > 0
+        times = kinds["other"]["beyond"]
+        assert times["first_quartile"] <= times["median"] <= times["third_quartile"]
+
+
+def test_a_step_starts_few_operations():
+    """Of 161 tensors none is looked at by itself: neither in a block, nor in a jump."""
+    for ranks in (1, 1536):
+        plain, ours = (host._Run("SGD", s, 161, ranks) for s in (None, host.SETTINGS["subspace"]))
+        for _ in range(60):
+            ours.step()
+        calls = host._calls(plain, ours, 20)
+        assert calls["other"] <= 60
+        assert calls["accelerated"] <= 300
+
+
+def test_samples_of_the_gradient_start_few_operations():
+    setting = host.SETTINGS["residual-norm, p = q = 5"]
+    plain, ours = (host._Run("SGD", s, 161, 1536) for s in (None, setting))
+    for _ in range(60):
+        ours.step()
+    assert host._calls(plain, ours, 20)["other"] <= 160  # 1,489 once
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--ranks", "0"], ["--parameters", "x"]])
+def test_bad_arguments(words, capsys, tmp_path):
+    assert host.main([*words, f"--out={tmp_path / 'x.json'}"]) == 2
+    assert words[0] in capsys.readouterr().err
