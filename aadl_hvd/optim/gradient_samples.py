@@ -51,7 +51,7 @@ class GradientSamples:
         for index, piece, weight in _pieces([p.numel() for p in parameters]):
             start, end = end, end + piece.stop - piece.start
             self._chosen[id(parameters[index])] = slice(start, end), piece
-            weights.append(torch.full((end - start,), weight**0.5))
+            weights.append(torch.full((end - start,), weight**0.5, device="cpu"))
         self.parameters = [p for p in parameters if id(p) in self._chosen]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
         device = parameters[0].device if parameters else torch.device("cpu")

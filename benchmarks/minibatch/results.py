@@ -87,9 +87,14 @@ class Runs:
         content = {
             "observe": self.observe,
             "tables": tables,
-            "runs": [self.runs[key] for key in sorted(self.runs)],
+            "runs": [_shortened(self.runs[key]) for key in sorted(self.runs)],
         }
         report.write(path, plain(content))
+
+
+def _shortened(run: Run) -> Run:
+    """Its curve with 6 digits: with all runs of a grid the file has megabytes otherwise."""
+    return run | {"curve": [float(f"{f:.6g}") for f in run["curve"]]}
 
 
 def _key(run: Run) -> Key:
