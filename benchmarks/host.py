@@ -36,6 +36,7 @@ BASES: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = 
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.3),
     "Nesterov": lambda ps: torch.optim.SGD(ps, lr=0.03, momentum=0.9, nesterov=True),
     "Adam": lambda ps: torch.optim.Adam(ps, lr=1e-3),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-3),
 }
 
 

@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import host
 from benchmarks.cost import overhead, step_time
 from benchmarks.gpu import parts as gpu_parts
+from benchmarks.minibatch import table as minibatch
 from benchmarks.report import table
 from benchmarks.simulate import words
 
@@ -260,7 +262,10 @@ def _digits() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "host": lambda: host.markdown(_results("host")["runs"]),
     "latency": _latency,
+    "minibatch": lambda: minibatch.overview(_results("minibatch/results")["tables"]),
+    "minibatch-tuned": lambda: minibatch.tuned(_results("minibatch/tuned")["tables"]),
     "memory": _memory,
     "overhead": lambda: overhead.table(_results("overhead")),
     "overhead-notes": lambda: _listed(overhead.notes(_results("overhead")).splitlines()),

@@ -53,16 +53,16 @@ class InvarianceState(State):
     """Tensors whose scale does not matter: see `core.invariance.ScaleInvariance`.
 
     Attributes:
-        looks: jumps that were looked at.
-        largest: cos(w, g)^2 over what is allowed, the largest of all looks; one for each tensor.
+        looks: how many jumps were looked at, for each tensor.
+        largest: cos(w, g)^2 over what is allowed, the largest of all looks, for each tensor.
     """
 
-    looks: Annotated[int, SHARED, integer()]
+    looks: Annotated[tuple[int, ...], SHARED, listed(integer())]
     largest: Annotated[tuple[float, ...], SHARED, listed(number(0.0))]
 
     def check(self, rows: int) -> None:
         """Raises a CheckpointError where no run could go on from this."""
-        agree("invariance: looks, largest", bool(self.looks) == bool(self.largest))
+        agree("invariance: looks, largest", len(self.looks) == len(self.largest))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -98,14 +98,14 @@ class Accelerator(AcceleratorState):
             if stored:
                 with stats.timed("store"):
                     method.note(w, r, problem)  # store
+            whole = self._decayed(problem, w, r) if schedule.push or schedule.accelerate else r
             if schedule.push:
                 with stats.timed("average"):
-                    averages.take(w, self._decayed(problem, w, r), schedule.push)
+                    averages.take(w, whole, schedule.push)
             if schedule.accelerate:
                 cause, accelerated = None, False
                 try:
                     with stats.timed("gram"):  # one small reduction
-                        whole = self._decayed(problem, w, r)
                         reduce_payloads(
                             (
                                 averages.of(w, whole, shard.sharding.counted),
@@ -181,8 +181,9 @@ class Accelerator(AcceleratorState):
                 self._acceptance.noise.note(problem.deviations(), self._calls)
 
     def _decayed(self, problem: FixedPoint, w: Tensor, r: Tensor) -> Tensor:
-        """r with weight decay, as the averages need it with any method; [rows]."""
-        decay = 0.0 if self._method.decayed else problem.decay(*self._shard.rows)
+        """r with weight decay, as the averages need it with any method, [rows]."""
+        whole = self._method.decayed or not self.config.averages
+        decay = 0.0 if whole else problem.decay(*self._shard.rows)
         return torch.sub(r, decay * w) if isinstance(decay, Tensor) or decay else r
 
     def _note_gains(self, w: Tensor, r: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 If the loss does not depend on the length of a tensor w, its gradient g is orthogonal to it, in
 every mini-batch. A longer w does not lower the loss, but makes all later steps relatively shorter.
-So a jump must not make these tensors longer: what points outward along w is taken off.
+So what points outward along w is taken off a jump. To first order w then grows no longer.
 
 The angle between w and g tells them. With N numbers the cosine of a random gradient is about
 1 / sqrt(N), which is small, too. So the cosine has to be far below that in every look.
@@ -37,14 +37,15 @@ class ScaleInvariance:
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
-        self._looks = 0
-        self._largest: Vector | None = None  # cos^2 over what is allowed, [tensors], of all looks
+        self._looks: Vector | None = None  # how many, [tensors]
+        self._largest: Vector = np.zeros(0)  # cos^2 over what is allowed, of all looks, [tensors]
         self._shares: Vector = np.zeros(0)
+        self._ends: tuple[Sequence[int], Vector] = [], np.zeros(0)
 
     @property
     def looks(self) -> bool:
         """Whether the next jump is looked at: not where no tensor can be one of these."""
-        return self._largest is None or bool((self._largest < 1.0).any())
+        return self._looks is None or bool((self._largest < 1.0).any())
 
     def sums(self, sizes: Sequence[int], w: Tensor, g: Tensor, d: Tensor) -> Tensor:
         """Sums over own rows, for each tensor.
@@ -56,15 +57,16 @@ class ScaleInvariance:
             d: the jump, [rows].
 
         Returns:
-            [tensors * SUMS] float64, on the device.
+            [SUMS * tensors] float64, on the device.
         """
-        found = torch.zeros(len(sizes), SUMS, dtype=torch.float64, device=w.device)
+        found = torch.zeros(SUMS, len(sizes), dtype=torch.float64, device=w.device)
         for rows in chunks(w, self._sharding.counted, widened=True):
             first, lengths = self._met(sizes, rows, w.device)
             x, y, z = (vector[rows].double() for vector in (w, g, d))
-            products = torch.stack([x * x, x * y, y * y, x * z], dim=1)
-            sums = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, unsafe=True)
-            found[first : first + len(lengths)] += sums
+            # One by one: on a GPU only sums of vectors are parallel within a segment.
+            for own, product in zip(found, (x * x, x * y, y * y, x * z), strict=True):
+                sums = torch.segment_reduce(product, "sum", lengths=lengths, unsafe=True)
+                own[first : first + len(lengths)] += sums
         return found.reshape(-1)
 
     def look(self, sizes: Sequence[int], sums: Vector) -> bool:
@@ -73,14 +75,14 @@ class ScaleInvariance:
         Returns:
             Whether `correct` changes the jump.
         """
-        ww, wg, gg, wd = sums.reshape(-1, SUMS).T
+        ww, wg, gg, wd = sums.reshape(SUMS, -1)
         sides = ww * gg
-        known = sides > 0.0
+        seen = sides > 0.0  # a layer that is left out now and then says nothing in such a step
         allowed = np.minimum(self.LARGEST**2, self.OF_RANDOM**2 / np.maximum(sizes, 1))
-        cosines = np.where(known, wg**2 / np.where(known, sides, 1.0), 1.0) / allowed
-        if self._largest is None or len(self._largest) != len(sizes):  # loaded, of other tensors
-            self._looks, self._largest = 0, cosines
-        self._looks, self._largest = self._looks + 1, np.maximum(self._largest, cosines)
+        cosines = np.where(seen, wg**2 / np.where(seen, sides, 1.0), 0.0) / allowed
+        if self._looks is None:
+            self._looks, self._largest = np.zeros(len(sizes)), np.zeros(len(sizes))
+        self._looks, self._largest = self._looks + seen, np.maximum(self._largest, cosines)
         outward = (self._largest < 1.0) & (wd > 0.0) & (self._looks >= self.LOOKS)
         self._shares = np.where(outward, wd / np.where(outward, ww, 1.0), 0.0)
         return bool(outward.any())
@@ -96,27 +98,32 @@ class ScaleInvariance:
         shares = torch.from_numpy(self._shares).to(w.device, w.dtype)
         for rows in chunks(w, widened=True):
             first, lengths = self._met(sizes, rows, w.device)
-            own = shares[first : first + len(lengths)].repeat_interleave(lengths)
+            known, count = shares[first : first + len(lengths)], rows.stop - rows.start
+            own = known.repeat_interleave(lengths, output_size=count)
             d[rows].addcmul_(own, w[rows], value=-1.0)
 
     def clear(self) -> None:
         """Forgets what was found."""
-        self._looks, self._largest = 0, None
+        self._looks, self._largest = None, np.zeros(0)
 
     def state(self) -> InvarianceState:
         """All it knows."""
-        largest = () if self._largest is None else tuple(self._largest.tolist())
-        return InvarianceState(looks=self._looks, largest=largest)
+        looks = () if self._looks is None else tuple(map(int, self._looks))
+        return InvarianceState(looks=looks, largest=tuple(self._largest.tolist()))
 
     def load_state(self, state: InvarianceState) -> None:
         """Loads what `state` returned."""
-        self._looks = state.looks
-        self._largest = np.array(state.largest) if state.looks else None
+        self.clear()
+        if state.looks:
+            self._looks, self._largest = np.array(state.looks, float), np.array(state.largest)
 
     def _met(self, sizes: Sequence[int], rows: slice, device: torch.device) -> tuple[int, Tensor]:
         """The first tensor that has numbers in own rows, and how many each from it on has there."""
         lo = self._sharding.rows[0]
-        begin, end, ends = lo + rows.start, lo + rows.stop, np.cumsum(sizes)
+        begin, end = lo + rows.start, lo + rows.stop
+        if self._ends[0] != sizes:
+            self._ends = sizes, np.cumsum(sizes)
+        ends = self._ends[1]
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(ends, end, side="left"))
         lengths = np.diff(np.minimum(ends[first : last + 1], end), prepend=begin)

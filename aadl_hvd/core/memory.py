@@ -71,6 +71,9 @@ def forecast(
     # Columns that are stored between two acceleration steps are multiplied with all others.
     fresh = min(config.history_depth, config.frequency // config.store_every + 1)
     needed = {device: history_bytes(config, sharding, work)}
+    if config.averages and (config.hands_over or config.method == "subspace"):
+        lo, hi = sharding.rows  # the diagonal of weight decay, and the residual with it
+        needed[device] += 2 * (hi - lo) * work.itemsize
     needed[device] += working_bytes(sharding, config.history_dtype or work, work, device, fresh)
     host = torch.device("cpu")
     needed[host] = needed.get(host, 0) + matrix_bytes(config.history_depth, ranks)

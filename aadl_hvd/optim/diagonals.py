@@ -101,11 +101,20 @@ class Diagonals:
         if len(runs) == 1 and runs[0][0] == slice(0, hi - lo) and not runs[0][1][2]:
             return runs[0][1][1]
         diagonal = self._empty(hi - lo).zero_()
+        scaling = None
         for rows, (_, weight_decay, decoupled), segments in runs:
             diagonal[rows] = weight_decay
-            for index, first, last in segments if weight_decay and decoupled else ():
-                if (preconditioner := self._preconditioner(index, first, last)) is not None:
-                    diagonal[first - lo : last - lo].div_(preconditioner)
+            if not (weight_decay and decoupled):
+                continue
+            # 1 / preconditioner is the rate over M, which is made for all parameters at once.
+            scaling = self.scaling(lo, hi) if scaling is None else scaling
+            for _, run in itertools.groupby(
+                segments, lambda segment: id(self._group_of[segment[0]])
+            ):
+                (index, first, last), *others = run
+                part = slice(first - lo, (others[-1][2] if others else last) - lo)
+                rate = long_run_rate(self._group_of[index])
+                diagonal[part].div_(scaling[part]).mul_(rate)
         return diagonal
 
     def residual(

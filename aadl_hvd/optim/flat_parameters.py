@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from aadl_hvd.optim.flatten import FlatLayout
 # Numbers that one call copies on a processor. With more the copies take the time, not the calls,
 # and each is better shared by all cores.
 _FEW = 2**20
+_DTYPE = operator.attrgetter("dtype")
 
 
 class FlatParameters:
@@ -24,18 +26,26 @@ class FlatParameters:
 
     def __init__(self, tensors: list[Tensor], layout: FlatLayout) -> None:
         self._tensors, self._layout = tensors, layout
-        self._memory = self._where()
+        # Other classes, devices and layouts may say nothing of their memory, or the same always.
+        plain = all(
+            type(p) in (Tensor, torch.nn.Parameter)
+            and p.layout is torch.strided
+            and (p.data_ptr() or not p.numel())
+            for p in tensors
+        )
+        self._memory = self._where() if plain and tensors else None
         self._views: list[Tensor] = []
         dtypes = {p.dtype for p in tensors}
-        few = layout.n <= _FEW and all(p.device.type == "cpu" for p in tensors)
-        self._joined = dtypes.pop() if few and len(dtypes) == 1 else None
+        self._few = layout.n <= _FEW
+        host = self._few and all(p.device.type == "cpu" for p in tensors)
+        self._joined = dtypes.pop() if host and len(dtypes) == 1 else None
 
     def in_place(self) -> bool:
         """Whether they lie where they lay when this was made, each in one piece.
 
         A storage may be replaced at any time, as by `model.half()` or `p.data = ...`.
         """
-        if not self._tensors or self._memory != self._where():
+        if self._memory is None or self._memory != self._where():
             return False
         return all(map(Tensor.is_contiguous, self._tensors))
 
@@ -70,9 +80,11 @@ class FlatParameters:
         self._views = []
 
     def _as_vectors(self) -> list[Tensor]:
-        if not self._views:
-            self._views = [p.detach().view(-1) for p in self._tensors]
-        return self._views
+        views = self._views or [p.detach().view(-1) for p in self._tensors]
+        if self._few:  # they keep a storage alive that has been replaced
+            self._views = views
+        return views
 
     def _where(self) -> Any:
-        return [*map(Tensor.data_ptr, self._tensors)], [*map(Tensor.numel, self._tensors)]
+        ps = self._tensors
+        return [*map(Tensor.data_ptr, ps)], [*map(Tensor.numel, ps)], [*map(_DTYPE, ps)]

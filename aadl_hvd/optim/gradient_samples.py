@@ -1,4 +1,4 @@
-"""Samples of the gradient: what this rank contributes to the mean, on a few pieces of it.
+"""Samples of the gradient: what this rank contributes to the mean, on random coordinates.
 
 `core.noise` makes the noise of the mean gradient of their deviations.
 """
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from aadl_hvd import kernels
 from aadl_hvd.core.fixed_point import Deviations
 
-# The most coordinates and pieces that are looked at. Deviations of all coordinates would take n
-# numbers, and every piece is read several times in a step, by an operation of its own.
+# The most coordinates that are looked at. Deviations of all of them from step to step would take n
+# numbers. They are drawn at random: a regular stride can match the widths of layers, and misjudges.
 COORDINATES = 2**16
-PIECES = 8
 LOOKED_AT = 4  # tensors that are looked at, where all have been multiplied alike
 _SEED = 20211014  # any number that is the same on every rank
 
@@ -28,10 +28,6 @@ class GradientSamples:
 
     In each step: `take` for each parameter after each backward pass, `take_mean` after the
     reduction over ranks, and `deviations` when the gradients are final.
-
-    With many parameters a few are looked at, drawn with a probability in proportion to their size,
-    and of a large one a piece. Each coordinate counts for as many as it stands for, so that sums of
-    squares are unbiased over draws.
 
     Args:
         parameters: whose gradients are sampled, in the order of the flat vector.
@@ -46,20 +42,35 @@ class GradientSamples:
 
     def __init__(self, parameters: Sequence[Tensor], samples: int = 1, factor: float = 1.0) -> None:
         self.samples, self.factor = samples, factor
-        self._chosen: dict[int, tuple[slice, slice]] = {}
-        weights, end = [], 0
-        for index, piece, weight in _pieces([p.numel() for p in parameters]):
-            start, end = end, end + piece.stop - piece.start
-            self._chosen[id(parameters[index])] = slice(start, end), piece
-            weights.append(torch.full((end - start,), weight**0.5, device="cpu"))
+        n = sum(p.numel() for p in parameters)
+        generator = torch.Generator("cpu").manual_seed(_SEED)
+        if n <= COORDINATES:
+            chosen = torch.arange(n, device="cpu")
+        else:
+            # With replacement, since a permutation of n would cost n. Duplicates are dropped.
+            drawn = torch.randint(n, (COORDINATES,), generator=generator, device="cpu")
+            chosen = torch.unique(drawn)
+        self._scale = n / max(len(chosen), 1)
+        self._chosen: dict[int, tuple[slice, Tensor | None]] = {}
+        ends = np.cumsum([p.numel() for p in parameters])
+        bounds = np.searchsorted(chosen.numpy(), [0, *ends])
+        for i, p in enumerate(parameters):
+            lo, hi = int(bounds[i]), int(bounds[i + 1])
+            if lo < hi:
+                own = chosen[lo:hi] - (int(ends[i]) - p.numel())
+                everything = hi - lo == p.numel()
+                self._chosen[id(p)] = slice(lo, hi), None if everything else own.to(p.device)
         self.parameters = [p for p in parameters if id(p) in self._chosen]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
         device = parameters[0].device if parameters else torch.device("cpu")
-        # Square roots of how many coordinates each stands for; None: all are looked at.
-        self._root: Tensor | None = None
-        if any(bool((weight != 1.0).any()) for weight in weights):
-            self._root = torch.cat(weights).to(device, dtype or torch.float32)
-        self._own = torch.zeros((samples, end), dtype=dtype, device=device)
+        self._gather: kernels.Gather | None = None
+        if kernels.usable(device) and self.parameters:
+            counts, firsts = np.diff(bounds), ends - [p.numel() for p in parameters]
+            offsets = chosen - torch.from_numpy(np.repeat(firsts, counts))
+            counts = counts[counts > 0]
+            tensors = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+            self._gather = kernels.Gather(tensors, offsets, device)
+        self._own = torch.zeros((samples, len(chosen)), dtype=dtype, device=device)
         self._mean = torch.zeros_like(self._own[0])
         # Made once, because `take` runs for every parameter.
         self._to = {
@@ -130,11 +141,9 @@ class GradientSamples:
         own = self._own
         if self.samples > 1:  # differences of accumulated sums are the samples
             own = torch.diff(own, dim=0, prepend=torch.zeros_like(own[:1]))
-        values = torch.sub(own * self.factor, self._mean).mul_(changed)
-        if self._root is not None:
-            values.mul_(self._root)
+        values = torch.sub(own * self.factor, self._mean).mul_(changed * self._scale**0.5)
         self._own.zero_()  # a parameter may get no gradient in the next step
-        return Deviations(values, squared)
+        return Deviations(values, squared * self._scale)
 
     def _final(self) -> tuple[Tensor, Tensor]:
         """The factor that gradients were multiplied by since the mean was read; their f . f now."""
@@ -142,7 +151,7 @@ class GradientSamples:
         present = [p for p in self.parameters if p.grad is not None]
         if not self._untouched() or not present:  # each may have got a factor of its own
             final = self._read_all(torch.empty_like(mean))
-            return (final @ mean) / (mean @ mean), self._squared(final)
+            return (final @ mean) / (mean @ mean), final @ final
         # Either nothing has changed, or something that torch does not count has changed all of them
         # alike: GradScaler, or an access through .data. So it is enough to look at some of them,
         # which saves a kernel for each of the others.
@@ -151,13 +160,7 @@ class GradientSamples:
         now = torch.cat([self._read(p, mean.new_empty(self._samples_of(p))) for p in largest])
         norm = before @ before
         changed = torch.where(norm > 0.0, (now @ before) / norm, 1.0)
-        return changed, changed**2 * self._squared(mean)
-
-    def _squared(self, gradient: Tensor) -> Tensor:
-        """The square of the norm of a whole gradient, from what was read of it; []."""
-        if self._root is not None:
-            gradient = gradient * self._root
-        return gradient @ gradient
+        return changed, changed**2 * (mean @ mean)
 
     def _untouched(self) -> bool:
         """Whether no gradient was replaced or changed in place, as far as torch counts changes."""
@@ -171,6 +174,9 @@ class GradientSamples:
         return int(where.stop - where.start)
 
     def _read_all(self, out: Tensor) -> Tensor:
+        gradients = [p.grad for p in self.parameters]
+        if self._gather is not None and self._gather.read(gradients, out):
+            return out
         for p in self.parameters:
             self._read(p, out[self._chosen[id(p)][0]])
         return out
@@ -179,29 +185,15 @@ class GradientSamples:
         gradient = p.grad
         if gradient is None:
             return out.zero_()
-        return out.copy_(_in_memory(gradient.detach()).reshape(-1)[self._chosen[id(p)][1]])
-
-
-def _pieces(sizes: Sequence[int]) -> list[tuple[int, slice, float]]:
-    """What is looked at: (parameter, its coordinates, how many of all each of them stands for).
-
-    The same on every rank.
-    """
-    n = sum(sizes)
-    if n <= COORDINATES and sum(size > 0 for size in sizes) <= PIECES:
-        return [(i, slice(0, size), 1.0) for i, size in enumerate(sizes) if size]
-    random = np.random.default_rng(_SEED)
-    # At equal distances from a random start: sizes are hit in proportion, and all parts of the net.
-    points = (random.random() + np.arange(PIECES)) * (n / PIECES)
-    hit = np.searchsorted(np.cumsum(sizes), points, side="right")
-    found = []
-    for index, times in zip(*np.unique(hit, return_counts=True), strict=True):
-        size = sizes[int(index)]
-        length = min(size, int(times) * COORDINATES // PIECES)
-        start = int(random.integers(size - length + 1))
-        weight = int(times) * n / PIECES / length
-        found.append((int(index), slice(start, start + length), weight))
-    return found
+        values, chosen = _in_memory(gradient.detach()), self._chosen[id(p)][1]
+        if chosen is None:
+            return out.copy_(values.reshape(-1))
+        if values.dtype != out.dtype:
+            return out.copy_(values.reshape(-1)[chosen])
+        # One kernel instead of two or more. Each function is the faster one on its device.
+        if values.device.type == "cpu":
+            return torch.index_select(values.reshape(-1), 0, chosen, out=out)
+        return torch.take(values, chosen, out=out)
 
 
 def _in_memory(gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import report
@@ -155,6 +155,45 @@ def markdown(rows: Sequence[Row]) -> str:
         ["", *(COLUMNS[name] for name in names)],
         [[row["row"], *(_cell(name, row[name]) for name in names)] for row in rows],
     )
+
+
+def overview(tables: Mapping[str, Sequence[Row]]) -> str:
+    """One row for each case: default settings over the untuned base, and the control."""
+    rows = []
+    for name, case in tables.items():
+        ours, control = _row(case, "untuned, default"), _row(case, f"untuned, {APART:g} apart")
+        rows.append([
+            name, *(f"{ours[column]:.2f}" for column in ("f_ratio", "f_worst", "loss_ratio")),
+            f"{ours['validation_ratio']:.2f}", f"{ours['accuracy_points']:+.1f}",
+            f"{control['f_ratio']:.2f}", f"{control['f_worst']:.2f}",
+        ])  # fmt: skip
+    head = ["problem, batch, base", "f", "worst seed", "training loss", "validation loss"]
+    return report.table([*head, "points", "control: f", "worst"], rows)
+
+
+def tuned(tables: Mapping[str, Sequence[Row]]) -> str:
+    """One row for each case: the best of the grid, ours on the untuned base, ours on the best."""
+    rows = []
+    for name, case in tables.items():
+        best = next(row for row in case if row["row"].startswith("best of") and ":" in row["row"])
+        label, base = best["row"].split(": ")
+        ours, on_best = _row(case, "untuned, default"), _row(case, f"{label}, default")
+        control = _row(case, f"{label}, {APART:g} apart")
+        gap = on_best["gap_ratio"]
+        rows.append([
+            name, base, f"{1.0 / _row(case, 'untuned: ')['f_over_best']:.2f}",
+            f"{ours['f_over_best']:.2f}", f"{on_best['f_ratio']:.2f}",
+            f"{on_best['f_worst']:.2f}", "" if gap is None else f"{gap:.2f}",
+            f"{control['f_ratio']:.2f}",
+        ])  # fmt: skip
+    head = ["problem, batch, untuned base", "best of the grid", "its f over the untuned base's"]
+    head += ["untuned with ours over it", "ours on it, f", "worst seed", "gap", "control: f"]
+    return report.table(head, rows)
+
+
+def _row(rows: Sequence[Row], name: str) -> Row:
+    """The row whose name begins so."""
+    return next(row for row in rows if row["row"].startswith(name))
 
 
 def _cell(name: str, value: float | None) -> str:

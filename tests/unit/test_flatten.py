@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aadl_hvd.optim.flat_parameters import FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 
@@ -188,3 +189,40 @@ def test_weights_are_read_where_they_are_now(change):
     with torch.no_grad():
         weights[1].add_(1.0)  # in place
     read()
+    written = torch.arange(float(problem.n))
+    _replaced(weights[1])  # and nobody has looked since
+    with torch.no_grad():
+        problem.write(written)
+    assert torch.equal(torch.cat([p.detach().float().reshape(-1) for p in weights]), written)
+
+
+def test_other_memory_than_plain_tensors():
+    """A class of one's own may say nothing of its memory; so may other devices and layouts."""
+
+    class Own(torch.nn.Parameter):
+        pass
+
+    def flat(*tensors):
+        return FlatParameters([*tensors], FlatLayout([p.shape for p in tensors]))
+
+    plain = torch.nn.Parameter(torch.ones(3))
+    assert flat(plain).in_place()
+    assert flat(plain, torch.nn.Parameter(torch.ones(0))).in_place()
+    sparse = torch.nn.Parameter(torch.eye(3).to_sparse())
+    meta = torch.nn.Parameter(torch.ones(3, device="meta"))
+    for other in (Own(torch.ones(3)), sparse, meta):
+        assert not flat(plain, other).in_place()
+    bits = torch.zeros(8)
+    p = torch.nn.Parameter(bits[:4])
+    same = flat(p)
+    p.data = bits.view(torch.bfloat16)[:4]
+    assert not same.in_place()
+
+
+def test_views_of_large_weights_are_not_kept():
+    """They would keep a storage alive that `model.half()` has replaced."""
+    p = torch.nn.Parameter(torch.ones(2**20 + 1))
+    flat = FlatParameters([p], FlatLayout([p.shape]))
+    with torch.no_grad():
+        flat.write(torch.zeros(2**20 + 1))
+    assert not p.detach().any() and flat._views == []

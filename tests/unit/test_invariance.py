@@ -32,7 +32,7 @@ def test_sums_over_all_ranks_are_those_of_whole_tensors(size, groups):
         [a @ a, a @ b, b @ b, a @ c]
         for a, b, c in zip(*(v.split(SIZES) for v in (w, g, d)), strict=True)
     ]
-    np.testing.assert_allclose(found.reshape(-1, SUMS), np.array(expected), rtol=1e-12)
+    np.testing.assert_allclose(found.reshape(SUMS, -1).T, np.array(expected), rtol=1e-12)
 
 
 def test_sums_of_several_chunks():
@@ -40,7 +40,7 @@ def test_sums_of_several_chunks():
     w, g, d = vectors(n=sum(sizes))
     found = ScaleInvariance(Sharding("rows", w.numel(), 4, 1, 0)).sums(sizes, w, g, d)
     expected = [float(a @ b) for a, b in zip(w.split(sizes), g.split(sizes), strict=True)]
-    np.testing.assert_allclose(found.reshape(-1, SUMS)[:, 1], expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.reshape(SUMS, -1)[1], expected, rtol=1e-9, atol=1e-9)
 
 
 def orthogonal(g, w):
@@ -83,9 +83,26 @@ def test_only_what_points_outward_is_taken_off():
     again = ScaleInvariance(Sharding("rows", 12, 4, 1, 0))
     again.load_state(told.state())
     assert again.look(sizes, again.sums(sizes, w, before, before).numpy()) is False
-    assert again.state().looks == told.LOOKS + 1
+    assert again.state().looks == (told.LOOKS + 1, told.LOOKS + 1)
     again.load_state(told.state())
     assert again.look(sizes, again.sums(sizes, w, g, before).numpy()) is True
+
+
+def test_a_step_without_a_gradient_says_nothing():
+    """As of a layer that is left out now and then, or at a learning rate of 0."""
+    told = ScaleInvariance(Sharding("rows", 12, 4, 1, 0))
+    w, g, d = vectors(1, 12)
+    sizes = [6, 6]
+    g[:6], g[6:], d = orthogonal(g[:6], w[:6]), orthogonal(g[6:], w[6:]), d + 3.0 * w
+    for look in range(2 * told.LOOKS):
+        present = g.clone()
+        present[:6] *= look % 2
+        changes = told.look(sizes, told.sums(sizes, w, present, d).numpy())
+        assert changes == (look >= told.LOOKS - 1)
+    before = d.clone()
+    told.correct(sizes, w, d)
+    torch.testing.assert_close(d[:6], orthogonal(before[:6], w[:6]))
+    assert told.looks
 
 
 def train(comm, steps=150):

@@ -85,7 +85,7 @@ def full_state():
                 stored=3, steps=4, gaps=(1, 1, 16), columns=numbers(2, 2, N), vectors=numbers(9, N)
             ),
             trust=TrustState(scale=0.5, phi=0.1, psi=0.2, slope=-0.3),
-            invariance=InvarianceState(looks=2, largest=(0.5, 7.0)),
+            invariance=InvarianceState(looks=(2, 3), largest=(0.5, 7.0)),
             base=numbers(N),
         ),
         own={"0": OwnState(noise=noise, losses=losses, block=block)},

@@ -4,8 +4,8 @@
     H            dW^T dG in an orthonormal basis of the span in the metric M^-1, weighted by noise
     d            half a Newton step with H, less what the base optimizer does in a block
 
-`reference.subspace` is the same in one plain function; `curvature` has the solve, `trust` says how
-much of d is taken, `blocks` holds the vectors.
+`reference.subspace` has the jump in one plain function; `curvature` has the solve, `trust` says how
+much of d is taken, `invariance` corrects d, `blocks` holds the vectors.
 """
 
 from __future__ import annotations
@@ -232,10 +232,11 @@ class Subspace:
         self._stats.note_jump(self._gain)
         jump, invariance = self.blocks.combine(torch.from_numpy(coefficients)), self.invariance
         if invariance.looks:
-            sizes = [tensor.numel() for tensor in problem.tensors]
-            (sums,) = numbers_of([invariance.sums(sizes, w, r, jump)])
-            if invariance.look(sizes, self._collectives.growth(sums)):
-                invariance.correct(sizes, w, jump)
+            with self._stats.timed("solve"):
+                sizes = [tensor.numel() for tensor in problem.tensors]
+                (sums,) = numbers_of([invariance.sums(sizes, w, r, jump)])
+                if invariance.look(sizes, self._collectives.growth(sums)):
+                    invariance.correct(sizes, w, jump)
         return jump
 
     def _solve(self, k: int, fraction: float) -> Vector:
