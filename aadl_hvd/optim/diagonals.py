@@ -129,8 +129,8 @@ class Diagonals:
             hi: row after the last.
             w: the iterate, [hi - lo]; None for -g.
         """
-        self._absent = absent
-        for rows, (sign, weight_decay, decoupled), segments in self._runs_of(absent, lo, hi):
+        self._absent, decay = absent, None
+        for rows, (sign, weight_decay, decoupled), _ in self._runs_of(absent, lo, hi):
             own = gradient[rows]
             if not sign:
                 own.zero_()
@@ -141,10 +141,9 @@ class Diagonals:
             if not decoupled:
                 own.sub_(w[rows], alpha=weight_decay)
                 continue
-            for index, first, last in segments:
-                if (preconditioner := self._preconditioner(index, first, last)) is not None:
-                    part = slice(first - lo, last - lo)
-                    gradient[part].sub_(w[part] / preconditioner, alpha=weight_decay)
+            decay = self.decay(lo, hi) if decay is None else decay
+            assert isinstance(decay, Tensor)
+            own.addcmul_(w[rows], decay[rows], value=-1.0)
         return gradient
 
     def _runs_of(self, absent: set[int], lo: int, hi: int) -> list[_Run]:
