@@ -48,12 +48,12 @@ class Trust:
         """Share of a jump that noise allows, from 0 to 1; 0 where psi, or phi, is unknown.
 
         Without observed losses psi decides: 1 up to psi = 0.5, and 0 from 1.5 on. With them phi
-        decides as well, 1 up to phi = 0.2 and 0 from 0.4 on, and psi may be larger by 2.5.
+        decides as well, 1 up to phi = 0.2 and 0 from 0.4 on, and psi may be larger by 1.
         """
         phi, psi = self.noise(True) if observed else 0.0, self.noise(False)
         if math.isnan(phi) or math.isnan(psi):
             return 0.0
-        return max(0.0, min((4.0 if observed else 1.5) - psi, (0.4 - phi) / 0.2, 1.0))
+        return max(0.0, min((2.5 if observed else 1.5) - psi, (0.4 - phi) / 0.2, 1.0))
 
     def farthest(self, observed: bool) -> float:
         """The longest jump, as a share of the way that the block means have gone in all."""
