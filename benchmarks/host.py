@@ -62,7 +62,7 @@ SETTINGS = {
         {"method": "residual", "frequency": 5, "store_every": 5}, drift=1e-3
     ),
     "subspace": Setting({"method": "subspace"}, noise=1e-3, drift=0.02),
-    "subspace, asleep": Setting({"method": "subspace"}, noise=3.0),
+    "subspace, much noise": Setting({"method": "subspace"}, noise=3.0),
 }
 
 

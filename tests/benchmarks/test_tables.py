@@ -40,7 +40,7 @@ def test_every_result_is_shown_or_read():
         name for text in texts for name in re.findall(r"benchmarks/results/([\w./-]+\.\w+)", text)
     }
     source = (tables.ROOT / "benchmarks" / "tables.py").read_text()
-    read = set(re.findall(r'(?:_results|convergence)\("(\w+)"\)', source))
+    read = set(re.findall(r'(?:_results|convergence)\("([\w/]+)"\)', source))
     for path in RESULTS:
         name = path.relative_to(tables.RESULTS).as_posix()
         folder, stem = name.split("/")[0], name.removesuffix(".json")
