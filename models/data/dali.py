@@ -44,7 +44,7 @@ class DaliLoader(Loader):
         refused = [path for path in self.images.paths() if not can_open(path)]
         if refused:
             raise UserError(
-                f"DALI cannot open files whose names are not UTF-8 ({len(refused)} in "
+                f"DALI cannot open files whose names are not UTF-8 ({len(refused)} of "
                 f"{images.root}, such as {refused[0]!r}): rename them, or use `--loader torch`"
             )
         self._iterator: Any = None
