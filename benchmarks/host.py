@@ -244,7 +244,8 @@ def parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, nargs="+", default=[1, 1536], help="default: 1 1536")
     add("--steps", type=int, default=640, help="timed steps; default: %(default)s")
     add("--bases", nargs="+", choices=BASES, default=list(BASES), help="default: all")
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME",
+        help=f"of {', '.join(map(repr, SETTINGS))}; default: all")  # fmt: skip
     add("--profile", action="store_true", help="print where the time goes, by function")
     add("--out", type=report.Path, default=OUT, help="default: %(default)s")
     return made
