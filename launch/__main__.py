@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from launch import slurm
 from launch.job import PLACEHOLDER, Job, Options, plan
-from launch.machines import WALLTIME, LaunchError, Machine, load_machine, machine_names
+from launch.machines import LAUNCHERS, WALLTIME, LaunchError, Machine, load_machine, machine_names
 from launch.render import render, replaced_directives
 
 SUBMIT = {"slurm": ["sbatch"], "lsf": ["bsub"]}
@@ -67,7 +68,8 @@ def _run(arguments: Sequence[str]) -> int:
             "--overwrite is given in a job that is queued again: each time it would remove what it "
             "has trained so far; give --resume auto to the training, or --no-requeue"
         )
-    for note in _notes(job):
+    job, fitted = _fit(job, submit=submit)
+    for note in (*_notes(job), *fitted):
         print(f"note: {note}", file=sys.stderr)
     script = render(job)
     if output is not None:
@@ -89,6 +91,20 @@ def _notes(job: Job) -> Iterator[str]:
         yield "without --resume auto a requeued training is refused, since --out holds one"
     if job.stage is None and any(PLACEHOLDER in word for word in words):
         yield f"nothing is staged on {machine.name}, {PLACEHOLDER} is passed on as it is"
+
+
+def _fit(job: Job, *, submit: bool) -> tuple[Job, list[str]]:
+    """The job as the Slurm that is here can start it, and notes; as it is where there is none."""
+    here = slurm.ask() if job.machine.scheduler.kind == "slurm" else None
+    if here is None:
+        return job, []
+    try:
+        job = slurm.fit(job, here)
+    except LaunchError as error:
+        if submit:
+            raise
+        return job, [str(error)]
+    return job, list(slurm.notes(job, here))
 
 
 def _submit(machine: Machine, script: str) -> int:
@@ -146,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks-per-node", type=int, metavar="N", help="ranks on a node (default: one a GPU)")
     add("--gpus-per-node", type=int, metavar="N", help="where the machine file does not say it")
     add("--cores-per-node", type=int, metavar="N", help="where the machine file does not say it")
+    add("--launcher", choices=LAUNCHERS["slurm"], help="what starts the ranks on SLURM (default: the "
+        "machine file's, srun); mpirun is Open MPI's, inside the allocation")  # fmt: skip
     add("--hosts", metavar="HOST:RANKS,...", help="nodes, where there is no scheduler")
     add("--hostfile", metavar="FILE", help="the same from a file of lines HOST slots=RANKS; a host "
         "that is named more than once gets the sum")  # fmt: skip

@@ -34,6 +34,7 @@ class Options:
     ranks_per_node: int | None = None
     gpus_per_node: int | None = None
     cores_per_node: int | None = None
+    launcher: str | None = None
     hosts: str | None = None
     hostfile: str | None = None
     controller: str | None = None
@@ -60,6 +61,9 @@ class Job:
         ranks_per_node: Ranks on each node; None if hosts differ.
         gpus_per_node: GPUs of a node that the job has; each rank takes one.
         cores_per_rank: Physical cores of a rank; None if the number is not known.
+        launcher: The program that starts the ranks; see `Scheduler`.
+        mpi_type: What srun speaks to the ranks' MPI (`--mpi`); None leaves it to the cluster.
+        bind: Each rank is bound to its cores by srun.
         hosts: Names and ranks, if no scheduler knows them.
         controller: horovodrun's controller, "mpi" or "gloo"; None with other launchers.
         walltime: Time limit in seconds; None without a scheduler.
@@ -80,6 +84,7 @@ class Job:
     ranks_per_node: int | None
     gpus_per_node: int
     cores_per_rank: int | None
+    launcher: str
     hosts: tuple[tuple[str, int], ...]
     controller: str | None
     walltime: int | None
@@ -91,6 +96,8 @@ class Job:
     stage: str | None
     requeue: bool
     environment: Mapping[str, Variable]
+    mpi_type: str | None = None
+    bind: bool = True
 
 
 def plan(machine: Machine, options: Options) -> Job:
@@ -137,7 +144,8 @@ def plan(machine: Machine, options: Options) -> Job:
         )
         hosts = _hosts(machine, options)
     nodes = _nodes(machine, options, hosts)
-    gpus = _known(machine, "gpus", options.gpus_per_node, required=scheduled)
+    # Not required: a cluster without GPUs is an ordinary one.
+    gpus = _known(machine, "gpus", options.gpus_per_node, required=False)
     cores = _known(machine, "cores", options.cores_per_node, required=scheduled)
     ranks_per_node = _ranks_per_node(machine, options, gpus, hosts)
     queue, qos = _queue(machine, options)
@@ -149,6 +157,7 @@ def plan(machine: Machine, options: Options) -> Job:
         ranks_per_node=ranks_per_node,
         gpus_per_node=gpus or 0,
         cores_per_rank=_cores_per_rank(cores, ranks_per_node),
+        launcher=_launcher(machine, options),
         hosts=hosts,
         controller=_controller(machine, options),
         walltime=_walltime(machine, options, nodes) if scheduled else None,
@@ -234,7 +243,8 @@ def _ranks_per_node(
     if ranks is None:
         if not gpus:
             raise LaunchError(
-                "--ranks-per-node is missing: without GPUs there is no default of one rank for each"
+                "--ranks-per-node is missing: without GPUs (--gpus-per-node) there is no default of "
+                "one rank for each"
             )
         return gpus
     if not 1 <= ranks <= (gpus or MOST):
@@ -258,6 +268,13 @@ def _cores_per_rank(cores: int | None, ranks_per_node: int | None) -> int | None
             f"a divisor of the {cores} cores of a node: {possible}",
         )
     return cores // ranks_per_node
+
+
+def _launcher(machine: Machine, options: Options) -> str:
+    scheduler = machine.scheduler
+    if scheduler.kind != "slurm":
+        _forbid(machine, "has no SLURM", launcher=options.launcher)
+    return options.launcher or scheduler.launcher
 
 
 def _controller(machine: Machine, options: Options) -> str | None:

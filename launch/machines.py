@@ -18,7 +18,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "machines"
 
 KINDS = ("slurm", "lsf", "none")
-LAUNCHERS = {"slurm": ("srun",), "lsf": ("jsrun",), "none": ("mpirun", "horovodrun")}
+LAUNCHERS = {"slurm": ("srun", "mpirun"), "lsf": ("jsrun",), "none": ("mpirun", "horovodrun")}
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words that schedulers take in a script's head without quotes.
 PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
@@ -37,7 +37,7 @@ class Node:
     """One node of the machine.
 
     Attributes:
-        gpus: GPUs that the scheduler counts; None leaves it to `--gpus-per-node`.
+        gpus: GPUs that the scheduler counts; None leaves it to `--gpus-per-node`, 0 without that.
         cores: Physical cores a job may use; None leaves it to `--cores-per-node`.
         cpus_per_core: CPUs that the scheduler counts per core: 2 where hardware threads are CPUs.
         local_storage: Folder on the node's own disk; may hold shell variables.
@@ -63,7 +63,7 @@ class Scheduler:
 
     Attributes:
         kind: "slurm", "lsf" or "none".
-        launcher: "srun", "jsrun", "mpirun" or "horovodrun".
+        launcher: "srun", "jsrun", "mpirun" or "horovodrun"; with "slurm" `--launcher` may name another.
         queue: Used unless `--queue` names another.
         queue_option: SLURM's word for a queue: "partition", or "qos".
         qos: Values of `--queue` that are a QOS where the others are partitions.

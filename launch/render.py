@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from launch.directives import PREFIX, replaced
@@ -99,7 +99,7 @@ def _environment(job: Job) -> Iterator[str]:
             f"export {THREADS}=${{{THREADS}:-$((launch_cores > {ranks} ? launch_cores / {ranks} : "
             f"1))}}  # this host's cores over its {ranks} ranks; --env {THREADS}=N if others differ"
         )
-    if job.machine.scheduler.launcher == "mpirun":
+    if job.launcher == "mpirun":
         # Open MPI passes to other hosts only what -x names, and warns of names that are not set.
         names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", THREADS, *job.environment]
         yield "launch_pass=()"
@@ -109,7 +109,7 @@ def _environment(job: Job) -> Iterator[str]:
 
 
 def _stopping(job: Job) -> Iterator[str]:
-    if job.machine.scheduler.launcher == "horovodrun":
+    if job.launcher == "horovodrun":
         return
     yield f"""\
 # A request to stop, by the scheduler before the end or by hand, is passed to the ranks. They write
@@ -157,7 +157,7 @@ def _staging(job: Job) -> Iterator[str]:
 def _training(job: Job) -> Iterator[str]:
     command = " ".join(_word(word, staged=job.stage is not None) for word in job.command)
     start = f"{_launcher(job)} {command}"
-    if job.machine.scheduler.launcher == "horovodrun":
+    if job.launcher == "horovodrun":
         yield "# horovodrun hands no signals on to the ranks."
         yield f"exec {start}"
         return
@@ -189,26 +189,28 @@ fi"""
 def _launcher(job: Job) -> str:
     """The words that start the ranks, up to the program."""
     scheduler = job.machine.scheduler
-    if scheduler.launcher == "srun":
+    if job.launcher == "srun":
         words = [
             "srun",
             f"--nodes={job.nodes}",
             f"--ntasks={job.ranks}",
             f"--ntasks-per-node={job.ranks_per_node}",
             f"--cpus-per-task={_cpus(job)}",
-            "--cpu-bind=cores",
+            *(["--cpu-bind=cores"] if job.bind else []),
+            *([f"--mpi={job.mpi_type}"] if job.mpi_type else []),
             # Ranks that leave together must not kill each other. A crash must leave none behind.
             "--kill-on-bad-exit=0",
             "--wait=60",
         ]
         if job.gpus_per_node:
             words.append(f"--gpus-per-node={job.gpus_per_node}")
-    elif scheduler.launcher == "jsrun":
+    elif job.launcher == "jsrun":
         words = _jsrun(
             job.nodes, job.ranks_per_node or 1, job.cores_per_rank or 1, job.gpus_per_node
         )
-    elif scheduler.launcher == "mpirun":
-        words = ["mpirun", "-np", str(job.ranks), "-H", _hosts(job)]
+    elif job.launcher == "mpirun":
+        # A scheduler tells Open MPI itself on which nodes it may start how many ranks.
+        words = ["mpirun", "-np", str(job.ranks), *(["-H", _hosts(job)] if job.hosts else [])]
         if job.cores_per_rank and job.ranks_per_node:
             layout = f"ppr:{job.ranks_per_node}:node:PE={job.cores_per_rank}"
             words += ["--map-by", layout, "--bind-to", "core"]
@@ -216,13 +218,15 @@ def _launcher(job: Job) -> str:
             words += ["--map-by", "slot", "--bind-to", "none"]
     else:
         words = ["horovodrun", "-np", str(job.ranks), "-H", _hosts(job), f"--{job.controller}"]
-    return _join([*words, *scheduler.launcher_options], job)
+    # A machine file's options are those of its own launcher.
+    own = scheduler.launcher_options if job.launcher == scheduler.launcher else ()
+    return _join([*words, *own], job)
 
 
 def _on_each_node(job: Job) -> str:
     """The words that start one process on each node."""
-    launcher = job.machine.scheduler.launcher
-    if launcher == "srun":
+    launcher = job.launcher
+    if job.machine.scheduler.kind == "slurm":
         return _join(["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}",
                       "--ntasks-per-node=1"], job)  # fmt: skip
     if launcher == "jsrun":
@@ -242,8 +246,8 @@ def _jsrun(nodes: int, ranks: int, cores: int, gpus: int) -> list[str]:
             "-g", str(gpus), "-b", f"proportional-packed:{cores}", "-d", "packed"]  # fmt: skip
 
 
-def _join(words: Iterable[str], job: Job) -> str:
-    passed = ' "${launch_pass[@]}"' if job.machine.scheduler.launcher == "mpirun" else ""
+def _join(words: Sequence[str], job: Job) -> str:
+    passed = ' "${launch_pass[@]}"' if words[0] == "mpirun" else ""
     return shlex.join(words) + passed
 
 
