@@ -120,6 +120,13 @@ launch_stop() {{
     [[ -z $launch_ranks ]] || kill -USR1 "$launch_ranks" 2>/dev/null
 }}
 trap launch_stop TERM USR1 USR2"""
+    if _requeues_itself(job):
+        yield """\
+# SLURM asks by USR1 before the time limit, and sends TERM when it ends the job: cancelled, preempted, or
+# with its node. Queueing it again would bring a cancelled job back.
+launch_warned= launch_ended=
+trap 'launch_warned=1; launch_stop' USR1
+trap '[[ $launch_warned ]] || launch_ended=1; launch_stop' TERM"""
 
 
 def _folders(job: Job) -> Iterator[str]:
@@ -175,15 +182,22 @@ launch_ranks=$!
 while launch_interrupted=; wait "$launch_ranks"; launch_status=$?; [[ $launch_interrupted ]]; do
     : # wait was cut short by a signal: the ranks still run
 done"""
-    if job.requeue and job.machine.scheduler.kind == "slurm":
+    if _requeues_itself(job):
         yield f"""\
-if ((launch_status == {PREEMPTED})); then
+if ((launch_status == {PREEMPTED})) && [[ $launch_ended ]]; then
+    echo "ended by SLURM; unless SLURM queues it again itself, submit it again to go on" >&2
+elif ((launch_status == {PREEMPTED})); then
     echo "stopped before its end; requeued" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi"""
     elif job.requeue:
         yield f"# LSF queues the job again after exit code {PREEMPTED} (-Q)."
     yield 'exit "$launch_status"'
+
+
+def _requeues_itself(job: Job) -> bool:
+    """Whether the script asks to be queued again; LSF looks at its exit code."""
+    return job.requeue and job.machine.scheduler.kind == "slurm"
 
 
 def _launcher(job: Job) -> str:
