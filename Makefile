@@ -20,10 +20,10 @@ ifeq ($(shell id -u),0)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-long soak demo lint format clean
+.PHONY: help setup test test-long test-slurm soak demo lint format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv: pinned packages, Horovod, the project (once; then it starts at once)
 	@for python in $(PYTHONS); do \
@@ -52,8 +52,11 @@ endif
 test-long: setup ## statistics, and repetitions that make test leaves out
 	@failed=0; \
 	$(COMPUTES) -m "long and not ranks" || failed=1; \
-	$(RANKS) -m "long and ranks" || failed=1; \
+	$(RANKS) -m "long and ranks and not slurm" || failed=1; \
 	exit $$failed
+
+test-slurm: setup ## jobs on a real Slurm, those that wait for minutes too (root; apt-get install slurm-wlm munge libpmix-dev)
+	@$(PYTEST) -m slurm tests/slurm
 
 soak: setup ## 10,000 steps of three ranks through random faults
 	@$(PYTEST) -m soak

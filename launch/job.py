@@ -243,8 +243,8 @@ def _ranks_per_node(
     if ranks is None:
         if not gpus:
             raise LaunchError(
-                "--ranks-per-node is missing: without GPUs (--gpus-per-node) there is no default of "
-                "one rank for each"
+                "--ranks-per-node is missing: without GPUs (--gpus-per-node) there is no default "
+                "of one rank for each"
             )
         return gpus
     if not 1 <= ranks <= (gpus or MOST):

@@ -63,7 +63,7 @@ class Scheduler:
 
     Attributes:
         kind: "slurm", "lsf" or "none".
-        launcher: "srun", "jsrun", "mpirun" or "horovodrun"; with "slurm" `--launcher` may name another.
+        launcher: "srun", "jsrun", "mpirun" or "horovodrun". On SLURM `--launcher` may change it.
         queue: Used unless `--queue` names another.
         queue_option: SLURM's word for a queue: "partition", or "qos".
         qos: Values of `--queue` that are a QOS where the others are partitions.

@@ -122,8 +122,8 @@ launch_stop() {{
 trap launch_stop TERM USR1 USR2"""
     if _requeues_itself(job):
         yield """\
-# SLURM asks by USR1 before the time limit, and sends TERM when it ends the job: cancelled, preempted, or
-# with its node. Queueing it again would bring a cancelled job back.
+# SLURM asks by USR1 before the time limit, and sends TERM when it ends the job: it was cancelled or
+# preempted, or its node is lost. A cancelled job that queued itself again would come back.
 launch_warned= launch_ended=
 trap 'launch_warned=1; launch_stop' USR1
 trap '[[ $launch_warned ]] || launch_ended=1; launch_stop' TERM"""

@@ -38,7 +38,7 @@ class Slurm:
 
 
 def ask() -> Slurm | None:
-    """Asks the Slurm whose commands are on PATH; None where there is none, or it does not answer."""
+    """Asks the Slurm whose commands are on PATH; None where none is, or it does not answer."""
     if shutil.which("srun") is None or shutil.which("scontrol") is None:
         return None
     listed, types = output_of("srun", "--mpi=list")

@@ -18,7 +18,7 @@ settings.load_profile("default")
 MARKERS = {
     "ranks": "starts ranks, and needs the cores for itself: not beside other tests",
     "long": "statistics, or a repetition of what a shorter test shows: make test-long",
-    "slurm": "runs jobs on a Slurm of its own, where there are root and its packages: make test-slurm",
+    "slurm": "runs jobs on a Slurm of its own, where its packages and root are: make test-slurm",
     "soak": "many steps through random faults: make soak",
 }
 

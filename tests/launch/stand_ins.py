@@ -39,7 +39,20 @@ def start_ranks(ranks, cores, command, *, bind=True):
     os.execvp("mpirun", [*words, *command])  # so that it gets the signals, and hands them on
 
 
+def slurm():
+    return json.loads((state() / "slurm.json").read_text())
+
+
 def srun(arguments):
+    if arguments == ["--mpi=list"]:
+        print("MPI plugin types are...", *slurm()["mpi_types"], sep="\n\t")
+        return
+    if "--test-only" in arguments:
+        assert arguments[1:] == ["--test-only", "--ntasks=1", "true"]
+        wanted = arguments[0].removeprefix("--mpi=")
+        if wanted not in slurm()["mpi_types"] or wanted in slurm()["broken"]:
+            sys.exit(f"srun: error: Invalid MPI type '{wanted}', --mpi=list for acceptable types")
+        return
     parser = Strict("srun")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--ntasks", type=int, required=True)
@@ -89,6 +102,10 @@ def module(arguments):
 
 
 def scontrol(arguments):
+    if arguments == ["show", "config"]:
+        for name, value in slurm()["settings"].items():
+            print(f"{name:<24}= {value}")
+        return
     parser = Strict("scontrol")
     parser.add_argument("what", choices=["requeue"])
     parser.add_argument("job", type=int, choices=[JOB_ID])
@@ -149,13 +166,23 @@ def keep_job(parser, prefix):
 
 
 class Cluster:
-    """One machine as a cluster of one node: the commands on PATH, and what runs their jobs."""
+    """One machine as a cluster of one node: the commands on PATH, and what runs their jobs.
 
-    def __init__(self, folder):
+    Args:
+        folder: an empty one.
+        mpi_types: what srun --mpi=list names.
+        broken: those of them that srun cannot load.
+        settings: of slurm.conf, as scontrol show config has them.
+    """
+
+    def __init__(self, folder, mpi_types=("none", "pmi2", "pmix"), broken=(), **settings):
         self.state = folder / "state"
         self.programs = folder / "programs"
         for path in (self.state, self.programs):
             path.mkdir()
+        usual = {"GresTypes": "(null)", "MpiDefault": "pmix", "TaskPlugin": "task/affinity"}
+        about = {"mpi_types": mpi_types, "broken": broken, "settings": usual | settings}
+        (self.state / "slurm.json").write_text(json.dumps(about))
         for name in COMMANDS:
             path = self.programs / name
             words = shlex.join([sys.executable, __file__, name])
@@ -175,12 +202,13 @@ class Cluster:
     def job(self):
         return json.loads((self.state / "job.json").read_text())
 
-    def run(self, *, cwd, until=None):
+    def run(self, *, cwd, until=None, number=None):
         """Runs the submitted job once, as its scheduler would.
 
         Args:
             cwd: Where it was submitted.
             until: The job's time is over when this file exists: it is sent the signal it asked for.
+            number: The signal in place of that, on SLURM.
 
         Returns:
             Exit code, output, and whether the job is queued again.
@@ -192,9 +220,9 @@ class Cluster:
 
         def warn(process):
             if slurm:  # B: the batch shell alone
-                number, seconds = re.fullmatch(r"B:(\w+)@(\d+)", job["signal"]).groups()
+                asked, seconds = re.fullmatch(r"B:(\w+)@(\d+)", job["signal"]).groups()
                 assert int(seconds) > 0
-                process.send_signal(getattr(signal, f"SIG{number}"))
+                process.send_signal(number or getattr(signal, f"SIG{asked}"))
             else:  # every process of the job on this host
                 assert job["wt"] > 0
                 os.killpg(process.pid, getattr(signal, f"SIG{job['wa']}"))

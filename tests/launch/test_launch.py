@@ -170,11 +170,12 @@ def test_perlmutter_counts_hardware_threads():
 
 
 def test_generic_slurm_takes_its_geometry_from_the_options():
-    options = {"nodes": 3, "walltime": "1:00", "gpus_per_node": 0, "cores_per_node": 8}
+    options = {"nodes": 3, "walltime": "1:00", "cores_per_node": 8}
     text = script("slurm", **options, ranks_per_node=2)
     words = launched(text, "srun")
     assert {"--ntasks=6", "--cpus-per-task=4"} <= set(words)
-    assert "gpu" not in text
+    assert "gpu" not in text, "a cluster without GPUs is an ordinary one"
+    assert text == script("slurm", **options, ranks_per_node=2, gpus_per_node=0)
 
 
 def test_no_requeue():
@@ -286,10 +287,12 @@ ERRORS = [
     ({"hosts": "a:1"}, ["--hosts means nothing with --machine summit", "leave it out"]),
     ({"controller": "gloo"}, ["--controller means nothing", "does not use horovodrun"]),
     ({"machine": "perlmutter", "stage": "/d"}, ["perlmutter names no disk", "local_storage"]),
-    ({"machine": "slurm"}, ["--gpus-per-node is missing", "slurm does not say"]),
+    ({"machine": "slurm"}, ["--cores-per-node is missing", "slurm does not say"]),
     ({"machine": "slurm", "gpus_per_node": "4"}, ["--cores-per-node is missing"]),
-    ({"machine": "slurm", "gpus_per_node": "0", "cores_per_node": "4"},
-     ["--ranks-per-node is missing", "without GPUs"]),
+    ({"machine": "slurm", "cores_per_node": "4"},
+     ["--ranks-per-node is missing", "without GPUs (--gpus-per-node)"]),
+    ({"launcher": "mpirun"}, ["--launcher means nothing", "summit, which has no SLURM"]),
+    ({"machine": "frontier", "launcher": "jsrun"}, ["--launcher", "'jsrun'", "'srun', 'mpirun'"]),
     ({"nosuch": "1"}, ["unrecognized arguments: --nosuch", "--help"]),
     ({"dry-run": ""}, ["--submit and --dry-run exclude each other"]),
     ({"stage": "/no/such"}, ["--stage is '/no/such'"]),
@@ -306,6 +309,9 @@ def queue(tmp_path, monkeypatch):
             f'#!/bin/sh\ncat > "{folder}/submitted"\n'
             "echo 'Submitted batch job 17'; exit ${QUEUE_CODE:-0}\n"
         )
+        (folder / name).chmod(0o755)
+    for name in ("srun", "scontrol"):  # a Slurm that may be here is not asked
+        (folder / name).write_text("#!/bin/sh\nexit 1\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder / "submitted"

@@ -244,6 +244,18 @@ def test_job_stopped_while_staging_neither_trains_nor_is_requeued(cluster, machi
     assert "cp -R" in launched and "touch" not in launched
 
 
+@pytest.mark.parametrize(("number", "again"), [(None, True), (signal.SIGTERM, False)])
+def test_job_that_slurm_ends_does_not_queue_itself_again(cluster, machine, tmp_path, number, again):
+    """SIGTERM comes when the user cancels the job, who would see it come back."""
+    options = ["--machine", str(machine("frontier")), "--nodes", "1", "--walltime", "0:30",
+               "--account", "ABC", "--ranks-per-node", "1", "--submit"]  # fmt: skip
+    program = "trap 'exit 75' USR1; touch up; for i in {1..50}; do sleep 0.1; done"
+    assert main([*options, "--", "bash", "-c", program]) == 0
+    code, output, requeued = cluster.run(cwd=tmp_path, until=tmp_path / "up", number=number)
+    assert code == 75 and requeued == again, output
+    assert ("ended by SLURM" in output) == (not again)
+
+
 @pytest.mark.parametrize("name", ["frontier", "summit"])
 def test_job_that_fails_or_may_not_be_requeued_is_not(cluster, machine, tmp_path, name):
     options = ["--machine", str(machine(name)), "--nodes", "1", "--walltime", "0:30", "--submit",

@@ -2,8 +2,8 @@
 
 `python tests/slurm/cluster.py start FOLDER [NAME=VALUE ...]` starts one whose whole state is in
 FOLDER, with some settings of slurm.conf changed; `stop FOLDER` ends it and its jobs. After
-`export SLURM_CONF=FOLDER/slurm.conf` Slurm's commands speak to it. It uses free ports and a munge of
-its own, so it disturbs no other Slurm, and several may run.
+`export SLURM_CONF=FOLDER/slurm.conf` Slurm's commands speak to it. It uses free ports and a munge
+of its own, so it disturbs no other Slurm, and several may run.
 """
 
 import contextlib

@@ -2,17 +2,10 @@
 
 import shutil
 import tempfile
-from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
 from slurm_jobs import Jobs
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.ranks)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import pytest
 from launching import ROOT
 from slurm_jobs import TRAIN
 
+pytestmark = [pytest.mark.ranks, pytest.mark.slurm]
+
 FAILING = str(ROOT / "tests" / "models" / "failing.py")
 PLUGINS = "/usr/lib/*-linux-gnu/slurm-wlm/*.so"
 
@@ -56,9 +58,7 @@ def test_failing_rank_says_its_error_first(plain, jobs_on, digits, tmp_path):
     assert "requeued" not in output
 
 
-def test_cancelled_job_leaves_a_checkpoint_and_does_not_come_back(
-    plain, jobs_on, digits, tmp_path
-):
+def test_cancelled_job_leaves_a_checkpoint_and_does_not_come_back(plain, jobs_on, digits, tmp_path):
     jobs, out = jobs_on(plain), tmp_path / "out"
     jobs.fork()
     job = jobs.submit(command=["python", *training(digits, out, epochs=1000)])

@@ -1,4 +1,4 @@
-"""Jobs that Slurm stops and queues again. Slurm waits two minutes until it starts such a job again."""
+"""Jobs that Slurm stops and queues again. It waits two minutes until it starts one again."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from slurm_jobs import TRAIN
 
 from models.metrics import read_csv
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.ranks, pytest.mark.slurm, pytest.mark.long]
 
 TRAINED = str(ROOT / "tests" / "launch" / "trained.py")
 MACHINE = ROOT / "launch" / "machines" / "slurm.toml"
@@ -60,9 +60,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.timeout(600)
-def test_job_near_its_time_limit_is_requeued_and_resumes_bit_for_bit(
-    slurm, jobs, digits, tmp_path
-):
+def test_job_near_its_time_limit_is_requeued_and_resumes_bit_for_bit(slurm, jobs, digits, tmp_path):
     """The signal comes some time before the 30 seconds: Slurm looks at limits now and then."""
     machine = tmp_path / "short.toml"
     text = MACHINE.read_text()
