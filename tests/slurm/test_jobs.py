@@ -1,10 +1,12 @@
 """Jobs on a real Slurm: what the launcher finds out about it, and what users see in the output."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
 
+import cluster
 import pytest
 from launching import ROOT
 from slurm_jobs import TRAIN
@@ -29,6 +31,15 @@ def without_pmix(start_slurm, tmp_path_factory):
         if "pmix" not in plugin.name:
             (folder / plugin.name).symlink_to(plugin)
     return start_slurm(MpiDefault="none", PluginDir=folder)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(cluster, "which", lambda program: None if program == "munged" else "there")
+    assert cluster.missing() == "root and Debian's munge (apt-get install)"
+    monkeypatch.setattr(cluster, "which", lambda program: "there")
+    monkeypatch.setattr(cluster, "PMIX", "no/such.so")
+    assert cluster.missing() == "root and Debian's libpmix-dev (apt-get install)"
 
 
 def training(digits, out, *options, epochs=2):
