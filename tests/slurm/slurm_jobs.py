@@ -64,7 +64,7 @@ class Jobs:
         """All that a job has printed so far."""
         return "".join(path.read_text() for path in self.folder.glob(f"*-{number}.out"))
 
-    def end(self, number, *states, limit=90):
+    def end(self, number, *states, limit=150):
         """Waits until a job has ended in one of some states; its output."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
         job = self.cluster.wait(number, *ends, limit=limit)

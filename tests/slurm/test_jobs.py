@@ -80,7 +80,7 @@ def test_cancelled_job_leaves_a_checkpoint_and_does_not_come_back(plain, jobs_on
         time.sleep(0.1)
     plain.run("scancel", str(job))
     jobs.end(job, "CANCELLED")
-    plain.wait_for_nodes("idle", limit=30)  # only then a job that was requeued is seen
+    plain.wait_for_nodes("idle", limit=60)  # only then a job that was requeued is seen
     assert plain.job(job)["JobState"] == "CANCELLED"
     output = jobs.output(job)
     assert "CANCELLED AT" in output
