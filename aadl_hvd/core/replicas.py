@@ -142,7 +142,8 @@ class Replicas:
             self._warned = True
             warnings.warn(
                 f"{what}, and were never equal: no acceleration. Call "
-                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training.",
+                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training; "
+                "DistributedDataParallel does so by itself.",
                 stacklevel=_level_of_user(),
             )
 

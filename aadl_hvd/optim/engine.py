@@ -101,6 +101,9 @@ class Engine:
         """Raises an error where a loss cannot be taken note of."""
         self.check_step()
 
+    def check_zero_grad(self) -> None:
+        """Raises an error where gradients cannot be cleared."""
+
     def base_step(self, closure: Closure | None) -> Any:
         """Reduces the gradients and makes one step of the base optimizer. Collective.
 

@@ -1,0 +1,230 @@
+"""Ranks of a process group of torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aadl_hvd.comm.base import ADVICE, Communicator, ShardGroup, Values
+from aadl_hvd.comm.local import LocalCommunicator
+from aadl_hvd.errors import CommunicationError, ConfigError
+
+
+class TorchCommunicator(Communicator):
+    """Small vectors and bytes go through Gloo on the host, tensors on a GPU through `group`.
+
+    The constructor is collective over the group. It makes a group of the same ranks on Gloo, so
+    that its messages do not meet those of others.
+
+    Args:
+        group: a process group that includes this rank.
+
+    Raises:
+        ConfigError: this torch has no Gloo.
+    """
+
+    def __init__(self, group: Any) -> None:
+        if not dist.is_gloo_available():
+            raise ConfigError(
+                "Invalid torch: it was built without Gloo, through which ranks exchange small "
+                "numbers. Must be a torch with Gloo, as those of the package registries are."
+            )
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._host: Any = dist.new_group(
+            dist.get_process_group_ranks(group),
+            timeout=_timeout(group),
+            backend="gloo",
+            use_local_synchronization=True,  # ranks outside of the group do not take part
+        )
+
+    def part(self, ranks: list[int]) -> Any:
+        """A new group of some of the ranks, numbered as in the world. Collective over them."""
+        return dist.new_group(
+            ranks,
+            timeout=_timeout(self._group),
+            backend=dist.get_backend_config(self._group),
+            use_local_synchronization=True,
+        )
+
+    def explain(self, error: Exception) -> None:
+        error.add_note("If another rank has left or was killed, its own output says why.")
+
+    def allgather_object(self, item: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self._explained():
+            dist.all_gather_object(found, item, group=self._host)
+        return found
+
+    def _allreduce_sum(self, values: Values) -> Values:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _allreduce_max(self, values: Values) -> Values:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Values, op: Any) -> Values:
+        # Gloo reduces each number on one rank, which sends the result to the others. So all have
+        # the same bits. DDP relies on that for its gradients.
+        reduced = torch.from_numpy(values.copy())
+        if len(values):
+            with self._explained():
+                dist.all_reduce(reduced, op, group=self._host)
+        return np.asarray(reduced)
+
+    def _broadcast(self, values: Values) -> Values:
+        sent = torch.from_numpy(values.copy())
+        if len(values):
+            with self._explained():
+                dist.broadcast(sent, group_src=0, group=self._host)
+        return np.asarray(sent)
+
+    def _allgather(self, block: Tensor) -> Tensor:
+        out = block.new_empty(self.size * block.numel())
+        if block.numel():
+            with self._explained():
+                dist.all_gather_into_tensor(out, block, group=self._of(block))
+        return out
+
+    def _sum_tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.numel():
+            with self._explained():
+                dist.all_reduce(tensor, group=self._of(tensor))
+        return tensor
+
+    def _send(
+        self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
+    ) -> None:
+        with self._explained():
+            if data is not None:
+                dist.send(data, group_dst=to, group=self._host)
+            if out is not None:
+                dist.recv(out, group_src=source, group=self._host)
+
+    def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
+        leaving = torch.tensor([len(part) for part in data], device="cpu")
+        arriving = torch.empty_like(leaving)
+        with self._explained():
+            dist.all_to_all_single(arriving, leaving, group=self._host)
+            lengths: list[int] = arriving.tolist()
+            out = torch.empty(sum(lengths), dtype=torch.uint8, device="cpu")
+            dist.all_to_all_single(
+                out, torch.cat(data), lengths, leaving.tolist(), group=self._host
+            )
+        return [*torch.split_with_sizes(out, lengths)]
+
+    def _of(self, tensor: Tensor) -> Any:
+        """The group that exchanges such a tensor."""
+        return self._host if tensor.device.type == "cpu" else self._group
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch's DistError is one
+            failed = CommunicationError(f"torch.distributed: {error}. {ADVICE}")
+            self.explain(failed)
+            raise failed from error
+
+
+def torch_communicator(process_group: Any) -> Communicator:
+    """The communicator of a process group. Collective over its ranks.
+
+    Args:
+        process_group: a `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dimension; None:
+            the default group.
+
+    Raises:
+        ConfigError: it is something else, or leaves this rank out.
+    """
+    group = checked_group("process_group", process_group)
+    if dist.get_world_size(group) == 1:
+        return LocalCommunicator()
+    return TorchCommunicator(group)
+
+
+def checked_group(name: str, value: Any) -> Any:
+    """The process group that an argument names, which must include this rank.
+
+    Raises:
+        ConfigError: the value is no process group, or leaves this rank out.
+    """
+    mesh = hasattr(value, "get_group") and hasattr(value, "ndim")
+    if mesh and value.ndim != 1:
+        raise ConfigError(
+            f"Invalid {name}={value!r} of {value.ndim} dimensions. Must have one: take a part of "
+            "it by its name, as in mesh['shard']."
+        )
+    group = dist.group.WORLD if value is None else value.get_group() if mesh else value
+    if group is dist.GroupMember.NON_GROUP_MEMBER or not isinstance(group, dist.ProcessGroup):
+        raise ConfigError(
+            f"Invalid {name}={value!r}. Must be a process group of torch.distributed that includes "
+            "this rank, or a DeviceMesh of one dimension."
+        )
+    return group
+
+
+def shard_group(comm: Communicator, wanted: Any) -> ShardGroup:
+    """The ranks that share one history with this rank. Collective over `comm`.
+
+    Args:
+        comm: of the ranks that train together.
+        wanted: `AndersonConfig.shard_group`, of the same kind on all ranks.
+
+    Raises:
+        ConfigError: on every rank, if the ranks cannot be split in this way.
+    """
+    if comm.size == 1 or (isinstance(wanted, str) and wanted == "world"):
+        return ShardGroup(comm)
+    me = dist.get_rank()
+    if isinstance(wanted, str):  # "node"
+        hosts = comm.allgather_object((platform.node(), me))
+        mine = [rank for host, rank in hosts if host == platform.node()]
+    else:
+        mine = _members(wanted)
+    found = comm.allgather_object((me, mine))
+    everyone = sorted(rank for rank, _ in found)
+    groups = sorted({tuple(ranks) for _, ranks in found})
+    if any(rank not in ranks for rank, ranks in found) or everyone != sorted(sum(groups, ())):
+        raise ConfigError(
+            f"Invalid shard_group: groups of ranks {[list(ranks) for ranks in groups]}. Each of "
+            f"the ranks that train together, {everyone}, must be in exactly one of them."
+        )
+    if len(sizes := sorted({len(ranks) for ranks in groups})) > 1:
+        raise ConfigError(
+            f"Invalid shard_group={wanted!r}: groups of {sizes} ranks. All groups must have the "
+            "same size, so that they divide the history in the same way."
+        )
+    index = groups.index(tuple(mine))
+    if len(groups) == 1:
+        return ShardGroup(comm)
+    if len(mine) == 1:
+        return ShardGroup(LocalCommunicator(), len(groups), index)
+    if isinstance(wanted, str):
+        assert isinstance(comm, TorchCommunicator)
+        wanted = comm.part(mine)
+    return ShardGroup(TorchCommunicator(checked_group("shard_group", wanted)), len(groups), index)
+
+
+def _members(wanted: Any) -> list[int]:
+    """The ranks of a group that a user gave, in the world; none where it leaves this rank out."""
+    try:
+        return sorted(dist.get_process_group_ranks(checked_group("shard_group", wanted)))
+    except ConfigError:
+        return []
+
+
+def _timeout(group: Any) -> datetime.timedelta | None:
+    """How long a group waits for a rank: that of `init_process_group`, where torch tells it."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(RuntimeError, AttributeError):  # none for it; other torches
+            found: datetime.timedelta = group._get_backend(torch.device(device)).options._timeout
+            return found
+    return None

@@ -1,0 +1,106 @@
+"""torch.distributed as an engine: gradients are reduced when the backward pass ends.
+
+`DistributedDataParallel` does that, and nothing of it is touched here: own gradients are not
+looked at. So the noise of the gradient is estimated from successive steps, as in one process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aadl_hvd.config import AndersonConfig
+from aadl_hvd.engines.rank_checks import accepted_by_all, check_distributable, compare_ranks
+from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
+from aadl_hvd.optim.accelerated import AcceleratedOptimizer, check_optimizer, checked_config
+from aadl_hvd.optim.engine import Engine
+from aadl_hvd.optim.problem import OptimizerFixedPoint
+
+_Public = TypeVar("_Public", bound=AcceleratedOptimizer)
+
+# Ranks add up the same gradients. Different processors may do so in different orders.
+_ROUNDING = 1e-6
+
+
+class TorchEngine(Engine):
+    """Gradients are the same on all ranks when a step begins. The first step makes sure of it."""
+
+    reduces_gradients = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._compared = False
+
+    def reduce(self) -> None:
+        """Compares the gradients, in the first step. They have been reduced already. Collective.
+
+        Raises:
+            ReplicaMismatchError: on every rank, if the gradients differ.
+        """
+        if self._compared or not self.accelerator.config.enabled:
+            return
+        self._compared = True
+        size = _absolute_sum(self.problem.tensors)
+        largest, negative = self.accelerator.comm.allreduce(np.array([size, -size]), "max")
+        if largest + negative > _ROUNDING * largest:
+            raise ReplicaMismatchError(
+                "Gradients differ between ranks in the first step: the sums of their absolute "
+                f"values reach from {-negative:.9g} to {largest:.9g}. Must be the same when step() "
+                "is called: train the model inside DistributedDataParallel, with the same "
+                "process_group, and call step() outside of its no_sync()."
+            )
+
+
+def accelerate(
+    public: type[_Public],
+    optimizer: torch.optim.Optimizer,
+    process_group: Any,
+    anderson: AndersonConfig | None,
+) -> _Public:
+    """An accelerated optimizer for a model in `DistributedDataParallel`. Collective.
+
+    The class `public` has the methods that come first, see `accelerated_class`. The other
+    arguments are those of `DistributedAndersonOptimizer`, and so are the errors.
+    """
+    from aadl_hvd.comm.torch_distributed import shard_group, torch_communicator
+
+    comm = torch_communicator(process_group)
+    config = accepted_by_all(comm, lambda: _accept(optimizer, anderson))
+    compare_ranks(comm, optimizer, config, {})
+    accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual))
+    group = shard_group(comm, config.shard_group)
+    engine = TorchEngine()
+    made = public.accelerate(optimizer, engine, config, comm, group)
+    made.anderson.check_memory(engine.problem)
+    made.anderson.compare_replicas(engine.problem)  # if equal now, they must stay it
+    return made
+
+
+def _accept(optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None) -> AndersonConfig:
+    """The settings, if they and the optimizer can be distributed."""
+    config = checked_config(anderson)
+    if hasattr(config.shard_group, "included"):
+        raise ConfigError(
+            f"Invalid shard_group={config.shard_group!r} with torch.distributed. Must be 'world', "
+            "'node', a process group of torch.distributed or a DeviceMesh of one dimension."
+        )
+    check_optimizer(optimizer)
+    check_distributable(optimizer)
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.distributed.optim"):
+        raise UnsupportedError(
+            f"Invalid optimizer {kind.__name__}, whose ranks hold different states or make "
+            "different steps. Must be a plain torch optimizer with the same parameters on all "
+            "ranks; the history is shared out by itself."
+        )
+    return config
+
+
+def _absolute_sum(parameters: list[Tensor]) -> float:
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    sums = [g.abs().sum(dtype=torch.float64) for g in dense]
+    return float(torch.stack(sums).sum()) if sums else 0.0
