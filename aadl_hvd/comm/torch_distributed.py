@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -19,41 +18,43 @@ from aadl_hvd.errors import CommunicationError, ConfigError
 
 
 class TorchCommunicator(Communicator):
-    """Small vectors and bytes go through Gloo on the host, tensors on a GPU through `group`.
+    """Small vectors and bytes go through a host's transport (Gloo), tensors through their device's.
 
-    The constructor is collective over the group. It makes a group of the same ranks on Gloo, so
-    that its messages do not meet those of others.
+    Where the group has no transport for host memory, as on NCCL, a Gloo group of all ranks is made
+    for it. The constructor is collective over the group, then. A part of the ranks cannot have one:
+    torch numbers new groups on each rank, and a group that some ranks make alone puts the numbers
+    of the others out of step, so that the next `new_group` waits for ever. Small vectors go through
+    the GPU there.
 
     Args:
         group: a process group that includes this rank.
-
-    Raises:
-        ConfigError: this torch has no Gloo.
     """
 
     def __init__(self, group: Any) -> None:
-        if not dist.is_gloo_available():
-            raise ConfigError(
-                "Invalid torch: it was built without Gloo, through which ranks exchange small "
-                "numbers. Must be a torch with Gloo, as those of the package registries are."
-            )
-        self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._host: Any = dist.new_group(
-            dist.get_process_group_ranks(group),
-            timeout=_timeout(group),
-            backend="gloo",
-            use_local_synchronization=True,  # ranks outside of the group do not take part
-        )
+        self._group: Any = group
+        self._host: Any = group
+        self._device = torch.device("cpu")
+        if "cpu:" not in dist.get_backend_config(group):
+            if self.size == dist.get_world_size() and dist.is_gloo_available():
+                self._host = dist.new_group(backend="gloo")
+            else:
+                self._device = torch.device("cuda", torch.cuda.current_device())
 
-    def part(self, ranks: list[int]) -> Any:
-        """A new group of some of the ranks, numbered as in the world. Collective over them."""
-        return dist.new_group(
-            ranks,
-            timeout=_timeout(self._group),
-            backend=dist.get_backend_config(self._group),
-            use_local_synchronization=True,
-        )
+    def parts(self, groups: list[list[int]]) -> list[Any]:
+        """New groups of ranks of the world. Collective over this group.
+
+        Raises:
+            ConfigError: this group is a part of the world; see the class.
+        """
+        if self.size < dist.get_world_size():
+            raise ConfigError(
+                "Invalid shard_group='node' with a process_group of some of the ranks: all ranks "
+                "must make its groups. Must be the process group itself, made before by "
+                "torch.distributed.new_group on all ranks."
+            )
+        config = dist.get_backend_config(self._group)
+        return [dist.new_group(ranks, backend=config) for ranks in groups]
 
     def explain(self, error: Exception) -> None:
         error.add_note("If another rank has left or was killed, its own output says why.")
@@ -71,20 +72,20 @@ class TorchCommunicator(Communicator):
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: Values, op: Any) -> Values:
-        # Gloo reduces each number on one rank, which sends the result to the others. So all have
-        # the same bits. DDP relies on that for its gradients.
-        reduced = torch.from_numpy(values.copy())
+        # Gloo and NCCL reduce each number on one rank, which sends the result to the others. So all
+        # have the same bits. DDP relies on that for its gradients.
+        reduced = self._sent(torch.from_numpy(values.copy()))
         if len(values):
             with self._explained():
                 dist.all_reduce(reduced, op, group=self._host)
-        return np.asarray(reduced)
+        return np.asarray(reduced.cpu())
 
     def _broadcast(self, values: Values) -> Values:
-        sent = torch.from_numpy(values.copy())
+        sent = self._sent(torch.from_numpy(values.copy()))
         if len(values):
             with self._explained():
                 dist.broadcast(sent, group_src=0, group=self._host)
-        return np.asarray(sent)
+        return np.asarray(sent.cpu())
 
     def _allgather(self, block: Tensor) -> Tensor:
         out = block.new_empty(self.size * block.numel())
@@ -104,21 +105,26 @@ class TorchCommunicator(Communicator):
     ) -> None:
         with self._explained():
             if data is not None:
-                dist.send(data, group_dst=to, group=self._host)
+                dist.send(self._sent(data), group_dst=to, group=self._host)
             if out is not None:
-                dist.recv(out, group_src=source, group=self._host)
+                received = torch.empty_like(out, device=self._device)
+                dist.recv(received, group_src=source, group=self._host)
+                out.copy_(received)
 
     def _alltoall(self, data: list[Tensor]) -> list[Tensor]:
-        leaving = torch.tensor([len(part) for part in data], device="cpu")
-        arriving = torch.empty_like(leaving)
+        leaving = [len(part) for part in data]
+        arriving = torch.empty(self.size, dtype=torch.int64, device=self._device)
         with self._explained():
-            dist.all_to_all_single(arriving, leaving, group=self._host)
+            dist.all_to_all_single(arriving, torch.tensor(leaving).to(arriving), group=self._host)
             lengths: list[int] = arriving.tolist()
-            out = torch.empty(sum(lengths), dtype=torch.uint8, device="cpu")
-            dist.all_to_all_single(
-                out, torch.cat(data), lengths, leaving.tolist(), group=self._host
-            )
-        return [*torch.split_with_sizes(out, lengths)]
+            out = torch.empty(sum(lengths), dtype=torch.uint8, device=self._device)
+            sent = self._sent(torch.cat(data))
+            dist.all_to_all_single(out, sent, lengths, leaving, group=self._host)
+        return [*torch.split_with_sizes(out.cpu(), lengths)]
+
+    def _sent(self, data: Tensor) -> Tensor:
+        """Data of the host where small messages are sent from."""
+        return data.to(self._device)
 
     def _of(self, tensor: Tensor) -> Any:
         """The group that exchanges such a tensor."""
@@ -205,12 +211,10 @@ def shard_group(comm: Communicator, wanted: Any) -> ShardGroup:
     index = groups.index(tuple(mine))
     if len(groups) == 1:
         return ShardGroup(comm)
-    if len(mine) == 1:
-        return ShardGroup(LocalCommunicator(), len(groups), index)
     if isinstance(wanted, str):
         assert isinstance(comm, TorchCommunicator)
-        wanted = comm.part(mine)
-    return ShardGroup(TorchCommunicator(checked_group("shard_group", wanted)), len(groups), index)
+        wanted = comm.parts([list(ranks) for ranks in groups])[index]
+    return ShardGroup(torch_communicator(wanted), len(groups), index)
 
 
 def _members(wanted: Any) -> list[int]:
@@ -219,12 +223,3 @@ def _members(wanted: Any) -> list[int]:
         return sorted(dist.get_process_group_ranks(checked_group("shard_group", wanted)))
     except ConfigError:
         return []
-
-
-def _timeout(group: Any) -> datetime.timedelta | None:
-    """How long a group waits for a rank: that of `init_process_group`, where torch tells it."""
-    for device in ("cpu", "cuda"):
-        with contextlib.suppress(RuntimeError, AttributeError):  # none for it; other torches
-            found: datetime.timedelta = group._get_backend(torch.device(device)).options._timeout
-            return found
-    return None

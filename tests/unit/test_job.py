@@ -50,7 +50,7 @@ def alone(monkeypatch):
 SEVERAL = {
     "horovod.torch": (horovod(2), "Horovod", r"\. Use DistributedAndersonOptimizer"),
     "horovod.tensorflow": (horovod(3), "Horovod", r"\. Use DistributedAndersonOptimizer"),
-    "mpi4py.MPI": (mpi(4), "MPI", "Start the program with horovodrun"),
+    "mpi4py.MPI": (mpi(4), "MPI", r"Start Horovod .*DistributedAndersonOptimizer"),
 }
 ONE = {
     "one": ("horovod.torch", horovod(1)),
