@@ -204,7 +204,7 @@ def test_gradients_that_a_user_has_averaged():
 def test_settings_that_differ():
     model = wrapped()
     config = AndersonConfig(history_depth=4 + (RANK == SIZE - 1))
-    with pytest.raises(ReplicaMismatchError, match="history_depth=4.*history_depth=5"):
+    with pytest.raises(ReplicaMismatchError, match=r"history_depth=4.*history_depth=5"):
         DistributedAndersonOptimizer(sgd(model), anderson=config)
 
 
