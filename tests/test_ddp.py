@@ -1,4 +1,4 @@
-"""Runs the suite in tests/ddp under torchrun: DistributedDataParallel on Gloo, 2, 3 and 4 ranks."""
+"""Runs the suite in tests/ddp under torchrun: DDP and FSDP2 on Gloo, on 2, 3 and 4 ranks."""
 
 import sys
 
@@ -8,6 +8,7 @@ from launching import ROOT, run_command
 pytestmark = pytest.mark.ranks
 
 DDP = ROOT / "tests" / "ddp"
+FSDP = f"{DDP / 'test_fsdp.py'}::test_fewer_rows_than_ranks"
 TIME_LIMIT = 300  # seconds
 
 
@@ -24,7 +25,7 @@ def torchrun(*words, ranks, limit=TIME_LIMIT, **environment):
     ("ranks", "words"),
     [
         (2, []),
-        (3, [DDP / "test_communicators.py", DDP / "test_accelerated.py"]),
+        (3, [DDP / "test_communicators.py", DDP / "test_accelerated.py", FSDP]),
         (4, [DDP / "test_accelerated.py", "-k", "groups_that_share"]),
     ],
     ids=["2", "3", "4"],

@@ -32,18 +32,19 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
     """Anderson acceleration for data-parallel training, with Horovod or torch.distributed.
 
     With Horovod it is a drop-in swap for `horovod.torch.DistributedOptimizer`, with the same
-    arguments. With torch.distributed (torchrun) it takes the optimizer of a model that
-    `DistributedDataParallel` wraps, which reduces the gradients:
+    arguments. With torch.distributed (torchrun) it takes the optimizer of a model in
+    `DistributedDataParallel` (DDP) or `fully_shard` (FSDP2), which reduces the gradients:
 
-        opt = DistributedAndersonOptimizer(opt, named_parameters=model.named_parameters())  # both
-        opt = DistributedAndersonOptimizer(opt)                                             # DDP
+        opt = DistributedAndersonOptimizer(opt, named_parameters=model.named_parameters())
+        opt = DistributedAndersonOptimizer(opt)  # the same, in a program that torchrun starts
 
     Which of them it is: torch.distributed if `process_group` is given, or if it is initialised and
     Horovod is not; Horovod otherwise.
 
     The ranks share the history: each holds n/P rows of it (or, with `layout="columns"`, m/P
-    columns; with `shard_group="node"` the ranks of a node share one). Collective over the ranks
-    that train together: configuration and parameter shapes are compared here.
+    columns; with `shard_group="node"` the ranks of a node share one). With FSDP2 these are the rows
+    of its own shard, so that nothing large travels. Collective over the ranks that train together:
+    configuration and parameter shapes are compared here.
 
     The result is an instance of the given optimizer's class with the attribute `anderson`, see
     `AndersonOptimizer`. State, defaults and hooks of the given optimizer are kept, and schedulers
@@ -58,11 +59,17 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
     halfway; parameters that join later (`add_param_group`, unfreezing) are reduced; with a closure,
     gradients are reduced after it and before the update.
 
-    *With torch.distributed* hooks fire once, around everything, as torch does. Gradients must be
-    the same on all ranks when `step` is called; the first step compares them. `no_sync`,
+    *With torch.distributed* hooks fire once, around everything, as torch does. With DDP gradients
+    must be the same on all ranks when `step` is called; the first step compares them. `no_sync`,
     communication hooks, unused parameters, static graphs and GradScaler work as in plain DDP. Not
     within `DistributedDataParallel.join`: a rank that has run out of data does not answer. The
     noise of the gradient is estimated from successive steps, as in one process.
+
+    *With FSDP2* all parameters must be sharded over one mesh of one dimension. `layout`,
+    `shard_group` and `safeguard="residual"` keep their defaults; weights are not compared, for no
+    two ranks have the same; `consolidate_state_dict` is refused, and what `sharded_state_dict`
+    returns is loaded by the same rank of as many. Load the base optimizer before this call:
+    `torch.distributed.checkpoint` makes the state of a new optimizer by a step of its own.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that the library takes.
@@ -75,8 +82,8 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
         groups: as in Horovod.
         sparse_as_dense: as in Horovod.
         process_set: as in Horovod; None: the global one.
-        process_group: with torch.distributed: that of the model's `DistributedDataParallel`, or a
-            `DeviceMesh` of one dimension; None: the default group.
+        process_group: with torch.distributed: that of the model, or a `DeviceMesh` of one
+            dimension; None: the default group.
         anderson: settings; None: `AndersonConfig()`, with `residual="step"` for Adasum, where no
             reduced gradient exists.
 
@@ -87,7 +94,8 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
             called; an argument belongs to the other library; `anderson` is not an
             `AndersonConfig`, or does not go with Adasum; `compression` compresses nothing.
         UnsupportedError: as for `AndersonOptimizer`; LBFGS; with torch.distributed an optimizer
-            whose ranks make different steps (ZeroRedundancyOptimizer).
+            whose ranks make different steps (ZeroRedundancyOptimizer), and parameters sharded in
+            another way (HSDP, tensor parallelism, FSDP1, some sharded and others not).
         ReplicaMismatchError: on every rank, if ranks differ in parameters or settings; in the first
             step, if gradients differ.
         HistoryMemoryError: on every rank, if the history of any does not fit into free memory.

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd.comm.base import Communicator, ShardGroup
+from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.engines.rank_checks import accepted_by_all, check_distributable, compare_ranks
 from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
 from aadl_hvd.optim.accelerated import AcceleratedOptimizer, check_optimizer, checked_config
 from aadl_hvd.optim.engine import Engine
 from aadl_hvd.optim.problem import OptimizerFixedPoint
+from aadl_hvd.optim.shards import mesh_of
 
 _Public = TypeVar("_Public", bound=AcceleratedOptimizer)
 
@@ -26,13 +29,18 @@ _ROUNDING = 1e-6
 
 
 class TorchEngine(Engine):
-    """Gradients are the same on all ranks when a step begins. The first step makes sure of it."""
+    """Gradients are reduced when a step begins. The first step makes sure of it.
+
+    Args:
+        sharded: whether FSDP2 has sharded the parameters, and so the gradients.
+    """
 
     reduces_gradients = False
 
-    def __init__(self) -> None:
+    def __init__(self, sharded: bool) -> None:
         super().__init__()
-        self._compared = False
+        self.sharded = sharded
+        self._compared = sharded
 
     def reduce(self) -> None:
         """Compares the gradients, in the first step. They have been reduced already. Collective.
@@ -60,7 +68,7 @@ def accelerate(
     process_group: Any,
     anderson: AndersonConfig | None,
 ) -> _Public:
-    """An accelerated optimizer for a model in `DistributedDataParallel`. Collective.
+    """An accelerated optimizer of a model in `DistributedDataParallel` or FSDP2. Collective.
 
     The class `public` has the methods that come first, see `accelerated_class`. The other
     arguments are those of `DistributedAndersonOptimizer`, and so are the errors.
@@ -68,19 +76,23 @@ def accelerate(
     from aadl_hvd.comm.torch_distributed import shard_group, torch_communicator
 
     comm = torch_communicator(process_group)
-    config = accepted_by_all(comm, lambda: _accept(optimizer, anderson))
-    compare_ranks(comm, optimizer, config, {})
-    accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual))
-    group = shard_group(comm, config.shard_group)
-    engine = TorchEngine()
+    config, sharded = accepted_by_all(comm, lambda: _accept(optimizer, anderson, comm))
+    compare_ranks(comm, optimizer, config, {"sharded": sharded})
+    engine = TorchEngine(sharded)
+    accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual, None, sharded))
+    # With FSDP2 a rank has its own part of everything, and writes nobody else's.
+    alone = ShardGroup(LocalCommunicator())
+    group = alone if sharded else shard_group(comm, config.shard_group)
     made = public.accelerate(optimizer, engine, config, comm, group)
     made.anderson.check_memory(engine.problem)
     made.anderson.compare_replicas(engine.problem)  # if equal now, they must stay it
     return made
 
 
-def _accept(optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None) -> AndersonConfig:
-    """The settings, if they and the optimizer can be distributed."""
+def _accept(
+    optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None, comm: Communicator
+) -> tuple[AndersonConfig, bool]:
+    """The settings, and whether FSDP2 has sharded the parameters, if all can be distributed."""
     config = checked_config(anderson)
     if hasattr(config.shard_group, "included"):
         raise ConfigError(
@@ -96,7 +108,29 @@ def _accept(optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None) -
             "different steps. Must be a plain torch optimizer with the same parameters on all "
             "ranks; the history is shared out by itself."
         )
-    return config
+    mesh = mesh_of(p for group in optimizer.param_groups for p in group["params"])
+    if mesh is not None:
+        _check_sharded(config, mesh, comm)
+    return config, mesh is not None
+
+
+def _check_sharded(config: AndersonConfig, mesh: Any, comm: Communicator) -> None:
+    """Raises a ConfigError for what cannot be with parameters that FSDP2 has sharded."""
+    if mesh.size() != comm.size:
+        raise ConfigError(
+            f"Invalid process_group of {comm.size} ranks. Must be that of the parameters, which "
+            f"fully_shard has sharded over {mesh.size()}: process_group=mesh."
+        )
+    for name, value, allowed in (
+        ("layout", config.layout, ("rows",)),
+        ("shard_group", config.shard_group, ("world",)),
+        ("safeguard", config.safeguard, ("descent", "loss", "none")),
+    ):
+        if value not in allowed:
+            raise ConfigError(
+                f"Invalid {name}={value!r} with parameters that fully_shard has sharded: each rank "
+                f"has its own rows of everything. Must be one of {allowed}."
+            )
 
 
 def _absolute_sum(parameters: list[Tensor]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from aadl_hvd.errors import ConfigError, HorovodMissingError, UnsupportedError
+from aadl_hvd.optim.shards import is_dtensor
 
 # Each has a state of its own: a process in which one of them was initialised is in its job.
 _HOROVODS = tuple(f"horovod.{of}" for of in ("torch", "tensorflow", "mxnet"))
@@ -59,8 +60,7 @@ def check_whole(parameter: torch.Tensor) -> None:
     Raises:
         UnsupportedError: it is sharded by FSDP, or is a DTensor of any kind.
     """
-    tensors: Any = sys.modules.get("torch.distributed.tensor")
-    if tensors is not None and isinstance(parameter, tensors.DTensor):
+    if is_dtensor(parameter):
         kind = "a DTensor, as FSDP2 (fully_shard) and tensor parallelism make it"
     elif getattr(parameter, "_fsdp_flattened", False):  # FSDP marks those that it flattens
         kind = "sharded by FullyShardedDataParallel"
@@ -68,7 +68,8 @@ def check_whole(parameter: torch.Tensor) -> None:
         return
     raise UnsupportedError(
         f"Invalid parameter: it is {kind}, and a process holds a part of it. Every process must "
-        "hold whole parameters. DistributedAndersonOptimizer shares out its history by itself."
+        "hold whole parameters; with torch.distributed, DistributedAndersonOptimizer also takes "
+        "those that fully_shard has sharded."
     )
 
 
