@@ -26,7 +26,7 @@ def torchrun(*words, ranks, limit=TIME_LIMIT, **environment):
     [
         (2, []),
         (3, [DDP / "test_communicators.py", DDP / "test_accelerated.py", FSDP]),
-        (4, [DDP / "test_accelerated.py", "-k", "groups_that_share"]),
+        (4, [DDP, "-k", "groups_that_share or copies_of_shards"]),
     ],
     ids=["2", "3", "4"],
 )

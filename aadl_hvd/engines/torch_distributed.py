@@ -76,13 +76,12 @@ def accelerate(
     from aadl_hvd.comm.torch_distributed import shard_group, torch_communicator
 
     comm = torch_communicator(process_group)
-    config, sharded = accepted_by_all(comm, lambda: _accept(optimizer, anderson, comm))
+    config, mesh = accepted_by_all(comm, lambda: _accept(optimizer, anderson, comm))
+    sharded = mesh is not None
     compare_ranks(comm, optimizer, config, {"sharded": sharded})
     engine = TorchEngine(sharded)
     accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual, None, sharded))
-    # With FSDP2 a rank has its own part of everything, and writes nobody else's.
-    alone = ShardGroup(LocalCommunicator())
-    group = alone if sharded else shard_group(comm, config.shard_group)
+    group = _own_shard(mesh) if sharded else shard_group(comm, config.shard_group)
     made = public.accelerate(optimizer, engine, config, comm, group)
     made.anderson.check_memory(engine.problem)
     made.anderson.compare_replicas(engine.problem)  # if equal now, they must stay it
@@ -91,8 +90,8 @@ def accelerate(
 
 def _accept(
     optimizer: torch.optim.Optimizer, anderson: AndersonConfig | None, comm: Communicator
-) -> tuple[AndersonConfig, bool]:
-    """The settings, and whether FSDP2 has sharded the parameters, if all can be distributed."""
+) -> tuple[AndersonConfig, Any]:
+    """The settings, and the mesh over which FSDP2 has sharded the parameters, or None."""
     config = checked_config(anderson)
     if hasattr(config.shard_group, "included"):
         raise ConfigError(
@@ -111,7 +110,16 @@ def _accept(
     mesh = mesh_of(p for group in optimizer.param_groups for p in group["params"])
     if mesh is not None:
         _check_sharded(config, mesh, comm)
-    return config, mesh is not None
+    return config, mesh
+
+
+def _own_shard(mesh: Any) -> ShardGroup:
+    """With FSDP2 a rank has its own part of everything, and writes nobody else's.
+
+    Ranks that hold a copy of the same part (HSDP) share the work of sums over it.
+    """
+    copies = (mesh.size(0), mesh.get_local_rank(0)) if mesh.ndim > 1 else (1, 0)
+    return ShardGroup(LocalCommunicator(), *copies)
 
 
 def _check_sharded(config: AndersonConfig, mesh: Any, comm: Communicator) -> None:

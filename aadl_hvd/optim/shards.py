@@ -33,7 +33,7 @@ def mesh_of(parameters: Iterable[Tensor]) -> Any:
     """The mesh over which all parameters are sharded; None where none is.
 
     Returns:
-        A `DeviceMesh` of one dimension.
+        A `DeviceMesh` of one dimension, or of two (HSDP): over the first one the shards are copied.
 
     Raises:
         UnsupportedError: some are sharded and others are not, or in another way.
@@ -49,12 +49,12 @@ def mesh_of(parameters: Iterable[Tensor]) -> Any:
         if not is_dtensor(p):
             continue
         tensor: Any = p
-        placement = tensor.placements[0]
-        if len(tensor.placements) != 1 or not placement.is_shard():
+        *copied, divided = tensor.placements
+        if not (divided.is_shard() and len(copied) <= 1 and all(x.is_replicate() for x in copied)):
             raise UnsupportedError(
-                f"Invalid parameter of placements {tensor.placements}. Must be sharded over a mesh "
-                "of one dimension, as fully_shard does it: neither HSDP (a mesh of two) nor tensor "
-                "parallelism is supported."
+                f"Invalid parameter of placements {tensor.placements}. Must be sharded over the "
+                "last dimension of its mesh alone, and copied over the one before, as fully_shard "
+                "does it: tensor parallelism is not supported."
             )
         mesh = tensor.device_mesh if mesh is None else mesh
         if tensor.device_mesh != mesh:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from training import assert_same_on_all, data, mine, network, sgd, train
 
 from aadl_hvd import (
@@ -110,6 +111,25 @@ def test_parameters_whose_scale_does_not_matter():
     here, there = (o.anderson._subspace.invariance.state() for o in (opt, alone))
     assert here.looks == there.looks and max(there.largest) < 1.0
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(SIZE != 4, reason="two copies of two shards need 4 ranks")
+@pytest.mark.parametrize("method", CASES)
+def test_copies_of_shards(method):
+    """HSDP: ranks with the same shard share the work, and stay equal bit for bit."""
+    names = ("replicate", "shard")
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    model, other = sharded(mesh=mesh), network()
+    opt = optimizer(model, CASES[method])
+    found = steps(model, opt, STEPS[method])
+    assert (opt.anderson.group.count, opt.anderson.group.index) == (2, RANK // 2)
+    config = AndersonConfig(**CASES[method])
+    alone = AndersonOptimizer(sgd(other), anderson=config, independent=True)
+    expected = train(other, alone, STEPS[method], part=slice(None))[-1]
+    assert opt.anderson.stats.accelerated == alone.anderson.stats.accelerated > 0
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    for p in model.parameters():
+        assert_same_on_all(p.to_local().detach(), mesh["replicate"].get_group())
 
 
 def test_nothing_large_travels(monkeypatch):
@@ -240,9 +260,12 @@ def test_settings_that_are_refused(config, match):
 
 
 def test_what_is_refused():
-    mesh = dist.init_device_mesh("cpu", (1, SIZE), mesh_dim_names=("replicate", "shard"))
-    with pytest.raises(UnsupportedError, match="neither HSDP"):
-        optimizer(sharded(mesh=mesh), {})
+    linear = torch.nn.Linear(8, 8).double()
+    mesh = dist.init_device_mesh("cpu", (SIZE,))
+    linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight, mesh, [Replicate()]))
+    linear.bias = None
+    with pytest.raises(UnsupportedError, match="tensor parallelism is not supported"):
+        optimizer(linear, {})
     mixed = network()
     fully_shard(mixed[0])
     with pytest.raises(UnsupportedError, match="call fully_shard on the model itself"):
