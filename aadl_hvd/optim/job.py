@@ -83,8 +83,13 @@ def check_not_distributed(optimizer: torch.optim.Optimizer) -> None:
 
 
 def trains_with_torch_distributed() -> bool:
-    """Whether torch.distributed is initialised in this process and Horovod is not."""
-    return _torch_size(otherwise=0) > 0 and _horovod_size(otherwise=0) == 0
+    """Whether torch.distributed is initialised in this process and Horovod is not.
+
+    A group of one process says little: other libraries make one. A program that has imported
+    Horovod then means Horovod, and has yet to initialise it.
+    """
+    size, imported = _torch_size(otherwise=0), "horovod.torch" in sys.modules
+    return _horovod_size(otherwise=0) == 0 and (size > 1 or (size == 1 and not imported))
 
 
 def check_started(hvd: Any) -> None:

@@ -80,6 +80,29 @@ def test_one_process_alone(name, alone, monkeypatch):
     AndersonOptimizer(sgd()).step()
 
 
+LIBRARIES = {
+    # name: (processes of torch.distributed or None, the module horovod.torch or None, which it is)
+    "neither": (None, None, False),
+    "torch alone": (2, None, True),
+    "one process of torch": (1, None, True),
+    "one of torch, Horovod to come": (1, horovod(2, initialised=False), False),
+    "torch, Horovod imported and not used": (2, horovod(1, initialised=False), True),
+    "both": (2, horovod(2), False),
+    "torch, and Horovod that knows one": (2, horovod(1), False),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_which_library_reduces(name, alone, monkeypatch):
+    size, module, expected = LIBRARIES[name]
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: size is not None)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: size)
+    if module is not None:
+        monkeypatch.setitem(sys.modules, "horovod.torch", module)
+    assert job.trains_with_torch_distributed() is expected
+
+
 @pytest.mark.parametrize("use", ["step", "observe"])
 def test_other_processes_come_after_the_construction(use, alone, monkeypatch):
     opt = AndersonOptimizer(sgd())
