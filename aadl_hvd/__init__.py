@@ -1,4 +1,4 @@
-"""Distributed Anderson acceleration for torch optimizers, on Horovod.
+"""Distributed Anderson acceleration for torch optimizers, on Horovod or torch.distributed.
 
     opt = DistributedAndersonOptimizer(opt, named_parameters=model.named_parameters())
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from aadl_hvd import checkpoint
 from aadl_hvd.config import AndersonConfig
-from aadl_hvd.engines.horovod import DistributedAndersonOptimizer
+from aadl_hvd.engines.distributed import DistributedAndersonOptimizer
 from aadl_hvd.errors import (
     AndersonError,
     CheckpointError,

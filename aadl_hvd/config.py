@@ -57,6 +57,13 @@ class ProcessSet(Protocol):
         """Whether this rank belongs to it."""
 
 
+class ProcessGroup(Protocol):
+    """A process group of torch.distributed, or a DeviceMesh."""
+
+    def size(self) -> int:
+        """How many ranks it has."""
+
+
 def _refuses_dropped_options(cls: type[AndersonConfig]) -> type[AndersonConfig]:
     """Makes the constructor raise a `ConfigError` for an option that earlier versions had.
 
@@ -147,8 +154,9 @@ class AndersonConfig:
         shard_group: the P ranks that share one history. "world": all that train together; least
             memory. "node": those of one node; the one large message of an acceleration step stays
             inside the node. Every group holds a full history; with layout="rows" only. In Python
-            also a Horovod process set that includes this rank; the ranks' sets must split the
-            world into groups of one size.
+            also a Horovod process set, or a process group or one-dimensional DeviceMesh of
+            torch.distributed, that includes this rank; the ranks' sets must split the world into
+            groups of one size.
         history_dtype: dtype of the stored columns: float64, float32 or bfloat16, in Python as a
             `torch.dtype` or its name. None: float64 if a parameter is float64, else float32.
         on_desync: what follows when ranks no longer hold the same weights, which every
@@ -176,7 +184,7 @@ class AndersonConfig:
     safeguard: Safeguard = "descent"
     residual: Residual = "gradient"
     layout: Layout = "rows"
-    shard_group: ShardGroup | ProcessSet = "world"
+    shard_group: ShardGroup | ProcessSet | ProcessGroup = "world"
     history_dtype: torch.dtype | None = None
     on_desync: DesyncReaction = "error"
 
@@ -329,10 +337,12 @@ class AndersonConfig:
         value = self.shard_group
         if isinstance(value, str):
             self._check_choice("shard_group", get_args(ShardGroup))
-        elif not (hasattr(value, "ranks") and hasattr(value, "included")):
+        elif not (
+            hasattr(value, "included") or hasattr(value, "get_group") or hasattr(value, "rank")
+        ):
             raise ConfigError(
-                f"Invalid shard_group={value!r}. Must be one of {get_args(ShardGroup)} or a "
-                "Horovod process set."
+                f"Invalid shard_group={value!r}. Must be one of {get_args(ShardGroup)}, a Horovod "
+                "process set, or a process group or DeviceMesh of torch.distributed."
             )
         if self.layout == "columns" and value != "world":
             raise ConfigError(

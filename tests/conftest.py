@@ -1,4 +1,8 @@
-"""Shared by all tests. Tests in tests/parallel run only under a launcher (see test_parallel.py)."""
+"""Shared by all tests.
+
+Tests in tests/parallel run only under a launcher (test_parallel.py), those in tests/ddp under
+torchrun (test_ddp.py).
+"""
 
 import os
 
@@ -29,4 +33,5 @@ def pytest_configure(config):
 
 
 UNDER_LAUNCHER = any(v in os.environ for v in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-collect_ignore = [] if UNDER_LAUNCHER else ["parallel"]
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+collect_ignore = ["parallel"] * (not UNDER_LAUNCHER) + ["ddp"] * (not UNDER_TORCHRUN)

@@ -53,6 +53,7 @@ def examine(
     sharding: Sharding,
     ranks: int,
     rank: int,
+    sharded: bool = False,
 ) -> Examined:
     """Checks a state_dict's entry "anderson" and fits its history to a rank; changes nothing.
 
@@ -63,6 +64,8 @@ def examine(
         sharding: which rows and columns this rank needs.
         ranks: how many ranks train together.
         rank: this one among them.
+        sharded: whether the parameters are sharded: then a history is of use only to the rank that
+            saved it, among as many.
 
     Raises:
         CheckpointError: damaged, from another version, or of another model: says what differs.
@@ -88,6 +91,8 @@ def examine(
             return Examined(left_out=why)
         if [p[2] for p in anderson["parameters"]] != [p[2] for p in parameters]:
             return Examined(left_out="other parameters are trained (requires_grad)")
+        if sharded and (found.ranks != ranks or found.own.keys() != {str(rank)}):
+            return Examined(left_out="parameters are sharded, and it is not this rank's of as many")
         shard = found.fit(sharding, ranks, rank)
         if any(before[name] != config[name] for name in _TRIED_WITH):
             losses = dataclasses.replace(shard.losses, verdict_due=False)

@@ -59,6 +59,14 @@ class FixedPoint(Protocol):
         """The tensors that w consists of, in order."""
 
     @property
+    def sharded(self) -> bool:
+        """Whether w is only this rank's part of the weights, and each rank has another one."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each of `tensors` has; where w is a part, on all ranks together."""
+
+    @property
     def momentum(self) -> float:
         """mu, the factor by which the base optimizer remembers gradients; the groups' largest."""
 

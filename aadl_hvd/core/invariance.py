@@ -72,6 +72,10 @@ class ScaleInvariance:
     def look(self, sizes: Sequence[int], sums: Vector) -> bool:
         """Takes in the sums over all ranks.
 
+        Args:
+            sizes: how many numbers each tensor has, on all ranks together.
+            sums: what `sums` returned, summed over ranks.
+
         Returns:
             Whether `correct` changes the jump.
         """

@@ -142,7 +142,8 @@ class Replicas:
             self._warned = True
             warnings.warn(
                 f"{what}, and were never equal: no acceleration. Call "
-                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training.",
+                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training; "
+                "DistributedDataParallel does so by itself.",
                 stacklevel=_level_of_user(),
             )
 
@@ -168,7 +169,7 @@ class Replicas:
             tensor.copy_(values.reshape(tensor.shape))
 
     def _checksum_of(self, problem: FixedPoint) -> Tensor:
-        if self._collectives.size == 1:
+        if self._collectives.size == 1 or problem.sharded:  # nobody has the same weights
             return torch.zeros((), dtype=torch.int64, device="cpu")
         if not (self.use_kernels and kernels.usable(problem.device)):
             return checksum(problem.read, problem.n, work_dtype(problem), problem.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from aadl_hvd.checkpoint import transfer
 from aadl_hvd.checkpoint.shard_state import ShardState
-from aadl_hvd.engines.horovod import DistributedAndersonOptimizer
+from aadl_hvd.engines.distributed import DistributedAndersonOptimizer
 from aadl_hvd.errors import CheckpointError, UnsupportedError
 from aadl_hvd.optim import job
 from aadl_hvd.optim.accelerated import AcceleratedOptimizer
@@ -111,7 +111,7 @@ class AndersonStateHandler(horovods.StateHandler):  # type: ignore[misc]
         """Goes on with the ranks of now, on all of them, in the state of rank 0. Collective."""
         optimizer = self.value
         own = _shard(optimizer)
-        engine = optimizer.anderson_engine
+        engine = optimizer.horovod_engine
         comm, group = engine.meet()
         shards = _readable([shard for shard in (own, *self._handed) if shard is not None])
         unreadable = own is not None and not shards  # rank 0's says which history it is

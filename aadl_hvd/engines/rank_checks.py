@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aadl_hvd.comm.base import Communicator
 from aadl_hvd.config import AndersonConfig
-from aadl_hvd.errors import ReplicaMismatchError
+from aadl_hvd.errors import ReplicaMismatchError, UnsupportedError
 
 _Accepted = TypeVar("_Accepted")
 
@@ -33,6 +33,15 @@ def accepted_by_all(comm: Communicator, accept: Callable[[], _Accepted]) -> _Acc
         if refusal is not None:
             raise ReplicaMismatchError(f"Rank {rank} refused what this rank accepts: {refusal}")
     return accepted
+
+
+def check_distributable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises an UnsupportedError for an optimizer that decides by what one rank knows."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "Invalid optimizer LBFGS. It decides from the loss of one rank how often it calls the "
+            "closure; ranks would wait for each other for ever. AndersonOptimizer takes it."
+        )
 
 
 def compare_ranks(

@@ -279,12 +279,13 @@ class AcceleratedOptimizer(_Optimizer):
         loading.load(self.anderson_engine, state_dict)
 
     def zero_grad(self, set_to_none: bool | None = None, **more: object) -> None:
-        """As in torch.
+        """As in torch; with Horovod not between backward() and step() or synchronize().
 
         Args:
             set_to_none: None: as the given optimizer's class has it.
             more: what else the given optimizer's class takes.
         """
+        self.anderson_engine.check_zero_grad()
         given = () if set_to_none is None else (set_to_none,)
         self.anderson_engine.base.zero_grad(*given, **more)
 

@@ -50,6 +50,8 @@ class Engine:
 
     # A parameter's value before the step, where it is not in the parameter any more.
     weights_before: Callable[[Tensor], Tensor] | None = None
+    # Whether FSDP2 has sharded the parameters.
+    sharded = False
     # Whether the optimizer gets a reduced gradient, of which noise can be measured.
     reduces_gradients = True
 
@@ -79,7 +81,9 @@ class Engine:
         """
         self.optimizer, self.given = optimizer, given
         self.base = super(type(optimizer), optimizer)
-        self.problem = OptimizerFixedPoint(optimizer, config.residual, self.weights_before)
+        self.problem = OptimizerFixedPoint(
+            optimizer, config.residual, self.weights_before, self.sharded
+        )
         self.accelerator = Accelerator(config, comm, group)
         self._sample_gradients()
 
@@ -100,6 +104,9 @@ class Engine:
     def check_observe(self) -> None:
         """Raises an error where a loss cannot be taken note of."""
         self.check_step()
+
+    def check_zero_grad(self) -> None:
+        """Raises an error where gradients cannot be cleared."""
 
     def base_step(self, closure: Closure | None) -> Any:
         """Reduces the gradients and makes one step of the base optimizer. Collective.

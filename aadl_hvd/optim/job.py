@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from aadl_hvd.errors import ConfigError, HorovodMissingError, UnsupportedError
+from aadl_hvd.optim.shards import is_dtensor
 
 # Each has a state of its own: a process in which one of them was initialised is in its job.
 _HOROVODS = tuple(f"horovod.{of}" for of in ("torch", "tensorflow", "mxnet"))
@@ -38,14 +39,14 @@ def check_alone() -> None:
     library, count = processes()
     if count == 1:
         return
-    use = "DistributedAndersonOptimizer(optimizer, named_parameters=model.named_parameters())"
-    if library == "Horovod":
-        instead = f"Use {use}, which takes the arguments of hvd.DistributedOptimizer"
-    else:
+    if library == "MPI":
         instead = (
-            f"There is no distributed optimizer for {library} yet. Start the program with "
-            f"horovodrun, call hvd.init(), and use {use} without DistributedDataParallel"
+            "Start Horovod (hvd.init()) or torch.distributed (init_process_group()) in them, and "
+            "use DistributedAndersonOptimizer(optimizer)"
         )
+    else:
+        instead = "Use DistributedAndersonOptimizer(optimizer, model.named_parameters())"
+        instead += " with the model in DistributedDataParallel" * (library != "Horovod")
     raise UnsupportedError(
         f"Invalid AndersonOptimizer in one of {count} processes of {library}: each process would "
         f"accelerate by itself, and replicas of one model would drift apart. {instead}. If every "
@@ -59,8 +60,7 @@ def check_whole(parameter: torch.Tensor) -> None:
     Raises:
         UnsupportedError: it is sharded by FSDP, or is a DTensor of any kind.
     """
-    tensors: Any = sys.modules.get("torch.distributed.tensor")
-    if tensors is not None and isinstance(parameter, tensors.DTensor):
+    if is_dtensor(parameter):
         kind = "a DTensor, as FSDP2 (fully_shard) and tensor parallelism make it"
     elif getattr(parameter, "_fsdp_flattened", False):  # FSDP marks those that it flattens
         kind = "sharded by FullyShardedDataParallel"
@@ -68,7 +68,8 @@ def check_whole(parameter: torch.Tensor) -> None:
         return
     raise UnsupportedError(
         f"Invalid parameter: it is {kind}, and a process holds a part of it. Every process must "
-        "hold whole parameters. DistributedAndersonOptimizer shares out its history by itself."
+        "hold whole parameters; with torch.distributed, DistributedAndersonOptimizer also takes "
+        "those that fully_shard has sharded."
     )
 
 
@@ -79,6 +80,16 @@ def check_not_distributed(optimizer: torch.optim.Optimizer) -> None:
             "Invalid optimizer: it is a hvd.DistributedOptimizer. Pass the plain torch optimizer "
             "to DistributedAndersonOptimizer, with the arguments you gave to Horovod."
         )
+
+
+def trains_with_torch_distributed() -> bool:
+    """Whether torch.distributed is initialised in this process and Horovod is not.
+
+    A group of one process says little: other libraries make one. A program that has imported
+    Horovod then means Horovod, and has yet to initialise it.
+    """
+    size, imported = _torch_size(otherwise=0), "horovod.torch" in sys.modules
+    return _horovod_size(otherwise=0) == 0 and (size > 1 or (size == 1 and not imported))
 
 
 def check_started(hvd: Any) -> None:
@@ -93,15 +104,18 @@ def check_started(hvd: Any) -> None:
     """
     if not hvd.is_initialized():
         raise ConfigError(
-            "Invalid DistributedAndersonOptimizer before hvd.init(). Call hvd.init() first."
+            "Invalid DistributedAndersonOptimizer before hvd.init(). Call hvd.init() first, or "
+            "torch.distributed.init_process_group() in a program that torchrun starts."
         )
     others = _torch_size()
     if hvd.size() == 1 < others:
         raise UnsupportedError(
             f"Invalid DistributedAndersonOptimizer in one of {others} processes of "
             "torch.distributed, of which Horovod knows this one alone: replicas of one model would "
-            "drift apart. Start the program with horovodrun and not with torchrun. If every "
-            "process trains a model of its own: AndersonOptimizer(..., independent=True)."
+            "drift apart. Start the program with horovodrun and not with torchrun; or leave out "
+            "hvd.init(), or give process_group=torch.distributed.group.WORLD, and train the model "
+            "inside DistributedDataParallel. If every process trains a model of its own: "
+            "AndersonOptimizer(..., independent=True)."
         )
 
 
@@ -110,8 +124,9 @@ def horovod_missing(error: Exception) -> HorovodMissingError:
     return HorovodMissingError.because(error)
 
 
-def _horovod_size() -> int:
-    sizes = [1]
+def _horovod_size(otherwise: int = 1) -> int:
+    """Processes of the job as Horovod knows it, `otherwise` where it is not initialised."""
+    sizes = [otherwise]
     for name in _HOROVODS:
         hvd: Any = sys.modules.get(name)
         # Without them: under way to be imported, or built without this framework.
@@ -120,10 +135,11 @@ def _horovod_size() -> int:
     return max(sizes)
 
 
-def _torch_size() -> int:
+def _torch_size(otherwise: int = 1) -> int:
+    """As `_horovod_size`, for torch.distributed."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
-        return 1
+        return otherwise
     return distributed.get_world_size()
 
 

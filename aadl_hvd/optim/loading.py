@@ -14,7 +14,7 @@ from aadl_hvd.checkpoint.format import FORMAT, readable
 from aadl_hvd.checkpoint.shard_state import TrialState
 from aadl_hvd.checkpoint.state_dict import Examined, examine, parameter_table
 from aadl_hvd.core.reduction import compared, equal
-from aadl_hvd.errors import ConfigError
+from aadl_hvd.errors import ConfigError, UnsupportedError
 from aadl_hvd.optim.engine import Engine
 from aadl_hvd.stats import Reset
 
@@ -67,6 +67,11 @@ def consolidate(engine: Engine, to: int) -> bool:
     if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < comm.size:
         raise ConfigError(f"Invalid to={to!r}. Must be a rank, 0 to {comm.size - 1}.")
     problem = engine.problem
+    if problem.sharded:
+        raise UnsupportedError(
+            "Invalid consolidate_state_dict() with parameters that fully_shard has sharded. Must "
+            "be sharded_state_dict(), one file for each rank."
+        )
     accelerator.agree(problem)
     needed = accelerator.group.index == 0
     full = transfer.consolidate(comm, lambda: accelerator.shard_state(problem), to, needed)
@@ -94,6 +99,7 @@ def load(engine: Engine, state_dict: dict[str, Any]) -> None:
                     accelerator.share(problem.n),
                     accelerator.comm.size,
                     accelerator.comm.rank,
+                    problem.sharded,
                 )
             with_base = saved is None or not {"state", "param_groups"}.isdisjoint(state_dict)
             if with_base:

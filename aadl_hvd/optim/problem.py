@@ -13,7 +13,6 @@ optimizer comes to rest.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import itertools
 import operator
@@ -32,9 +31,9 @@ from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.job import check_whole
 from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
+from aadl_hvd.optim.shards import local
+from aadl_hvd.optim.snapshots import Undo, restore, snapshot
 
-# The base optimizer's state: {"entries": {index of the parameter: its state}}.
-Undo = dict[str, Any]
 # Rows of the flat gradient, and the indices of the parameters that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
 
@@ -47,6 +46,8 @@ class OptimizerFixedPoint:
         residual: "step" or "gradient".
         weights_before: returns a parameter's value before the step. Needed where the parameter
             itself changes earlier, as in the backward pass with Adasum. None: the parameter.
+        sharded: whether FSDP2 has sharded the parameters: the iteration is that of this rank's
+            parts, and sums over ranks are sums over the whole.
 
     Attributes:
         base_step: one step of the optimizer; to be set before `advance` is called.
@@ -63,8 +64,9 @@ class OptimizerFixedPoint:
         optimizer: torch.optim.Optimizer,
         residual: str,
         weights_before: Callable[[Tensor], Tensor] | None = None,
+        sharded: bool = False,
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._sharded = optimizer, sharded
         self._residual = residual
         self._weights_before = weights_before
         self.base_step: Callable[[], Any]
@@ -77,6 +79,7 @@ class OptimizerFixedPoint:
         self._gradient: _Gradient | None = None
         self._layout = FlatLayout([])
         self._parameters: list[Tensor] = []
+        self._tensors: list[Tensor] = []  # the same; where they are sharded, their parts here
         self._group_of: list[dict[str, Any]] = []
         self._seen: Any = None
         self._flat = FlatParameters([], self._layout)
@@ -147,7 +150,15 @@ class OptimizerFixedPoint:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self._parameters]
+        return [*self._tensors]
+
+    @property
+    def sharded(self) -> bool:
+        return self._sharded
+
+    @property
+    def sizes(self) -> list[int]:
+        return [p.numel() for p in self._parameters]
 
     @property
     def momentum(self) -> float:
@@ -240,7 +251,7 @@ class OptimizerFixedPoint:
 
     def hold(self) -> Callable[[], None]:
         """Copies the weights. Calling the result puts them back."""
-        tensors: list[Tensor] = list(self._parameters)
+        tensors = self.tensors
         saved = [tensor.detach().clone() for tensor in tensors]
 
         def restore() -> None:
@@ -253,20 +264,10 @@ class OptimizerFixedPoint:
         return self.skip_step()
 
     def snapshot(self) -> Undo:
-        entries = {key: {k: _copied(v) for k, v in e.items()} for key, e in self._entries()}
-        return {"entries": entries}
+        return snapshot(self._optimizer)
 
     def restore(self, undo: Undo) -> None:
-        state, keys = self._optimizer.state, self._keys()
-        for key, p in keys.items():
-            if key not in undo["entries"]:
-                state.pop(p, None)
-        for key, saved in undo["entries"].items():
-            entry = state[keys[key]]
-            # Parts of it may be on the host (step), and `undo` may come from a file.
-            saved = {k: _placed(v, entry.get(k), keys[key]) for k, v in saved.items()}
-            entry.clear()
-            entry.update(saved)
+        restore(self._optimizer, undo)
 
     @property
     def last_rates(self) -> tuple[float, ...]:
@@ -297,19 +298,10 @@ class OptimizerFixedPoint:
     def state_tensors(self) -> list[Tensor]:
         entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
         found = (entry[key] for entry in entries for key in sorted(entry))
-        return [value for value in found if isinstance(value, Tensor)]
+        return [local(value) for value in found if isinstance(value, Tensor)]
 
     def loss(self) -> float:
         return self.evaluate()
-
-    def _keys(self) -> dict[int, Tensor]:
-        """The parameters by their index among those of all groups, as in a state_dict."""
-        groups = self._optimizer.param_groups
-        return dict(enumerate(p for group in groups for p in group["params"]))
-
-    def _entries(self) -> list[tuple[int, dict[str, Any]]]:
-        state = self._optimizer.state
-        return [(key, state[p]) for key, p in self._keys().items() if p in state]
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
@@ -319,16 +311,18 @@ class OptimizerFixedPoint:
             own = [p for p in group["params"] if p.requires_grad]
             ps += own
             group_of += itertools.repeat(group, len(own))
-        changed = not _same(ps, self._parameters)
+        with torch.no_grad():
+            tensors = [local(p) for p in ps] if self._sharded else ps
+        changed = not _same(ps, self._parameters) or not _same(tensors, self._tensors)
         if changed or not _same(group_of, self._group_of):
-            self._parameters, self._group_of = ps, group_of
+            self._parameters, self._tensors, self._group_of = ps, tensors, group_of
             self._flat, self._seen = FlatParameters([], self._layout), None
         # What lies in the same memory as before is as before. To compare all takes thrice as long.
         # `model.half()` keeps the parameters and changes their dtypes.
         self._stays = self._flat.in_place()
         if self._stays:
             return
-        seen = [p.shape for p in ps], [p.dtype for p in ps], [p.device for p in ps]
+        seen = [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
         if changed or seen != self._seen:
             shapes, dtypes, devices = seen
             if len(set(devices)) > 1:
@@ -341,7 +335,7 @@ class OptimizerFixedPoint:
             if self._layout.shapes != tuple(shapes):
                 self._layout = FlatLayout(shapes)
             self._diagonals = Diagonals(self._optimizer, self._layout, ps, group_of)
-        self._flat, self._seen = FlatParameters(ps, self._layout), seen
+        self._flat, self._seen = FlatParameters(tensors, self._layout), seen
         if changed:
             self._make_samples()
 
@@ -359,7 +353,8 @@ class OptimizerFixedPoint:
     def _check(self) -> None:
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                check_whole(p)
+                if not self._sharded:
+                    check_whole(p)
                 if p.requires_grad and not p.is_floating_point():
                     raise UnsupportedError(
                         f"Invalid parameter of dtype {p.dtype}. Trainable parameters must be real "
@@ -372,20 +367,10 @@ class OptimizerFixedPoint:
             )
 
     def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
-        gradients = [p.grad for p in self._parameters]
+        gradients = [local(p.grad) for p in self._parameters]
         absent = {index for index, gradient in enumerate(gradients) if gradient is None}
         return self._layout.read(gradients, lo, hi, out, again=True), absent
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _placed(value: Any, present: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(present.device if isinstance(present, Tensor) else parameter.device)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadl_hvd.optim.shards import local
+
 # One of optimizer.param_groups; what optimizer.state has of a parameter.
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -107,7 +109,7 @@ def preconditioner_of(
     """
 
     def read(name: str) -> Tensor:  # may be the optimizer's own memory: not to be changed in place
-        piece: Tensor = state[name].reshape(-1)[rows]
+        piece: Tensor = local(state[name]).reshape(-1)[rows]
         return piece.to(dtype)
 
     found: Tensor
@@ -158,7 +160,8 @@ def second_moments(
     steps = [state["step"] for state in states if state]
     if any(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
         return None
-    return [state["exp_avg_sq"] for state in states if state], [float(step) for step in steps]
+    v = [local(state["exp_avg_sq"]) for state in states if state]
+    return v, [float(step) for step in steps]
 
 
 def _steps(state: State) -> Any:

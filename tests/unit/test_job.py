@@ -50,7 +50,7 @@ def alone(monkeypatch):
 SEVERAL = {
     "horovod.torch": (horovod(2), "Horovod", r"\. Use DistributedAndersonOptimizer"),
     "horovod.tensorflow": (horovod(3), "Horovod", r"\. Use DistributedAndersonOptimizer"),
-    "mpi4py.MPI": (mpi(4), "MPI", "Start the program with horovodrun"),
+    "mpi4py.MPI": (mpi(4), "MPI", r"Start Horovod .*DistributedAndersonOptimizer"),
 }
 ONE = {
     "one": ("horovod.torch", horovod(1)),
@@ -78,6 +78,29 @@ def test_one_process_of_several(name, alone, monkeypatch):
 def test_one_process_alone(name, alone, monkeypatch):
     monkeypatch.setitem(sys.modules, *ONE[name])
     AndersonOptimizer(sgd()).step()
+
+
+LIBRARIES = {
+    # name: (processes of torch.distributed or None, the module horovod.torch or None, which it is)
+    "neither": (None, None, False),
+    "torch alone": (2, None, True),
+    "one process of torch": (1, None, True),
+    "one of torch, Horovod to come": (1, horovod(2, initialised=False), False),
+    "torch, Horovod imported and not used": (2, horovod(1, initialised=False), True),
+    "both": (2, horovod(2), False),
+    "torch, and Horovod that knows one": (2, horovod(1), False),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_which_library_reduces(name, alone, monkeypatch):
+    size, module, expected = LIBRARIES[name]
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: size is not None)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: size)
+    if module is not None:
+        monkeypatch.setitem(sys.modules, "horovod.torch", module)
+    assert job.trains_with_torch_distributed() is expected
 
 
 @pytest.mark.parametrize("use", ["step", "observe"])

@@ -45,7 +45,7 @@ def on_several_ranks(opt: DistributedAndersonOptimizer) -> None:
     opt.synchronize()
     assert_type(opt.skip_synchronize(), AbstractContextManager[None])
     opt.set_backward_passes_per_step(2)
-    assert_type(opt.anderson_engine.process_set, Any)
+    assert_type(opt.horovod_engine.process_set, Any)
 
 
 def wrong(model: torch.nn.Module, opt: AndersonOptimizer) -> None:

@@ -235,7 +235,7 @@ class Subspace:
             with self._stats.timed("solve"):
                 sizes = [tensor.numel() for tensor in problem.tensors]
                 (sums,) = numbers_of([invariance.sums(sizes, w, r, jump)])
-                if invariance.look(sizes, self._collectives.growth(sums)):
+                if invariance.look(problem.sizes, self._collectives.growth(sums)):
                     invariance.correct(sizes, w, jump)
         return jump
 

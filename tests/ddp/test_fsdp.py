@@ -1,0 +1,289 @@
+"""FSDP2: a rank's shard of the parameters is its part of the history, and nothing large travels."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from training import assert_same_on_all, data, mine, network, sgd, train
+
+from aadl_hvd import (
+    AndersonConfig,
+    AndersonOptimizer,
+    ConfigError,
+    DistributedAndersonOptimizer,
+    UnsupportedError,
+    checkpoint,
+)
+
+RANK, SIZE = dist.get_rank(), dist.get_world_size()
+CASES = {
+    "residual": {"method": "residual", "noise_gate": None, "history_depth": 4},
+    "subspace": {"method": "subspace"},
+}
+STEPS = {"residual": 20, "subspace": 100}
+BOTH = [(method, name) for method in CASES for name in ("SGD, decay", "AdamW")]
+ONE = [("residual", name) for name in ("SGD", "Adam", "RMSprop", "Adagrad")]
+OPTIMIZERS = {
+    "SGD": sgd,
+    "SGD, decay": lambda model: sgd(model, weight_decay=0.01, nesterov=True),
+    "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.01),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.003, momentum=0.5),
+    "Adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),
+}
+
+
+class Directions(torch.nn.Module):
+    """A layer of which only the direction of each matrix counts, as before a normalization."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = torch.nn.Parameter(torch.randn(5, 6).double())
+        self.second = torch.nn.Parameter(torch.randn(3, 5).double())
+
+    def forward(self, x):
+        first, second = (w / w.norm() for w in (self.first, self.second))
+        return 3.0 * torch.tanh(3.0 * x @ first.T) @ second.T
+
+
+def sharded(model=None, **options):
+    """Each layer by itself; rows 7 and 3 are shared out unevenly."""
+    model = network() if model is None else model
+    for layer in model.children():
+        if [*layer.parameters()]:
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def optimizer(model, config, base=sgd, **arguments):
+    anderson = AndersonConfig(**config)
+    return DistributedAndersonOptimizer(base(model), anderson=anderson, **arguments)
+
+
+def whole(model):
+    return torch.cat([p.full_tensor().detach().reshape(-1) for p in model.parameters()])
+
+
+def steps(model, opt, count, first=0):
+    """As `train`, but for the path: the weights would have to be gathered."""
+    for k in range(first, first + count):
+        x, y = data(k, mine())
+        opt.zero_grad()
+        (model(x) - y).square().mean().backward()
+        opt.step()
+    return whole(model)
+
+
+@pytest.mark.parametrize(("method", "name"), BOTH + ONE)
+def test_as_one_process_with_all_data(method, name):
+    make, config, count = OPTIMIZERS[name], CASES[method], STEPS[method]
+    model, other = sharded(), network()
+    opt = optimizer(model, config, make)
+    found = steps(model, opt, count)
+    anderson = AndersonConfig(**config)
+    alone = AndersonOptimizer(make(other), anderson=anderson, independent=True)
+    expected = train(other, alone, count, part=slice(None))[-1]
+    assert opt.anderson.stats.accelerated == alone.anderson.stats.accelerated > 0
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    assert_same_on_all(found)
+    # A rank holds what belongs to its rows. Adam's second moments are part of the scaling.
+    part = sum(p.to_local().numel() for p in model.parameters()) / expected.numel()
+    assert opt.anderson.history_bytes <= part * alone.anderson.history_bytes + 1
+
+
+def test_parameters_whose_scale_does_not_matter():
+    """They are told by sums over all ranks, and by their whole size, on all ranks alike."""
+    model, other = sharded(Directions()), Directions()
+    base = lambda m: sgd(m, lr=0.03)  # noqa: E731
+    opt = optimizer(model, CASES["subspace"], base)
+    found = steps(model, opt, 120)
+    config = AndersonConfig(**CASES["subspace"])
+    alone = AndersonOptimizer(base(other), anderson=config, independent=True)
+    expected = train(other, alone, 120, part=slice(None))[-1]
+    assert opt.anderson.stats.accelerated == alone.anderson.stats.accelerated >= 4
+    here, there = (o.anderson._subspace.invariance.state() for o in (opt, alone))
+    assert here.looks == there.looks and max(there.largest) < 1.0
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(SIZE != 4, reason="two copies of two shards need 4 ranks")
+@pytest.mark.parametrize("method", CASES)
+def test_copies_of_shards(method):
+    """HSDP: ranks with the same shard share the work, and stay equal bit for bit."""
+    names = ("replicate", "shard")
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    model, other = sharded(mesh=mesh), network()
+    opt = optimizer(model, CASES[method])
+    found = steps(model, opt, STEPS[method])
+    assert (opt.anderson.group.count, opt.anderson.group.index) == (2, RANK // 2)
+    config = AndersonConfig(**CASES[method])
+    alone = AndersonOptimizer(sgd(other), anderson=config, independent=True)
+    expected = train(other, alone, STEPS[method], part=slice(None))[-1]
+    assert opt.anderson.stats.accelerated == alone.anderson.stats.accelerated > 0
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    for p in model.parameters():
+        assert_same_on_all(p.to_local().detach(), mesh["replicate"].get_group())
+
+
+def test_nothing_large_travels(monkeypatch):
+    model = sharded()
+    opt = optimizer(model, CASES["residual"])
+
+    def refuse(*_):
+        raise AssertionError("a large message")
+
+    for name in ("allgather", "sum_tensor", "gather_by_pieces"):
+        monkeypatch.setattr(type(opt.anderson.comm), name, refuse)
+    steps(model, opt, 20)
+    assert opt.anderson.stats.accelerated > 0
+
+
+@pytest.mark.parametrize("off", [{"enabled": False}, {"warmup_steps": 100}])
+def test_without_acceleration_the_bits_of_plain_fsdp(off):
+    plain, model = sharded(), sharded()
+    expected = steps(plain, sgd(plain), 8)
+    assert torch.equal(steps(model, optimizer(model, off), 8), expected)
+
+
+def test_fewer_rows_than_ranks():
+    """A rank without any rows of its own takes part in all sums."""
+    model = sharded(torch.nn.Sequential(torch.nn.Linear(6, 1)).double())
+    opt = optimizer(model, CASES["residual"])
+    for k in range(20):
+        x, y = data(k, mine())
+        opt.zero_grad()
+        (model(x) - y[:, :1]).square().mean().backward()
+        opt.step()
+    assert opt.anderson.stats.accelerated > 0
+    assert_same_on_all(whole(model))
+
+
+def test_clipped_accumulated_and_mixed_precision():
+    """As in plain FSDP2, step by step; with acceleration the loss falls."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    losses, ends = [], []
+    for config in ({"warmup_steps": 1000}, None, {"method": "residual", "noise_gate": None}):
+        model = sharded(network(torch.float32), mp_policy=policy)
+        opt = sgd(model) if config is None else optimizer(model, config)
+        for k in range(20):
+            x, y = data(k, mine(), torch.float32)
+            opt.zero_grad()
+            for i in range(2):
+                model.set_requires_gradient_sync(i == 1)
+                loss = (model(x[i::2]) - y[i::2]).square().mean()
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            opt.step()
+        losses.append(loss.item())
+        ends.append(whole(model))
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
+    assert opt.anderson.stats.accelerated > 0 and losses[2] < 1.5 * losses[1]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_checkpoint_goes_on_bit_for_bit(method, tmp_path):
+    """Model and base by torch.distributed.checkpoint, the history by a file of each rank."""
+    box = [tmp_path]
+    dist.broadcast_object_list(box, src=0)
+    folder, half = box[0], STEPS[method] // 2
+    model = sharded()
+    opt = optimizer(model, CASES[method])
+    steps(model, opt, half)
+    states = get_state_dict(model, opt)
+    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder / "base")
+    checkpoint.save(folder / f"{RANK}.pt", opt.sharded_state_dict())
+    expected = steps(model, opt, half, first=half)
+
+    again = sharded()
+    base = sgd(again)
+    # Before the wrapping: torch takes a step of its own in a new optimizer, to make its state.
+    states = get_state_dict(again, base)
+    read = {"model": states[0], "optimizer": states[1]}
+    dcp.load(read, checkpoint_id=folder / "base")
+    set_state_dict(again, base, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    other = DistributedAndersonOptimizer(base, anderson=opt.anderson.config)
+    other.load_state_dict(checkpoint.load(folder / f"{RANK}.pt"))
+    assert torch.equal(steps(again, other, half, first=half), expected)
+    assert other.anderson.stats.resets["desynchronized"] == 0
+
+
+def test_a_history_of_another_rank_is_left_out(tmp_path):
+    box = [tmp_path]
+    dist.broadcast_object_list(box, src=0)
+    model = sharded()
+    opt = optimizer(model, CASES["residual"])
+    steps(model, opt, 20)
+    checkpoint.save(box[0] / f"{RANK}.pt", opt.sharded_state_dict())
+    dist.barrier()
+    wrong = checkpoint.load(box[0] / f"{(RANK + 1) % SIZE}.pt")
+    with pytest.warns(UserWarning, match="not this rank's"):
+        opt.load_state_dict(wrong)
+    found = steps(model, opt, 20, first=20)
+    assert torch.isfinite(found).all()
+
+
+def test_averaged_weights():
+    model = sharded()
+    opt = optimizer(model, {"averages": (0.9,)})
+    before = steps(model, opt, 20)
+    with opt.averaged_weights(which=0.9):
+        averaged = whole(model)
+    assert not torch.equal(averaged, before) and torch.equal(whole(model), before)
+    other = network()
+    alone = AndersonOptimizer(
+        sgd(other), anderson=AndersonConfig(averages=(0.9,)), independent=True
+    )
+    train(other, alone, 20, part=slice(None))
+    with alone.averaged_weights(which=0.9):
+        expected = torch.cat([p.detach().reshape(-1) for p in other.parameters()])
+    torch.testing.assert_close(averaged, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"layout": "columns"}, r"layout='columns' with parameters that fully_shard"),
+        ({"shard_group": "node"}, r"shard_group='node' with parameters that fully_shard"),
+        ({"safeguard": "residual"}, r"safeguard='residual' with parameters that fully_shard"),
+    ],
+)
+def test_settings_that_are_refused(config, match):
+    with pytest.raises(ConfigError, match=match):
+        optimizer(sharded(), config)
+
+
+def test_what_is_refused():
+    linear = torch.nn.Linear(8, 8).double()
+    mesh = dist.init_device_mesh("cpu", (SIZE,))
+    linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight, mesh, [Replicate()]))
+    linear.bias = None
+    with pytest.raises(UnsupportedError, match="tensor parallelism is not supported"):
+        optimizer(linear, {})
+    mixed = network()
+    fully_shard(mixed[0])
+    with pytest.raises(UnsupportedError, match="call fully_shard on the model itself"):
+        optimizer(mixed, {})
+    with pytest.raises(UnsupportedError, match="sharded_state_dict"):
+        optimizer(sharded(), {}).consolidate_state_dict()
+    alone = [dist.new_group([rank]) for rank in range(SIZE)][RANK]
+    with pytest.raises(ConfigError, match=f"sharded over {SIZE}: process_group=mesh"):
+        optimizer(sharded(), {}, process_group=alone)
+
+
+def test_a_copy_of_the_state_loads_into_plain_fsdp():
+    model = sharded()
+    opt = optimizer(model, CASES["residual"])
+    steps(model, opt, 6)
+    plain = sharded()
+    base = sgd(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert [*base.state_dict()["state"]] == [*opt.state_dict()["state"]]
