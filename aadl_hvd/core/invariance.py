@@ -2,7 +2,8 @@
 
 If the loss does not depend on the length of a tensor w, its gradient g is orthogonal to it, in
 every mini-batch. A longer w does not lower the loss, but makes all later steps relatively shorter.
-So what points outward along w is taken off a jump. To first order the jump then keeps ||w||.
+So what points outward along w is taken off a jump. To first order the jump then does not lengthen
+w. What points inward stays: it shortens w, as the base optimizer's weight decay does.
 
 The angle between w and g tells them. With N numbers the cosine of a random gradient is about
 1 / sqrt(N), which is small, too. So the cosine has to be far below that in every look.
