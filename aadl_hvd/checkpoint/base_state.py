@@ -164,7 +164,9 @@ def _check_value(value: Any, shape: torch.Size | None, name: str) -> None:
             single = shape.numel() == value.numel() == 1  # [] and [1] both occur
             ok = ok and value.is_floating_point() and (single or value.shape == shape)
             wanted += f", floating, of shape {[*shape]}"
-        ok = ok and not value.isnan().any()
+        # Of a DTensor this rank's part: to look at all of it would be collective.
+        own = value.to_local() if hasattr(value, "to_local") else value
+        ok = ok and not own.isnan().any()
     else:
         ok, wanted = shape is None and value == value, "a tensor, or a number"
     if not ok:
