@@ -1,9 +1,11 @@
 """Handwritten digits by a small convolutional network: a torchrun user's first script.
 
     torchrun --nproc-per-node 2 examples/digits_ddp.py
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/digits_ddp.py --checkpoint-dir digits
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 \
+        --max-restarts 3 examples/digits_ddp.py --checkpoint-dir digits
 
-It was written for `DistributedDataParallel`. What was added are the lines with
+The second command starts all ranks again when one dies; docs/engines.md says what its variable is
+for. The script was written for `DistributedDataParallel`. What was added are the lines with
 `DistributedAndersonOptimizer` and `observe`. With `--checkpoint-dir`, a folder that all ranks see,
 each epoch ends with a checkpoint. The next start goes on from it, on any number of ranks.
 """

@@ -1,11 +1,11 @@
 """A training that goes on from checkpoints, as examples/digits_ddp.py writes and loads them.
 
-    program.py FOLDER [--keep EPOCH] [--die backward|step] [--lives N]
+    program.py FOLDER [--keep EPOCH] [--die]
 
 With --keep the checkpoint of an epoch is copied to FOLDER/kept. With --die rank 1 kills itself in
-the middle of an epoch, in its first N lives: in its backward pass, or before it joins a reduction
-of the acceleration. In the end each rank writes its weights to FOLDER. Every full batch is shared
-by the ranks, so that their number changes nothing but rounding.
+the middle of an epoch, in its first life, when the others wait for it in a reduction of the
+acceleration. In the end each rank writes its weights to FOLDER. The ranks share each batch, so
+that their number changes nothing but rounding.
 """
 
 import argparse
@@ -30,10 +30,10 @@ DEATH = 3 * STEPS + 4  # steps taken before, an odd step of the fourth epoch
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
 parser.add_argument("--keep", type=int)
-parser.add_argument("--die", choices=["backward", "step"])
-parser.add_argument("--lives", type=int, default=1)
+parser.add_argument("--die", action="store_true")
 args = parser.parse_args()
 example = runpy.run_path(str(EXAMPLE), run_name="example")
+died = args.folder / "died"
 folder, life = args.folder / "checkpoints", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 torch.set_num_threads(1)
 dist.init_process_group("gloo")  # with torch's timeout, half an hour
@@ -50,30 +50,34 @@ stats = opt.anderson.stats
 
 
 def die(*_):
-    if stats.steps == DEATH and rank == 1 and life < args.lives:
-        (args.folder / "died").write_text(str(time.time()))
+    if args.die and stats.steps == DEATH and rank == 1 and life == 0:
+        died.write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-if args.die == "backward":
-    [*model.parameters()][-1].register_post_accumulate_grad_hook(die)
-elif args.die == "step":
-    opt.register_step_pre_hook(die)
+opt.register_step_pre_hook(die)
 
 
 def say(**what):
     os.write(1, (json.dumps(what | {"rank": rank, "size": size, "life": life}) + "\n").encode())
 
 
-done = example["load"](folder, model, opt)
-for epoch in range(done + 1, EPOCHS + 1):
-    for step in range((epoch - 1) * STEPS, epoch * STEPS):
-        train(model, opt, 1, observe=True, first=step)
-        if step == done * STEPS:
-            say(first=step, columns=opt.anderson.columns, resets=sum(stats.resets.values()))
-    example["save"](folder, epoch, model, opt)
-    if rank == 0 and epoch == args.keep:
-        shutil.copytree(folder, args.folder / "kept" / folder.name)
+def train_on(done):
+    for epoch in range(done + 1, EPOCHS + 1):
+        for step in range((epoch - 1) * STEPS, epoch * STEPS):
+            train(model, opt, 1, first=step)
+            if step == done * STEPS:
+                say(first=step, columns=opt.anderson.columns, resets=sum(stats.resets.values()))
+        example["save"](folder, epoch, model, opt)
+        if rank == 0 and epoch == args.keep:
+            shutil.copytree(folder, args.folder / "kept" / folder.name)
+
+
+try:
+    train_on(example["load"](folder, model, opt))
+except Exception as error:
+    say(error=f"{type(error).__name__}: {error}", after=time.time() - float(died.read_text()))
+    raise
 torch.save(weights(model), args.folder / f"weights{rank}.pt")
 say(steps=stats.steps, accelerated=stats.accelerated, resets=sum(stats.resets.values()))
 dist.destroy_process_group()
