@@ -25,7 +25,7 @@ from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits_ddp.py"
 EPOCHS, STEPS = 5, 9
-DEATH = 3 * STEPS + 4  # steps taken before, an odd step of the fourth epoch
+DEATH = 3 * STEPS + 4  # steps taken before; the next is an acceleration step
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
