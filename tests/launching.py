@@ -123,3 +123,19 @@ def start(
     variables = {"PYTHONPATH": str(ROOT), "PATH": path} | environment
     code, output, _ = run_command(command, limit, variables)
     return code, output
+
+
+def torchrun(*words, ranks, options=(), limit=300, **environment):
+    """Runs a Python program on some ranks of torch.distributed; its exit code and its output.
+
+    Args:
+        words: a file, or -m and a module, and the program's arguments.
+        ranks: how many.
+        options: of torchrun.
+        limit: see `run_command`.
+        environment: variables to add.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc-per-node={ranks}", *options, *words]
+    code, output, _ = run_command(command, limit, {"GLOO_SOCKET_IFNAME": "lo"} | environment)
+    return code, output

@@ -1,23 +1,13 @@
 """Runs the suite in tests/ddp under torchrun: DDP and FSDP2 on Gloo, on 2, 3 and 4 ranks."""
 
-import sys
-
 import pytest
-from launching import ROOT, run_command
+from launching import ROOT, torchrun
 
 pytestmark = pytest.mark.ranks
 
 DDP = ROOT / "tests" / "ddp"
 FSDP = f"{DDP / 'test_fsdp.py'}::test_fewer_rows_than_ranks"
 TIME_LIMIT = 300  # seconds
-
-
-def torchrun(*words, ranks, limit=TIME_LIMIT, **environment):
-    """The exit code and the output of a program on ranks of torch.distributed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={ranks}", *words]
-    code, output, _ = run_command(command, limit, {"GLOO_SOCKET_IFNAME": "lo", **environment})
-    return code, output
 
 
 @pytest.mark.timeout(TIME_LIMIT + 60)

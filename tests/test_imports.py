@@ -30,6 +30,7 @@ LONGEST = 400, 600  # lines of a file of the library, of any other
 MAY_IMPORT = {
     "horovod": {
         "comm.horovod",
+        "engines.distributed",  # types alone
         "engines.horovod",
         "engines.horovod_elastic",
         "engines.horovod_engine",

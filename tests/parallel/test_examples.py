@@ -88,7 +88,7 @@ def folder(tmp_path):
 
 
 def test_every_example_is_run():
-    elsewhere = {"digits_elastic"}  # in tests/elastic
+    elsewhere = {"digits_elastic", "digits_ddp"}  # in tests/elastic, tests/torchrun
     found = {path.stem for path in EXAMPLES.glob("*.py")}
     assert found == {script for script, *_ in RUNS.values()} | elsewhere
 

@@ -24,7 +24,8 @@ print(json.dumps(found))
 
 
 def test_one_line_and_an_exit_code():
-    examples = sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
+    found = sorted((ROOT / "examples").glob("*.py"))
+    examples = [f"examples/{path.name}" for path in found if "horovod" in path.read_text()]
     assert len(examples) >= 6
     commands = [["models.train", "--help"], ["models.train"], *([name] for name in examples)]
     done = subprocess.run(
