@@ -35,7 +35,7 @@ from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
 
 # The base optimizer's state: {"entries": {index of the parameter: its state}}.
 Undo = dict[str, Any]
-# Rows of the flat gradient, and the indices of the parameters that have no gradient.
+# Rows of the flat gradient, and the indices of the parameters there that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
 
 
@@ -372,8 +372,12 @@ class OptimizerFixedPoint:
             )
 
     def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
-        gradients = [p.grad for p in self._parameters]
-        absent = {index for index, gradient in enumerate(gradients) if gradient is None}
+        gradients: list[Tensor | None] = [None] * len(self._parameters)
+        absent = set()
+        for index, _, _ in self._layout.segments(lo, hi):  # at many ranks one or two of all
+            gradients[index] = gradient = self._parameters[index].grad
+            if gradient is None:
+                absent.add(index)
         return self._layout.read(gradients, lo, hi, out, again=True), absent
 
 
