@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.checkpoint.shard_state import AveragesState
-from aadl_hvd.core.chunking import chunks
+from aadl_hvd.core.chunking import chunks, part_of
 from aadl_hvd.core.solve import Vector
 
 
@@ -99,9 +99,11 @@ class WeightAverages:
             first, end, _ = part.indices(w.numel())
             return kernels.gains(w, r, [*self._means], slice(first, end)).mul_(0.5)
         # The loop over the averages is the inner one, so that w and r are read once.
+        sums = [self._gains_of(w, r, rows) for rows in chunks(w, part)]
+        if len(sums) == 1:
+            return sums[0].mul_(0.5)
         zero = w.new_zeros(len(self.decays), dtype=torch.float64)
-        sums = [zero, *(self._gains_of(w[rows], r[rows], rows) for rows in chunks(w, part))]
-        return torch.stack(sums).sum(dim=0).mul_(0.5)
+        return torch.stack([zero, *sums]).sum(dim=0).mul_(0.5)
 
     def of(self, w: Tensor, r: Tensor, part: slice) -> WeightAverages:
         """Measures the gains at an iterate in the next reduction; see `partial_gains`."""
@@ -158,12 +160,13 @@ class WeightAverages:
         if self.use_kernels:
             kernels.add_to_means(w, r, [*self._means], weights)
             return
-        column = w.new_empty(len(weights), 1)
-        for row, weight in zip(column, weights, strict=True):
-            row.fill_(weight)  # one call for all averages: with few rows calls take the time
+        # One call for all averages: with few rows calls take the time.
+        column = torch.tensor(weights, dtype=w.dtype, device="cpu").unsqueeze(1)
+        column = column.to(w.device, non_blocking=True)
+        both = self._means.unbind(1)
         for rows in chunks(w):
-            for i, new in enumerate((w, r)):
-                self._means[:, i, rows].lerp_(new[rows], column)
+            for means, new in zip(both, (w, r), strict=True):
+                part_of(means, rows).lerp_(part_of(new, rows), column)
 
     def mean(self, decay: float) -> Tensor | None:
         """This rank's rows of an average, [rows]; None if no iterate has been taken in."""
@@ -207,5 +210,7 @@ class WeightAverages:
         return [max(1.0 - decay**steps, 1.0 / self.count) for decay in self.decays]
 
     def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
-        means = self._means[:, :, rows]
-        return torch.stack([torch.dot(mean[1] + r, mean[0] - w) for mean in means]).double()
+        w, r = part_of(w, rows), part_of(r, rows)
+        means = part_of(self._means, rows).flatten(0, 1).unbind()
+        pairs = zip(means[::2], means[1::2], strict=True)
+        return torch.stack([torch.dot(of_r + r, of_w - w) for of_w, of_r in pairs]).double()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.subspace_state import BlocksState, OwnBlockState
-from aadl_hvd.core.chunking import chunked_dot, chunks, total
+from aadl_hvd.core.chunking import chunked_dot, chunks, part_of, total
 from aadl_hvd.core.sharding import Sharding
 
 DEPTH = 10  # m, differences that are kept
@@ -46,6 +46,7 @@ class Blocks:
         self.stored = self.steps = self.generation = 0
         self._columns: Tensor | None = None  # dW and dG, [2, DEPTH, rows]
         self._vectors: Tensor  # [VECTORS, rows]
+        self._each: tuple[Tensor, ...] = ()  # views of them, made once
         self._gaps: deque[int] = deque(maxlen=DEPTH)
         self._dot: Tensor | float = 0.0  # sum of <w - start, g> over the block, on own rows
 
@@ -73,17 +74,18 @@ class Blocks:
             n = hi - lo
             self._columns = torch.zeros(2, DEPTH, n, dtype=self.dtype, device=self.device)
             self._vectors = torch.zeros(VECTORS, n, dtype=self.work, device=self.device)
-        return self._vectors[0], self._vectors[1]
+            self._each = self._vectors.unbind()
+        return self._each[0], self._each[1]
 
     @property
     def start(self) -> Tensor:
         """w at the beginning of the block, [rows]."""
-        return self._vectors[2]
+        return self._each[2]
 
     @property
     def gradient(self) -> Tensor:
         """After `finish`: the mean gradient of the block, weight decay included, [rows]."""
-        return self._vectors[4]
+        return self._each[4]
 
     def note(self, w: Tensor, r: Tensor) -> None:
         """Takes a step into the block.
@@ -92,7 +94,7 @@ class Blocks:
             w: iterate, [rows].
             r: minus its gradient, without weight decay, [rows].
         """
-        start, moved, *sums = self._vectors[2:6]
+        start, moved, *sums = self._each[2:6]
         if self.steps == 0:
             start.copy_(w)
             self._vectors[3:6].zero_()
@@ -102,14 +104,14 @@ class Blocks:
             counted, dots = self.sharding.counted, []
             apart = self.sharding.groups > 1
             for rows in chunks(w):
-                step = w[rows] - start[rows]
-                moved[rows].add_(step)
-                sums[self.steps % 2][rows].sub_(r[rows])
+                step, own = part_of(w, rows) - part_of(start, rows), part_of(r, rows)
+                part_of(moved, rows).add_(step)
+                part_of(sums[self.steps % 2], rows).sub_(own)
                 if not apart:
-                    dots.append(torch.dot(step, r[rows]))
+                    dots.append(torch.dot(step, own))
             if apart:
                 dots = [torch.dot(w[rows] - start[rows], r[rows]) for rows in chunks(w, counted)]
-            self._dot = self._dot - (dots[0].double() if len(dots) == 1 else total(dots, w))
+            self._dot = self._dot - total(dots, w)
         self.steps += 1
 
     def finish(self, decay: float | Tensor, gap: int = 1) -> Tensor:
@@ -123,26 +125,26 @@ class Blocks:
             On own rows: the sum of <w - start, g> over the steps, and <mean w - start, mean g>;
             [2] float64.
         """
-        start, moved, even, odd = self._vectors[2:6]
-        last_w, last_g = self._vectors[6:8]
+        start, moved, even, odd, last_w, last_g = self._each[2:8]
         first = (self.steps + 1) // 2
         self.stored += 1
         self._gaps.append(gap)
         for rows in chunks(moved):
-            moved[rows].div_(self.steps)
-            even[rows].div_(first)
-            odd[rows].div_(self.steps - first)
+            mean, one, other = (part_of(vector, rows) for vector in (moved, even, odd))
+            mean.div_(self.steps)
+            one.div_(first)
+            other.div_(self.steps - first)
             # Steps of even and of odd number share nothing but the signal.
-            torch.sub(even[rows], odd[rows], out=self._noise[rows]).mul_(0.5)
-            even[rows].add_(odd[rows]).mul_(0.5)
+            torch.sub(one, other, out=part_of(self._noise, rows)).mul_(0.5)
+            one.add_(other).mul_(0.5)
         linear = chunked_dot(moved, even, self.sharding.counted)
         dot = torch.as_tensor(self._dot, dtype=torch.float64, device=linear.device)
         moved.add_(start)
         if self.stored > 1:
-            slot = (self.stored - 2) % DEPTH
-            for columns, new, last in zip(self._own, (moved, even), (last_w, last_g), strict=True):
+            slots = self._own[:, (self.stored - 2) % DEPTH].unbind()
+            for column, new, last in zip(slots, (moved, even), (last_w, last_g), strict=True):
                 for rows in chunks(new):
-                    columns[slot, rows].copy_(new[rows] - last[rows])
+                    part_of(column, rows).copy_(part_of(new, rows) - part_of(last, rows))
         last_w.copy_(moved)
         last_g.copy_(even)
         if isinstance(decay, Tensor) or decay:
@@ -167,14 +169,14 @@ class Blocks:
         metrics: list[Tensor] = []
         numbers: list[Tensor] = []
         for rows in chunks(self.gradient, self.sharding.counted, widened=self.dtype != self.work):
-            own, other = dw[:, rows].to(self.work), dg[:, rows].to(self.work)
+            own, other = part_of(dw, rows).to(self.work), part_of(dg, rows).to(self.work)
             if isinstance(decay, Tensor):
-                other = other + decay[rows] * own
+                other = other + part_of(decay, rows) * own
             elif decay:
                 other = torch.add(other, own, alpha=decay)
-            g, noise = self.gradient[rows], self._noise[rows]
+            g, noise = part_of(self.gradient, rows), part_of(self._noise, rows)
             m, inverse = _with_inverse(scaling, rows)
-            few = torch.cat([noises[:, rows], g.unsqueeze(0)])
+            few = torch.cat([part_of(noises, rows), g.unsqueeze(0)])
             tables.append(torch.cat([own @ other.T, own @ few.T], dim=1).double())
             # A number is multiplied with the product, and not with all rows.
             metric = (own * inverse) @ own.T if isinstance(m, Tensor) else (own @ own.T) * inverse
@@ -184,16 +186,20 @@ class Blocks:
         if not tables:
             size = k * k + k * (k + NOISES + 1) + 3
             return torch.zeros(size, dtype=torch.float64, device=self.device)
-        parts = [torch.stack(found).sum(dim=0) for found in (metrics, tables, numbers)]
-        return torch.cat([part.reshape(-1) for part in parts])
+        sums = [
+            found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)
+            for found in (metrics, tables, numbers)
+        ]
+        return torch.cat([found.reshape(-1) for found in sums])
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """dW times coefficients [k], [rows], in memory that the next block uses."""
         k = self.columns
-        own, out = self._own[0, :k], self._vectors[3]
+        own, out = self._own[0, :k], self._each[3]
         weights = coefficients[:k].to(self.device, self.work)
         for rows in chunks(out, widened=self.dtype != self.work):
-            torch.mv(own[:, rows].to(self.work).T, weights, out=out[rows])
+            columns = part_of(own, rows).to(self.work)
+            torch.mv(columns.T, weights, out=part_of(out, rows))
         return out
 
     def drop_block(self) -> None:
@@ -209,7 +215,7 @@ class Blocks:
     def release(self) -> None:
         """Forgets everything, and frees the memory."""
         self.clear()
-        self._columns = None
+        self._columns, self._each = None, ()
         self._vectors = torch.empty(0)
 
     @property
@@ -221,7 +227,7 @@ class Blocks:
     @property
     def _noise(self) -> Tensor:
         """The noise of the last block stored."""
-        return self._vectors[8 + (self.stored - 1) % NOISES]
+        return self._each[8 + (self.stored - 1) % NOISES]
 
     def state(self) -> BlocksState:
         """All it knows, copied to host memory, but for what `own_state` has."""
@@ -262,6 +268,6 @@ def _with_inverse(
 ) -> tuple[float, float] | tuple[Tensor, Tensor]:
     """Rows of the diagonal of M, and of M^-1: 0 where M is."""
     if isinstance(scaling, Tensor):
-        m = scaling[rows]
+        m = part_of(scaling, rows)
         return m, m.reciprocal().masked_fill_(m == 0.0, 0.0)
     return scaling, 1.0 / scaling if scaling else 0.0

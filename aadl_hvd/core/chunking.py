@@ -45,17 +45,29 @@ def chunks(vector: Tensor, part: slice = slice(None), widened: bool = False) -> 
         yield slice(lo, min(lo + size, end))
 
 
+def part_of(vectors: Tensor, rows: slice) -> Tensor:
+    """A chunk of vectors [..., rows]: a view of it, or the vectors themselves where it is all.
+
+    With few rows calls of torch take the time, and a view is one.
+    """
+    whole = rows.start == 0 and rows.stop == vectors.shape[-1]
+    return vectors if whole else vectors[..., rows]
+
+
 def chunked_dot(a: Tensor, b: Tensor, part: slice = slice(None)) -> Tensor:
     """a . b over the rows `part` of two vectors [rows], as a float64 tensor [] on the device.
 
     The product of each chunk is computed in the dtype of the vectors, the sum of the chunks in
     float64. The result is nearly as accurate as one in float64, at the speed of float32.
     """
-    return total([torch.dot(a[rows], b[rows]) for rows in chunks(a, part)], a)
+    found = [torch.dot(part_of(a, rows), part_of(b, rows)) for rows in chunks(a, part)]
+    return total(found, a)
 
 
 def total(numbers: list[Tensor], like: Tensor) -> Tensor:
     """Sum in float64 of tensors [], as a tensor [] on the device of `like`; 0 for none."""
     if not numbers:
         return torch.zeros((), dtype=torch.float64, device=like.device)
+    if len(numbers) == 1:
+        return numbers[0].double()
     return torch.stack(numbers).sum(dtype=torch.float64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.history_state import ColumnsState
-from aadl_hvd.core.chunking import chunks
+from aadl_hvd.core.chunking import chunks, part_of
 from aadl_hvd.core.sharding import Sharding
 
 
@@ -63,6 +63,7 @@ class History:
         self._y: Tensor | None = None
         self._r: Tensor
         self._pairs: Tensor  # [2, 2, rows], each (w, r)
+        self._vectors: list[tuple[Tensor, ...]] = []  # views of them, made once
         self._last = 0  # which of the two pairs was stored last; the other one is free
 
     @property
@@ -122,7 +123,7 @@ class History:
         """Memory for the next w and r, [rows] of `work_dtype`. `push` takes it without a copy."""
         if self._y is None:
             self._allocate()
-        w, r = self._pairs[1 - self._last]
+        w, r = self._vectors[1 - self._last]
         return w, r
 
     def scratch(self, *in_use: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class History:
             next_w.copy_(w)
         if r.data_ptr() != next_r.data_ptr():
             next_r.copy_(r)
-        last_w, last_r = self._pairs[self._last]
+        last_w, last_r = self._vectors[self._last]
         self._last = 1 - self._last
         slot = column = None
         if self.stored > 0:
@@ -168,11 +169,12 @@ class History:
             # Results go straight into the columns if the dtypes agree. Otherwise they go into the
             # memory of the pair before, which is not needed any more, and are converted from there.
             direct = index is not None and self.dtype == self.work_dtype
-            to_r = self._r[index, rows] if direct else last_r[rows]
-            to_y = self._y[index, rows] if direct else last_w[rows]
-            dr = torch.sub(next_r[rows], last_r[rows], out=to_r)
+            before_w, before_r = part_of(last_w, rows), part_of(last_r, rows)
+            to_r = part_of(self._r[index], rows) if direct else before_r
+            to_y = part_of(self._y[index], rows) if direct else before_w
+            dr = torch.sub(part_of(next_r, rows), before_r, out=to_r)
             if index is not None:
-                dw = torch.sub(next_w[rows], last_w[rows], out=to_y)
+                dw = torch.sub(part_of(next_w, rows), before_w, out=to_y)
                 if weight:
                     dw.add_(dr, alpha=weight)
             if index is not None and not direct:
@@ -197,6 +199,7 @@ class History:
         self.clear()
         self._last, self._y = 0, None
         self._r = self._pairs = torch.empty(0, device=self.device)
+        self._vectors = []
 
     def state(self) -> ColumnsState:
         """The columns in use that are held here, and the last pair, copied to host memory."""
@@ -247,3 +250,4 @@ class History:
         self._r = torch.zeros(shape, dtype=self.dtype, device=self.device)
         pairs = 2, 2, hi - lo
         self._pairs = torch.zeros(pairs, dtype=self.work_dtype, device=self.device)
+        self._vectors = [pair.unbind() for pair in self._pairs]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd import kernels
-from aadl_hvd.core.chunking import chunk_rows, chunks, total
+from aadl_hvd.core.chunking import chunk_rows, chunks, part_of, total
 from aadl_hvd.core.history import History
 from aadl_hvd.core.sharding import Sharding
 
@@ -62,7 +62,7 @@ class Products:
         squares = torch.zeros(len(pieces), dtype=history.work_dtype, device=history.device)
         wide = self._wide(vector)
         for part, square, rows in zip(parts, squares, pieces, strict=True):
-            columns, piece = _widened(r[:, rows], wide), vector[rows]
+            columns, piece = _widened(part_of(r, rows), wide), part_of(vector, rows)
             others = [*(columns[index] for index in indices), *([] if few is not None else [piece])]
             if history.device.type == "cpu":  # BLAS copies narrow matrices, which takes longer
                 for out, other in zip(part, others, strict=False):
@@ -116,22 +116,22 @@ class Products:
         columns_r, columns_y, wide = history.r, history.y, self._wide(r)
         summed, slopes = history.sharding.summed, []
         for rows in self._chunks(r):
-            piece = out[rows]
+            piece, own_r = part_of(out, rows), part_of(r, rows)
             if isinstance(weight, Tensor):
-                _subtract(r[rows], share, _widened(columns_r[:, rows], wide), of_columns, piece)
-                piece.mul_(weight[rows])
-                _subtract(piece, 1.0, _widened(columns_y[:, rows], wide), of_columns, piece)
+                _subtract(own_r, share, _widened(part_of(columns_r, rows), wide), of_columns, piece)
+                piece.mul_(part_of(weight, rows))
+                _subtract(piece, 1.0, _widened(part_of(columns_y, rows), wide), of_columns, piece)
             else:
-                columns = _widened(columns_y[:, rows], wide)
-                _subtract(r[rows], share * weight, columns, of_columns, piece)
+                columns = _widened(part_of(columns_y, rows), wide)
+                _subtract(own_r, share * weight, columns, of_columns, piece)
             if rest is not None:
-                _subtract(piece, 1.0, _widened(columns_r[:, rows], wide), rest, piece)
+                _subtract(piece, 1.0, _widened(part_of(columns_r, rows), wide), rest, piece)
             # Now, while the chunk is in the cache.
             counted = slice(max(rows.start, summed.start), min(rows.stop, summed.stop))
             if counted.start < counted.stop:
-                slopes.append(torch.dot(out[counted], r[counted]))
+                slopes.append(torch.dot(part_of(out, counted), part_of(r, counted)))
             if start is not None:
-                torch.add(start[rows], piece, alpha=relaxation, out=piece)
+                torch.add(part_of(start, rows), piece, alpha=relaxation, out=piece)
         return out, total(slopes, r)
 
     def _update(

@@ -13,6 +13,7 @@ history; then they share the work of sums over rows, each taking a piece of ever
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from aadl_hvd.errors import ConfigError
 
@@ -59,12 +60,12 @@ class Sharding:
                 "layout='columns'."
             )
 
-    @property
+    @functools.cached_property
     def block(self) -> int:
         """Rows in a full block. All blocks travel at this length, the last ones padded."""
         return -(-self.n // self.size) if self.layout == "rows" else self.n
 
-    @property
+    @functools.cached_property
     def rows(self) -> tuple[int, int]:
         """Half-open range [lo, hi) of the rows of the flat vector that this rank works on."""
         if self.layout == "columns":
@@ -72,14 +73,14 @@ class Sharding:
         lo = min(self.rank * self.block, self.n)
         return lo, min(lo + self.block, self.n)
 
-    @property
+    @functools.cached_property
     def slots(self) -> tuple[int, ...]:
         """Slots of the ring buffer of which this rank holds its rows."""
         if self.layout == "rows":
             return tuple(range(self.depth))
         return tuple(range(self.rank, self.depth, self.size))
 
-    @property
+    @functools.cached_property
     def summed(self) -> slice:
         """Of `rows`, counted from 0, those over which this rank's products enter sums over ranks.
 
@@ -90,7 +91,7 @@ class Sharding:
         first = min(self.group * piece, hi - lo)
         return slice(first, min(first + piece, hi - lo))
 
-    @property
+    @functools.cached_property
     def counted(self) -> slice:
         """As `summed`, for what every rank of the column layout can compute: r, ||r||."""
         return self.summed if self.counts_replicated else slice(0, 0)

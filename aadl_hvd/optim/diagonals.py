@@ -67,22 +67,29 @@ class Diagonals:
     def scaling(self, lo: int, hi: int) -> Tensor:
         """Rows [lo, hi) of M, [hi - lo]."""
         rates = {id(group): long_run_rate(group) for group in self._groups}
-        diagonal = self._empty(hi - lo)
-        moments = second_moments(self._optimizer, self._parameters, self._groups)
+        diagonal, segments = self._empty(hi - lo), self._layout.segments(lo, hi)
+        met = [index for index, _, _ in segments]
+        moments = second_moments(
+            self._optimizer, [self._parameters[index] for index in met], self._groups
+        )
         if moments is None:
-            for index, first, last in self._layout.segments(lo, hi):
+            for index, first, last in segments:
                 rows = diagonal[first - lo : last - lo]
                 rows.fill_(rates[id(self._group_of[index])])
                 if (preconditioner := self._preconditioner(index, first, last)) is not None:
                     rows.mul_(preconditioner)
             return diagonal
-        v, steps = moments  # all parameters at once: with many small ones calls are all there is
+        # All parameters at once: with many small ones calls are all there is.
+        v: list[Tensor | None] = [None] * len(self._parameters)
+        steps = dict(zip(met, moments[1], strict=True))
+        for index, own in zip(met, moments[0], strict=True):
+            v[index] = own
         self._layout.read(v, lo, hi, diagonal)
 
         def kind_of(segment: tuple[int, int, int]) -> tuple[int, float]:
             return id(self._group_of[segment[0]]), steps[segment[0]]
 
-        for _, run in itertools.groupby(self._layout.segments(lo, hi), kind_of):
+        for _, run in itertools.groupby(segments, kind_of):
             (index, first, last), *others = run
             rows = diagonal[first - lo : (others[-1][2] if others else last) - lo]
             group = self._group_of[index]
@@ -124,7 +131,7 @@ class Diagonals:
 
         Args:
             gradient: g, [hi - lo]; it is overwritten.
-            absent: indices of the parameters that have no gradient.
+            absent: indices of the parameters that meet these rows and have no gradient.
             lo: first row.
             hi: row after the last.
             w: the iterate, [hi - lo]; None for -g.

@@ -17,6 +17,7 @@ from torch import Tensor
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 
 Closure = Callable[[], float | Tensor]
@@ -176,9 +177,7 @@ class Engine:
 
     def note_own_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Notes this rank's own gradients of some parameters, which are about to be reduced."""
-        samples = self.problem.samples
-        # Where a rank's micro-batches are the samples, hooks take them.
-        if samples is not None and samples.samples == 1 and self.accelerator.measures_noise:
+        if (samples := self._wanted_samples()) is not None:
             with torch.no_grad():
                 for p in parameters:
                     samples.take(p)
@@ -192,11 +191,19 @@ class Engine:
     def _reduce(self) -> None:
         if self.accelerator.comm.size == 1:
             return self.reduce()
-        samples = self.problem.samples
-        looked_at = () if samples is None else samples.parameters
-        self.note_own_gradients(p for p in looked_at if p.grad is not None)
+        if (samples := self._wanted_samples()) is not None:
+            with torch.no_grad():
+                samples.take_all()
         self.reduce()
         return self.note_mean_gradients()
+
+    def _wanted_samples(self) -> GradientSamples | None:
+        """What takes this rank's own gradients in the present step, before their reduction."""
+        samples = self.problem.samples
+        # Where a rank's micro-batches are the samples, hooks take them.
+        if samples is None or samples.samples > 1 or not self.accelerator.measures_noise:
+            return None
+        return samples
 
     def _sample_gradients(self) -> None:
         """Has the noise measured from the ranks, or from one rank's micro-batches."""

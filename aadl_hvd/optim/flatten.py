@@ -84,23 +84,23 @@ class FlatLayout:
             return out
         whole: list[Tensor] = []
         start = 0  # of the whole tensors in `out`, which are copied at once
-        for index, first, last in self.segments(lo, hi):
+        for index, first, last in segments:
             tensor = tensors[index]
             if tensor is not None and last - first == tensor.numel():
                 if not whole:
                     start = first - lo
                 whole.append(tensor.to_dense() if tensor.is_sparse else tensor)
                 continue
-            _read_whole(whole, out[start:])
+            _read_whole(whole, out, start)
             whole = []
-            piece = out[first - lo : last - lo]
+            # With few rows calls are all there is: no view of what is whole already.
+            piece = out[first - lo : last - lo] if last - first < hi - lo else out
             if tensor is None:
                 piece.zero_()
                 continue
             dense = tensor.to_dense() if tensor.is_sparse else tensor
-            begin = first - self.offsets[index]
-            piece.copy_(dense.reshape(-1)[begin : begin + last - first])
-        _read_whole(whole, out[start:])
+            piece.copy_(_rows(dense, first - self.offsets[index], last - first))
+        _read_whole(whole, out, start)
         return out
 
     def _reads_whole(
@@ -135,14 +135,15 @@ class FlatLayout:
                     start = first - lo
                 whole.append(tensor)
                 continue
-            sources += _pieces(flat[start:], whole)
-            targets += whole
-            whole = []
+            if whole:
+                sources += _pieces(flat[start:], whole)
+                targets += whole
+                whole = []
             if tensor is None:
                 continue
             piece, begin = flat[first - lo : last - lo], first - self.offsets[index]
             if tensor.is_contiguous():
-                targets.append(tensor.view(-1)[begin : begin + len(piece)])
+                targets.append(_rows(tensor, begin, last - first))
                 sources.append(piece)
             else:  # memory in another order than the flat vector's: what it meets of the first axis
                 each = tensor.numel() // len(tensor)
@@ -151,15 +152,23 @@ class FlatLayout:
                 begin %= each
                 rows[begin : begin + len(piece)] = piece
                 met.copy_(rows.view(met.shape))
-        sources += _pieces(flat[start:], whole)
-        targets += whole
+        if whole:
+            sources += _pieces(flat[start:], whole)
+            targets += whole
         if targets:
             torch._foreach_copy_(targets, sources)
 
 
-def _read_whole(tensors: list[Tensor], out: Tensor) -> None:
+def _read_whole(tensors: list[Tensor], out: Tensor, start: int) -> None:
     if tensors:
-        torch._foreach_copy_(_pieces(out, tensors), tensors)
+        torch._foreach_copy_(_pieces(out[start:] if start else out, tensors), tensors)
+
+
+def _rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    """Rows [first, first + count) of a dense tensor as a vector."""
+    if tensor.is_contiguous():
+        return tensor.as_strided((count,), (1,), tensor.storage_offset() + first)
+    return tensor.reshape(-1)[first : first + count]
 
 
 def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

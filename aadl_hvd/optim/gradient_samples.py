@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from aadl_hvd import kernels
 from aadl_hvd.core.fixed_point import Deviations
+from aadl_hvd.optim.coordinates import Coordinates
 
 # The most coordinates that are looked at. Deviations of all of them from step to step would take n
 # numbers. They are drawn at random: a regular stride can match the widths of layers, and misjudges.
@@ -26,8 +28,9 @@ _SEED = 20211014  # any number that is the same on every rank
 class GradientSamples:
     """Samples of the gradient of one step, and how they deviate from the mean.
 
-    In each step: `take` for each parameter after each backward pass, `take_mean` after the
-    reduction over ranks, and `deviations` when the gradients are final.
+    In each step: `take` for each parameter after each backward pass, or `take_all` after the only
+    one; `take_mean` after the reduction over ranks; and `deviations` when the gradients are final.
+    They are called under `torch.no_grad`.
 
     Args:
         parameters: whose gradients are sampled, in the order of the flat vector.
@@ -51,34 +54,22 @@ class GradientSamples:
             drawn = torch.randint(n, (COORDINATES,), generator=generator, device="cpu")
             chosen = torch.unique(drawn)
         self._scale = n / max(len(chosen), 1)
-        self._chosen: dict[int, tuple[slice, Tensor | None]] = {}
-        ends = np.cumsum([p.numel() for p in parameters])
-        bounds = np.searchsorted(chosen.numpy(), [0, *ends])
-        for i, p in enumerate(parameters):
-            lo, hi = int(bounds[i]), int(bounds[i + 1])
-            if lo < hi:
-                own = chosen[lo:hi] - (int(ends[i]) - p.numel())
-                everything = hi - lo == p.numel()
-                self._chosen[id(p)] = slice(lo, hi), None if everything else own.to(p.device)
-        self.parameters = [p for p in parameters if id(p) in self._chosen]
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
         device = parameters[0].device if parameters else torch.device("cpu")
-        self._gather: kernels.Gather | None = None
-        if kernels.usable(device) and self.parameters:
-            counts, firsts = np.diff(bounds), ends - [p.numel() for p in parameters]
-            offsets = chosen - torch.from_numpy(np.repeat(firsts, counts))
-            counts = counts[counts > 0]
-            tensors = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-            self._gather = kernels.Gather(tensors, offsets, device)
+        self._coordinates = Coordinates([p.numel() for p in parameters], chosen, device)
+        self.parameters = [parameters[i] for i in self._coordinates.met]
+        self._ids = [*map(id, self.parameters)]
+        self._index = {key: i for i, key in enumerate(self._ids)}
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else None
         self._own = torch.zeros((samples, len(chosen)), dtype=dtype, device=device)
         self._mean = torch.zeros_like(self._own[0])
         # Made once, because `take` runs for every parameter.
-        self._to = {
-            key: [row[where] for row in self._own] for key, (where, _) in self._chosen.items()
-        }
-        self._taken: dict[int, int] = {}
+        parts = self._coordinates.parts
+        self._to = [[row[part] for row in self._own] for part in parts]
+        self._of_mean = [self._mean[part] for part in parts]
+        self._by_samples = sorted(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
+        self._taken: Counter[int] = Counter()
         self._reduced = False
-        self._at_mean: list[_Mark] = []
+        self._at_mean: _Marks | None = None
         self._hooks: list[RemovableHandle] = []
 
     def take_by_hooks(self, wanted: Callable[[], bool]) -> None:
@@ -100,20 +91,29 @@ class GradientSamples:
 
     def take(self, p: Tensor) -> None:
         """Reads this rank's gradient of a parameter, as accumulated so far, before the mean."""
-        if id(p) not in self._chosen:
+        index = self._index.get(id(p))
+        if index is None:
             return
-        if self._reduced:  # the step before was left out, as GradScaler does
-            self._taken, self._reduced = {}, False
-        passes = self._taken.get(id(p), 0)
+        self._forget_left_out()
+        passes = self._taken[id(p)]
         if passes < self.samples:
-            self._read(p, self._to[id(p)][passes])
+            self._coordinates.read_one(index, p.grad, self._to[index][passes])
         self._taken[id(p)] = passes + 1
+
+    def take_all(self) -> None:
+        """As `take` for each parameter that has a gradient, with few calls. For one sample."""
+        self._forget_left_out()
+        gradients = self._gradients()
+        self._coordinates.read(gradients, self._own[0])
+        present = [gradient is not None for gradient in gradients]
+        self._taken.update(itertools.compress(self._ids, present))
 
     def take_mean(self) -> None:
         """Reads the mean: the gradients after their reduction, before anything is done to them."""
         if self._taken:
-            self._read_all(self._mean)
-            self._at_mean = [_mark(p.grad) for p in self.parameters]
+            gradients = self._gradients()
+            self._coordinates.read(gradients, self._mean)
+            self._at_mean = _marks(gradients)
             self._reduced = True
 
     def deviations(self) -> Deviations | None:
@@ -125,19 +125,22 @@ class GradientSamples:
         Returns:
             None if samples are missing.
         """
-        taken, self._taken = self._taken, {}
+        taken, self._taken = self._taken, Counter()
         reduced, self._reduced = self._reduced, False
         if not taken:  # a step without samples
             return None
         if self.samples > 1:  # micro-batches: their sum is the mean, no reduction is needed
             self._mean.copy_(self._own[-1])
             reduced = True
+        gradients = self._gradients()
         complete = all(
-            taken.get(id(p), 0) == self.samples for p in self.parameters if p.grad is not None
+            gradient is None or taken[key] == self.samples
+            for key, gradient in zip(self._ids, gradients, strict=True)
         )
         if not reduced or not complete:
+            self._own.zero_()
             return None
-        changed, squared = self._final()
+        changed, squared = self._final(gradients)
         own = self._own
         if self.samples > 1:  # differences of accumulated sums are the samples
             own = torch.diff(own, dim=0, prepend=torch.zeros_like(own[:1]))
@@ -145,75 +148,49 @@ class GradientSamples:
         self._own.zero_()  # a parameter may get no gradient in the next step
         return Deviations(values, squared * self._scale)
 
-    def _final(self) -> tuple[Tensor, Tensor]:
+    def _final(self, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The factor that gradients were multiplied by since the mean was read; their f . f now."""
-        mean = self._mean
-        present = [p for p in self.parameters if p.grad is not None]
-        if not self._untouched() or not present:  # each may have got a factor of its own
-            final = self._read_all(torch.empty_like(mean))
+        mean, at_mean = self._mean, self._at_mean
+        self._at_mean = None
+        by_samples = (i for i in reversed(self._by_samples) if gradients[i] is not None)
+        largest = [*itertools.islice(by_samples, LOOKED_AT)]
+        if at_mean is None or not largest or not _are_marked(gradients, at_mean):
+            # Each may have got a factor of its own.
+            final = self._coordinates.read(gradients, torch.empty_like(mean))
             return (final @ mean) / (mean @ mean), final @ final
         # Either nothing has changed, or something that torch does not count has changed all of them
         # alike: GradScaler, or an access through .data. So it is enough to look at some of them,
         # which saves a kernel for each of the others.
-        largest = sorted(present, key=self._samples_of)[-LOOKED_AT:]
-        before = torch.cat([mean[self._chosen[id(p)][0]] for p in largest])
-        now = torch.cat([self._read(p, mean.new_empty(self._samples_of(p))) for p in largest])
-        norm = before @ before
-        changed = torch.where(norm > 0.0, (now @ before) / norm, 1.0)
+        before = [self._of_mean[i] for i in largest]
+        now = mean.new_empty(sum(map(len, before)))
+        for i, part in zip(largest, now.split_with_sizes([*map(len, before)]), strict=True):
+            self._coordinates.read_one(i, gradients[i], part)
+        then = torch.cat(before)
+        norm = then @ then
+        changed = torch.where(norm > 0.0, (now @ then) / norm, 1.0)
         return changed, changed**2 * (mean @ mean)
 
-    def _untouched(self) -> bool:
-        """Whether no gradient was replaced or changed in place, as far as torch counts changes."""
-        known, self._at_mean = self._at_mean, []
-        return len(known) == len(self.parameters) and all(
-            _is_marked(p.grad, mark) for p, mark in zip(self.parameters, known, strict=True)
-        )
+    def _forget_left_out(self) -> None:
+        """Forgets a step that was left out after its reduction, as GradScaler does."""
+        if self._reduced:
+            self._taken, self._reduced = Counter(), False
+            self._own.zero_()
 
-    def _samples_of(self, p: Tensor) -> int:
-        where: slice = self._chosen[id(p)][0]
-        return int(where.stop - where.start)
-
-    def _read_all(self, out: Tensor) -> Tensor:
-        gradients = [p.grad for p in self.parameters]
-        if self._gather is not None and self._gather.read(gradients, out):
-            return out
-        for p in self.parameters:
-            self._read(p, out[self._chosen[id(p)][0]])
-        return out
-
-    def _read(self, p: Tensor, out: Tensor) -> Tensor:
-        gradient = p.grad
-        if gradient is None:
-            return out.zero_()
-        values, chosen = _in_memory(gradient.detach()), self._chosen[id(p)][1]
-        if chosen is None:
-            return out.copy_(values.reshape(-1))
-        if values.dtype != out.dtype:
-            return out.copy_(values.reshape(-1)[chosen])
-        # One kernel instead of two or more. Each function is the faster one on its device.
-        if values.device.type == "cpu":
-            return torch.index_select(values.reshape(-1), 0, chosen, out=out)
-        return torch.take(values, chosen, out=out)
+    def _gradients(self) -> list[Tensor | None]:
+        return [p.grad for p in self.parameters]
 
 
-def _in_memory(gradient: Tensor) -> Tensor:
-    """A view in the order of the memory, so that nothing has to be copied."""
-    if gradient.layout is not torch.strided:
-        return gradient.to_dense()
-    if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
-        return gradient.permute(0, 2, 3, 1)
-    return gradient
+# Gradients, and how often each has been changed in place. torch gives a tensor one weak reference,
+# so that the same one stands for the same tensor. A gradient that is None has neither.
+_Marks = tuple[list["weakref.ref[Tensor] | None"], list[int]]
 
 
-# A gradient, and how often it has been changed in place; None: there is no gradient.
-_Mark = tuple["weakref.ref[Tensor]", int] | None
+def _marks(gradients: list[Tensor | None]) -> _Marks:
+    references = [None if gradient is None else weakref.ref(gradient) for gradient in gradients]
+    return references, [0 if gradient is None else gradient._version for gradient in gradients]
 
 
-def _mark(gradient: Tensor | None) -> _Mark:
-    return None if gradient is None else (weakref.ref(gradient), gradient._version)
-
-
-def _is_marked(gradient: Tensor | None, mark: _Mark) -> bool:
-    if gradient is None or mark is None:
-        return gradient is None and mark is None
-    return mark[0]() is gradient and mark[1] == gradient._version
+def _are_marked(gradients: list[Tensor | None], marks: _Marks) -> bool:
+    """Whether no gradient was replaced or changed in place, as far as torch counts changes."""
+    (references, versions), (now, versions_now) = marks, _marks(gradients)
+    return versions == versions_now and all(map(operator.is_, references, now))

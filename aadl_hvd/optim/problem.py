@@ -34,7 +34,7 @@ from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
 from aadl_hvd.optim.shards import local
 from aadl_hvd.optim.snapshots import Undo, restore, snapshot
 
-# Rows of the flat gradient, and the indices of the parameters that have no gradient.
+# Rows of the flat gradient, and the indices of the parameters there that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
 
 
@@ -367,8 +367,12 @@ class OptimizerFixedPoint:
             )
 
     def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
-        gradients = [local(p.grad) for p in self._parameters]
-        absent = {index for index, gradient in enumerate(gradients) if gradient is None}
+        gradients: list[Tensor | None] = [None] * len(self._parameters)
+        absent = set()
+        for index, _, _ in self._layout.segments(lo, hi):  # at many ranks one or two of all
+            gradients[index] = gradient = local(self._parameters[index].grad)
+            if gradient is None:
+                absent.add(index)
         return self._layout.read(gradients, lo, hi, out, again=True), absent
 
 

@@ -146,7 +146,7 @@ def of_second_moment(group: Group, steps: float | Tensor, v: Tensor) -> Tensor:
 def second_moments(
     optimizer: torch.optim.Optimizer, parameters: list[Tensor], groups: list[Group]
 ) -> tuple[list[Tensor], list[float]] | None:
-    """v and t of all parameters, where Adam's or AdamW's preconditioner is all there is to M.
+    """v and t of some parameters, where Adam's or AdamW's preconditioner is all there is to M.
 
     Returns:
         None if it is another optimizer, a parameter has no state yet, or a state is on a device
@@ -160,6 +160,8 @@ def second_moments(
     steps = [state["step"] for state in states if state]
     if any(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
         return None
+    if all(isinstance(step, Tensor) and not step.dim() for step in steps):
+        steps = torch.stack(steps).tolist() if steps else []  # one call
     v = [local(state["exp_avg_sq"]) for state in states if state]
     return v, [float(step) for step in steps]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aadl_hvd.optim.flat_parameters import FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
@@ -194,6 +195,51 @@ def test_weights_are_read_where_they_are_now(change):
     with torch.no_grad():
         problem.write(written)
     assert torch.equal(torch.cat([p.detach().float().reshape(-1) for p in weights]), written)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations of torch that are started."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_only_the_tensors_that_meet_the_rows_are_looked_at(make):
+    """At many ranks one or two of all: what is read is the same as of all rows."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5, 2)) for _ in range(200)]
+    optimizer = make(weights, lr=0.1, weight_decay=0.1)
+    for p in weights:
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    weights[0].grad = weights[61].grad = None
+    problem = OptimizerFixedPoint(optimizer, "gradient")
+
+    def read(lo, hi):
+        w, r = torch.empty(hi - lo), torch.empty(hi - lo)
+        assert problem.signature
+        with torch.no_grad():
+            problem.read_before(lo, hi, w, r)
+            problem.keep_gradient()
+            problem.read_residual(lo, hi, w, r)
+        found = problem.scaling(lo, hi), problem.decay(lo, hi)
+        return w, r, *(torch.as_tensor(x).expand(hi - lo) for x in found)
+
+    everywhere = read(0, problem.n)
+    for lo, hi in ((0, 7), (603, 609), (603, 628), (1993, 2000)):
+        with Counter() as counter:
+            found = read(lo, hi)
+        assert counter.count < 150, "with AdamW all steps and moments were read"
+        w, r, scaling, decay = (x[lo:hi] for x in everywhere)
+        torch.testing.assert_close(found[2], scaling)
+        torch.testing.assert_close(found[3], decay)
+        assert torch.equal(found[0], w)
+        torch.testing.assert_close(found[1], r)
+        assert found[1].any() == ((lo, hi) != (0, 7))
 
 
 def test_other_memory_than_plain_tensors():

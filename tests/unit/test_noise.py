@@ -293,6 +293,37 @@ def test_parameters_without_gradient_count_as_zero():
     np.testing.assert_allclose(deviations(None).values[0], [0.5] * 3 + [0.0] * 6)
 
 
+def test_all_at_once_as_one_after_the_other():
+    """Bit for bit, over steps in which gradients come and go, are left out, or are clipped."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((40, 9), (7,), (2, 3, 4, 5))]
+    one, all_of_them = (GradientSamples(parameters, 1, 2.0) for _ in range(2))
+    for step in range(8):
+        for i, p in enumerate(parameters):
+            p.grad = None if step % 4 == i else torch.randn(p.shape)
+            if step % 2 and p.dim() == 4 and p.grad is not None:
+                p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+            if p.grad is not None:
+                one.take(p)
+        all_of_them.take_all()
+        for p in parameters:
+            p.grad = None if p.grad is None else p.grad / 3.0
+        one.take_mean()
+        all_of_them.take_mean()
+        if step == 5:  # as GradScaler does
+            continue
+        if step > 5:
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        found, right = all_of_them.deviations(), one.deviations()
+        assert torch.equal(found.values, right.values)
+        assert torch.equal(found.squared, right.squared)
+        assert right.values.any()
+    all_of_them.take_all()
+    all_of_them.take_all()
+    all_of_them.take_mean()
+    assert all_of_them.deviations() is None, "more than were announced"
+
+
 def test_missing_samples_are_noticed():
     p, q = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     taker = GradientSamples([p, q])
@@ -308,6 +339,13 @@ def test_missing_samples_are_noticed():
     taker.take(q)
     taker.take_mean()
     assert taker.deviations() is not None
+    taker.take(q)
+    taker.take_mean()
+    assert taker.deviations() is None, "that of p is missing"
+    q.grad = None
+    taker.take(p)
+    taker.take_mean()
+    assert not taker.deviations().values.any(), "that of q is from the step before"
     twice = GradientSamples([p], samples=2)
     twice.take(p)
     assert twice.deviations() is None

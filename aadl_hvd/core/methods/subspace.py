@@ -24,7 +24,7 @@ from aadl_hvd.checkpoint.subspace_state import OwnBlockState, SubspaceState
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.acceptance import Acceptance, Rejected
 from aadl_hvd.core.blocks import DEPTH, NOISES, Blocks
-from aadl_hvd.core.chunking import chunks, total
+from aadl_hvd.core.chunking import chunks, part_of, total
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.curvature import find_jump
 from aadl_hvd.core.fixed_point import FixedPoint
@@ -149,8 +149,10 @@ class Subspace:
             return []
         blocks, base = self.blocks, self._acceptance.base_rows()
         start, g = blocks.start, blocks.gradient
-        counted = chunks(g, blocks.sharding.counted)
-        return [torch.dot(start[rows] - base[rows], g[rows]) for rows in counted]
+        return [
+            torch.dot(part_of(start, rows) - part_of(base, rows), part_of(g, rows))
+            for rows in chunks(g, blocks.sharding.counted)
+        ]
 
     def pack(self, numbers: list[Vector]) -> Vector:
         """[NUMBERS] numbers to be summed over ranks: what `pending` began, and the version."""
