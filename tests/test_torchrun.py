@@ -7,7 +7,7 @@ import pytest
 import torch
 from launching import ROOT, torchrun
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(330)]
 
 PROGRAM = ROOT / "tests" / "torchrun" / "program.py"
 
