@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +38,7 @@ class TorchCommunicator(Communicator):
         self._device = torch.device("cpu")
         if "cpu:" not in dist.get_backend_config(group):
             if self.size == dist.get_world_size() and dist.is_gloo_available():
-                self._host = dist.new_group(backend="gloo")
+                self._host = dist.new_group(backend="gloo", timeout=_timeout(group))
             else:
                 self._device = torch.device("cuda", torch.cuda.current_device())
 
@@ -53,8 +54,11 @@ class TorchCommunicator(Communicator):
                 "must make its groups. Must be the process group itself, made before by "
                 "torch.distributed.new_group on all ranks."
             )
-        config = dist.get_backend_config(self._group)
-        return [dist.new_group(ranks, backend=config) for ranks in groups]
+        settings: Any = {
+            "backend": dist.get_backend_config(self._group),
+            "timeout": _timeout(self._group),
+        }
+        return [dist.new_group(ranks, **settings) for ranks in groups]
 
     def explain(self, error: Exception) -> None:
         error.add_note("If another rank has left or was killed, its own output says why.")
@@ -223,3 +227,17 @@ def _members(wanted: Any) -> list[int]:
         return sorted(dist.get_process_group_ranks(checked_group("shard_group", wanted)))
     except ConfigError:
         return []
+
+
+def _timeout(group: Any) -> datetime.timedelta | None:
+    """How long a group waits for a rank; None where torch does not tell: then as long as torch's.
+
+    There is no public way to read it, and a new group would not have it.
+    """
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(
+            RuntimeError, AttributeError
+        ):  # it has no such device; other torch
+            found: datetime.timedelta = group._get_backend(torch.device(device)).options._timeout
+            return found
+    return None
