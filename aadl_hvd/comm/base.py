@@ -32,7 +32,7 @@ TENSOR_DTYPES = (torch.float32, torch.float64)
 ADVICE = (
     "All ranks must call step(), averaged_weights() and the other collective methods of the "
     "optimizer equally often and in the same order. Look for a call that only some ranks make, as "
-    "in `if hvd.rank() == 0` or after `continue`."
+    "in `if rank == 0` or after `continue`."
 )
 
 

@@ -235,9 +235,7 @@ def _timeout(group: Any) -> datetime.timedelta | None:
     There is no public way to read it, and a new group would not have it.
     """
     for device in ("cpu", "cuda"):
-        with contextlib.suppress(
-            RuntimeError, AttributeError
-        ):  # it has no such device; other torch
+        with contextlib.suppress(RuntimeError, AttributeError):  # no such device
             found: datetime.timedelta = group._get_backend(torch.device(device)).options._timeout
             return found
     return None

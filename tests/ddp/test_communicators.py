@@ -1,7 +1,10 @@
 """The conformance suite on torch.distributed: all ranks, and a part of them."""
 
+import datetime
+
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from conformance import CHECKS
 
@@ -48,6 +51,13 @@ def test_groups_that_are_made_afterwards():
         torch_communicator(part).allreduce(np.ones(1))
     after = TorchCommunicator(dist.new_group())
     assert after.allreduce(np.ones(1))[0] == SIZE
+
+
+def test_new_groups_wait_as_long_as_the_one_they_are_made_beside():
+    limit = datetime.timedelta(seconds=47)
+    comm = TorchCommunicator(dist.new_group(timeout=limit))
+    (group,) = comm.parts([list(range(SIZE))])
+    assert group._get_backend(torch.device("cpu")).options._timeout == limit
 
 
 def test_two_communicators_do_not_meet():

@@ -19,7 +19,7 @@ def digits(tmp_path_factory):
 def start_slurm():
     """start_slurm(NAME=VALUE, ...): a Slurm with these settings; it ends with the file's tests.
 
-    Where it does not start the tests are skipped, with what its logs say: a container may forbid it.
+    Where it does not start, as a container may have it, the tests are skipped with what logs say.
     """
     if lacking := missing():
         pytest.skip(f"Slurm cannot run here without {lacking}")
