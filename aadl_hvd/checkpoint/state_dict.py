@@ -91,8 +91,14 @@ def examine(
             return Examined(left_out=why)
         if [p[2] for p in anderson["parameters"]] != [p[2] for p in parameters]:
             return Examined(left_out="other parameters are trained (requires_grad)")
-        if sharded and (found.ranks != ranks or found.own.keys() != {str(rank)}):
+        if sharded and (
+            (found.ranks, found.sharding.n) != (ranks, sharding.n)
+            or found.sharding.size > 1
+            or found.own.keys() != {str(rank)}
+        ):
             return Examined(left_out="parameters are sharded, and it is not this rank's of as many")
+        if found.sharding.size == 1 < found.ranks and found.sharding.n != sharding.n:
+            return Examined(left_out="parameters were sharded, and it is that of one rank's part")
         shard = found.fit(sharding, ranks, rank)
         if any(before[name] != config[name] for name in _TRIED_WITH):
             losses = dataclasses.replace(shard.losses, verdict_due=False)

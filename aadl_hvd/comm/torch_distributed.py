@@ -92,17 +92,19 @@ class TorchCommunicator(Communicator):
         return np.asarray(sent.cpu())
 
     def _allgather(self, block: Tensor) -> Tensor:
-        out = block.new_empty(self.size * block.numel())
+        sent, group = self._sent_by(block)
+        out = sent.new_empty(self.size * block.numel())
         if block.numel():
             with self._explained():
-                dist.all_gather_into_tensor(out, block, group=self._of(block))
-        return out
+                dist.all_gather_into_tensor(out, sent, group=group)
+        return out.to(block.device)
 
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
+        sent, group = self._sent_by(tensor)
         if tensor.numel():
             with self._explained():
-                dist.all_reduce(tensor, group=self._of(tensor))
-        return tensor
+                dist.all_reduce(sent, group=group)
+        return sent.to(tensor.device)
 
     def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
@@ -130,9 +132,11 @@ class TorchCommunicator(Communicator):
         """Data of the host where small messages are sent from."""
         return data.to(self._device)
 
-    def _of(self, tensor: Tensor) -> Any:
-        """The group that exchanges such a tensor."""
-        return self._host if tensor.device.type == "cpu" else self._group
+    def _sent_by(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """A tensor where it is sent from, and the group that sends it."""
+        if tensor.device.type == "cpu":
+            return self._sent(tensor), self._host
+        return tensor, self._group
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -4,9 +4,9 @@
     W, R         differences of stored w and r, n x m
     w+           the accelerated point, which a method proposes (methods/)
 
-Weights are replicated, bit for bit. The history is not: each rank holds a shard of it. A step that
-neither stores nor accelerates costs nothing but samples of the gradient where the next step
-accelerates.
+Weights are replicated, bit for bit, unless a rank has only its part of them (FSDP2). The history is
+not: each rank holds a shard of it. A step that neither stores nor accelerates costs nothing but
+samples of the gradient where the next step accelerates.
 
 Which collectives a step enters (collectives.py) depends on its number alone, until one of them has
 told all ranks the same. So a rank whose state differs, because it alone has loaded a checkpoint,

@@ -70,6 +70,16 @@ class Collectives:
         """This rank among them."""
         return self._comm.rank
 
+    @property
+    def copies(self) -> int:
+        """How many groups of ranks hold a whole history each."""
+        return self._group.count
+
+    @property
+    def copy(self) -> int:
+        """The number of this rank's group."""
+        return self._group.index
+
     # Before the base step
 
     @_listed("allreduce", "9", "the first step; the first after `load_state_dict` in it")

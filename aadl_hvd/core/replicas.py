@@ -53,6 +53,7 @@ class Replicas:
         self._checksum: kernels.Checksum | None = None
         self._problem: FixedPoint
         self._own = 0
+        self._share: Vector | float = 1.0
 
     def of(self, problem: FixedPoint) -> Replicas:
         """Compares the current weights of `problem` in the next reduction."""
@@ -66,7 +67,7 @@ class Replicas:
     def pack(self, numbers: list[Vector]) -> Vector:
         """[COMPARED] numbers to be summed over ranks."""
         self._own = int(numbers[0][0])
-        return compared(self._own)
+        return compared(self._own) * self._share
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
@@ -113,6 +114,11 @@ class Replicas:
         Raises:
             ReplicaMismatchError: on all ranks, if on_desync="error" and weights were equal before.
         """
+        if problem.sharded:
+            raise ReplicaMismatchError(
+                f"Copies of the sharded weights (HSDP) differ in step {step}. Must be the same: "
+                "give all copies the same weights before training, or go on from a checkpoint."
+            )
         found = self._collectives.all_objects((self._own, self.stepped_apart, problem.config_lines))
         self.stepped_apart = False
         staying = [rank for rank, (_, apart, _) in enumerate(found) if not apart]
@@ -169,8 +175,14 @@ class Replicas:
             tensor.copy_(values.reshape(tensor.shape))
 
     def _checksum_of(self, problem: FixedPoint) -> Tensor:
-        if self._collectives.size == 1 or problem.sharded:  # nobody has the same weights
-            return torch.zeros((), dtype=torch.int64, device="cpu")
+        if self._collectives.size == 1 or (problem.sharded and self._collectives.copies == 1):
+            return torch.zeros((), dtype=torch.int64, device="cpu")  # nobody has the same weights
+        if problem.sharded:
+            # Ranks hold different parts, some of them the same. Their numbers are not equal, but
+            # these sum up to 0 over the copies of each part.
+            first = self._collectives.copy == 0
+            self._share = np.zeros(COMPARED)
+            self._share[: COMPARED // 2] = self._collectives.copies - 1.0 if first else -1.0
         if not (self.use_kernels and kernels.usable(problem.device)):
             return checksum(problem.read, problem.n, work_dtype(problem), problem.device)
         tensors = problem.tensors

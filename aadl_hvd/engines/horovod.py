@@ -161,6 +161,11 @@ def _accept(
             f"Invalid compression={compression!r}. Must be hvd.Compression.none or .fp16, or have "
             "their methods; an AndersonConfig goes by keyword: anderson=AndersonConfig(...)."
         )
+    if not isinstance(config.shard_group, str) and not hasattr(config.shard_group, "included"):
+        raise ConfigError(
+            f"Invalid shard_group={config.shard_group!r} with Horovod. Must be 'world', 'node' or "
+            "a process set."
+        )
     if adasum:
         config = _adasum_config(config, explicit=anderson is not None)
     check_optimizer(optimizer)

@@ -127,7 +127,8 @@ def _check_sharded(config: AndersonConfig, mesh: Any, comm: Communicator) -> Non
     if mesh.size() != comm.size:
         raise ConfigError(
             f"Invalid process_group of {comm.size} ranks. Must be that of the parameters, which "
-            f"fully_shard has sharded over {mesh.size()}: process_group=mesh."
+            f"fully_shard has sharded over {mesh.size()}: process_group=mesh; HSDP takes all ranks "
+            "of the job and no process_group."
         )
     for name, value, allowed in (
         ("layout", config.layout, ("rows",)),

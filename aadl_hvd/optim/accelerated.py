@@ -180,7 +180,8 @@ class AcceleratedOptimizer(_Optimizer):
                 time.
             which: names an average, or None for the last iterate, in place of a choice.
             model: its batch-norm statistics are measured at the weights chosen (and at those
-                compared), and averaged over ranks; needs `batches`.
+                compared), and averaged over ranks; needs `batches`. With FSDP2 it must be given,
+                for its modules have to gather the weights; without batch norm it needs no batches.
             batches: at least one with `model`.
             forward: called with each batch; None: `model`.
 

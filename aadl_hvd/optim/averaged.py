@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.errors import AndersonError, ConfigError, ReplicaMismatchError, UnsupportedError
-from aadl_hvd.optim.batch_norm import kept_batch_norm, recalibrate_batch_norm
+from aadl_hvd.optim.batch_norm import batch_norms, kept_batch_norm, recalibrate_batch_norm
 from aadl_hvd.optim.engine import Closure, Engine, number
+from aadl_hvd.optim.shards import reshard
 
 
 @contextlib.contextmanager
@@ -33,13 +34,20 @@ def averaged_weights(
     hash(problem.signature)  # up to date with the parameter groups
     if not accelerator.agreed:  # averages may have been loaded
         accelerator.agree(problem)
-    restore = problem.hold()
+    put_back = problem.hold()
+
+    def restore() -> None:
+        put_back()
+        if problem.sharded and model is not None:
+            reshard(model)
 
     def put_in(kind: float | None) -> bool:
         if kind is None:
             restore()
         elif not accelerator.put_average(problem, kind):
             return False
+        elif problem.sharded and model is not None:
+            reshard(model)
         if model is not None:
             recalibrate_batch_norm(model, batches, mean_over_ranks, forward)
         return True
@@ -80,13 +88,19 @@ def _check_request(
 ) -> None:
     """What one rank refuses is an error on all, and all must ask for the same. Collective."""
     names = engine.accelerator.config.averages
+    sharded = engine.problem.sharded
     refusal: AndersonError | None = None
     if not (which is None or which == "auto" or which in names):
         refusal = ConfigError(
             f"Invalid which={which!r}. Must be 'auto', None, or one of averages={names!r}."
         )
-    elif model is not None and not batches:
+    elif model is not None and not batches and (batch_norms(model) or not sharded):
         refusal = ConfigError("Invalid batches=[]. Must hold at least one with model=...")
+    elif model is None and sharded:
+        refusal = UnsupportedError(
+            "Invalid model=None with parameters that fully_shard has sharded. Must be the model: "
+            "its modules have to gather the averaged weights."
+        )
     elif engine.averaging:
         refusal = UnsupportedError(
             "Invalid averaged_weights() inside averaged_weights(). Leave the outer block first."

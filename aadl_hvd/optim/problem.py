@@ -31,7 +31,7 @@ from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.job import check_whole
 from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
-from aadl_hvd.optim.shards import local
+from aadl_hvd.optim.shards import is_dtensor, local
 from aadl_hvd.optim.snapshots import Undo, restore, snapshot
 
 # Rows of the flat gradient, and the indices of the parameters there that have no gradient.
@@ -314,6 +314,12 @@ class OptimizerFixedPoint:
         with torch.no_grad():
             tensors = [local(p) for p in ps] if self._sharded else ps
         changed = not _same(ps, self._parameters) or not _same(tensors, self._tensors)
+        if changed and any(is_dtensor(p) != self._sharded for p in ps):
+            raise UnsupportedError(
+                "Invalid parameters: some were sharded by fully_shard since this optimizer was "
+                "made, or have joined it unsharded. Must be made after fully_shard, of parameters "
+                "that are all sharded, or none."
+            )
         if changed or not _same(group_of, self._group_of):
             self._parameters, self._tensors, self._group_of = ps, tensors, group_of
             self._flat, self._seen = FlatParameters([], self._layout), None

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from aadl_hvd.errors import UnsupportedError
 
@@ -27,6 +27,16 @@ def local(tensor: Any) -> Any:
     To be called without a graph: autograd would make a new tensor.
     """
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Has modules of FSDP2 gather their parameters anew before they are used next.
+
+    After a forward pass without a backward pass the outermost module keeps what it has gathered.
+    """
+    for module in model.modules():
+        if callable(found := getattr(module, "reshard", None)):
+            found()
 
 
 def mesh_of(parameters: Iterable[Tensor]) -> Any:

@@ -27,7 +27,7 @@ CASES = {
     "subspace": {"method": "subspace"},
     "default": {},
     "bfloat16": {"method": "residual", "noise_gate": None, "history_dtype": "bfloat16"},
-    "closure's loss": {"safeguard": "residual", "noise_gate": None, "method": "residual"},
+    "residual's norm": {"safeguard": "residual", "noise_gate": None, "method": "residual"},
     "moving average": {"average_window": 3, "noise_gate": None, "method": "residual"},
 }
 
