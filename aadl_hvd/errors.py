@@ -48,6 +48,6 @@ class HorovodMissingError(AndersonError, ImportError):
             "DistributedAndersonOptimizer and aadl_hvd.elastic need Horovod, built for this torch "
             f"({type(error).__name__}: {error}). `make setup` or launch/setup_env.py in a checkout "
             "of aadl_hvd builds it (launch/README.md); on a cluster, load the centre's module. pip "
-            "alone does not build it. Without Horovod: AndersonOptimizer in one process; torchrun and "
-            "torch.distributed.init_process_group() before DistributedAndersonOptimizer."
+            "alone does not build it. Without Horovod: AndersonOptimizer in one process; torchrun "
+            "and torch.distributed.init_process_group() before DistributedAndersonOptimizer."
         )
