@@ -175,8 +175,8 @@ def variance_from_history(gram: Matrix) -> float | None:
     iteration makes the first one negative too, but then the second one is positive, and the sum of
     the two is not affected. Medians are used because accelerated steps are outliers.
 
-    A median is as old as half of the columns. Where the iteration swings up, residuals grow by
-    much within them, and their noise with them. So the guess grows as the last difference has.
+    A median is as old as half of the columns. Where the iteration is unstable, residuals grow
+    within them, and their noise with them. So the guess grows as the last difference has.
 
     Args:
         gram: R^T R [h, h], columns from the oldest to the newest, of residuals that were stored in

@@ -45,7 +45,7 @@ def test_fallback_finds_the_noise_of_a_slow_iteration():
 
 @pytest.mark.parametrize("growth", [1.2, 1.6])
 def test_fallback_keeps_up_with_noise_that_grows(growth):
-    """As where a high rate makes the iteration swing up: its median would be too old."""
+    """As where a high rate makes the iteration unstable: a median alone is too old."""
     random = np.random.default_rng(2)
     for _ in range(100):
         r = [growth**k * random.standard_normal(50) for k in range(16)]
