@@ -175,6 +175,9 @@ def variance_from_history(gram: Matrix) -> float | None:
     iteration makes the first one negative too, but then the second one is positive, and the sum of
     the two is not affected. Medians are used because accelerated steps are outliers.
 
+    A median is as old as half of the columns. Where the iteration is unstable, residuals grow
+    within them, and their noise with them. So the guess grows as the last difference has.
+
     Args:
         gram: R^T R [h, h], columns from the oldest to the newest, of residuals that were stored in
             every step.
@@ -184,8 +187,11 @@ def variance_from_history(gram: Matrix) -> float | None:
     """
     if len(gram) < 3:
         return None
-    next_one, one_after = np.diag(gram, 1), np.diag(gram, 2)
-    return max(0.0, -float(np.median(next_one)) - float(np.median(one_after)))
+    squares, next_one, one_after = (np.diag(gram, apart) for apart in range(3))
+    variance = max(0.0, -float(np.median(next_one)) - float(np.median(one_after)))
+    usual = float(np.median(squares))
+    grown = float(squares[-1]) / usual if usual > 0.0 else 1.0
+    return variance * max(1.0, grown)
 
 
 def stands_out(squared: float, variance: float, gate: float) -> bool:

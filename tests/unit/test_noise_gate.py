@@ -18,7 +18,7 @@ from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.core.acceptance import Acceptance, Rejected
 from aadl_hvd.core.collectives import Collectives
-from aadl_hvd.core.noise import NoiseMeter, variance_from_history
+from aadl_hvd.core.noise import NoiseMeter, stands_out, variance_from_history
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.stats import Rejection, Stats
 
@@ -41,6 +41,15 @@ def test_fallback_finds_the_noise_of_a_slow_iteration():
             w *= 0.999
         found.append(variance_from_history(gram_of(r)))
     assert np.mean(found) == pytest.approx(sigma2, rel=0.2)
+
+
+@pytest.mark.parametrize("growth", [1.2, 1.6])
+def test_fallback_keeps_up_with_noise_that_grows(growth):
+    """As where a high rate makes the iteration unstable: a median alone is too old."""
+    random = np.random.default_rng(2)
+    for _ in range(100):
+        r = [growth**k * random.standard_normal(50) for k in range(16)]
+        assert not stands_out(r[-1] @ r[-1], variance_from_history(gram_of(r)), gate=10.0)
 
 
 @pytest.mark.parametrize("factors", [(-0.95,), (-0.8, 0.9), (0.99,), (-0.99, -0.5, 0.3, 0.95)])
