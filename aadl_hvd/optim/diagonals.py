@@ -29,6 +29,7 @@ _Kind = tuple[float, float, bool]
 # Rows, what they have in common, and the parameters that meet them: (index, first row, last row).
 _Run = tuple[slice, _Kind, list[tuple[int, int, int]]]
 _AT_REST = 0.0, 0.0, False  # parameters that do not move
+_FEW = 2**20  # numbers of second moments for which memory, and views of it, are kept
 
 
 class Diagonals:
@@ -55,6 +56,7 @@ class Diagonals:
         self._dtype = torch.float64 if double else torch.float32
         self._runs: tuple[Any, list[_Run]] | None = None
         self._absent: set[int] = set()  # in the last step
+        self._moments: Tensor | None = None  # memory to read them into
 
     @property
     def uniform_scaling(self) -> float | None:
@@ -84,17 +86,23 @@ class Diagonals:
         steps = dict(zip(met, moments[1], strict=True))
         for index, own in zip(met, moments[0], strict=True):
             v[index] = own
-        self._layout.read(v, lo, hi, diagonal)
+        into, few = diagonal, hi - lo <= _FEW
+        if few:
+            if self._moments is None or len(self._moments) != hi - lo:
+                self._moments = self._empty(hi - lo)
+            into = self._moments
+        self._layout.read(v, lo, hi, into, again=few)
 
         def kind_of(segment: tuple[int, int, int]) -> tuple[int, float]:
             return id(self._group_of[segment[0]]), steps[segment[0]]
 
         for _, run in itertools.groupby(segments, kind_of):
             (index, first, last), *others = run
-            rows = diagonal[first - lo : (others[-1][2] if others else last) - lo]
+            rows = slice(first - lo, (others[-1][2] if others else last) - lo)
             group = self._group_of[index]
             t = torch.tensor(steps[index], dtype=torch.float64, device="cpu")
-            torch.mul(of_second_moment(group, t, rows), rates[id(group)], out=rows)
+            inverse = of_second_moment(group, t, into[rows])
+            torch.mul(inverse, rates[id(group)], out=diagonal[rows])
         return diagonal
 
     def decay(self, lo: int, hi: int) -> float | Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,7 +66,7 @@ class GradientSamples:
         self._to = [[row[part] for row in self._own] for part in parts]
         self._of_mean = [self._mean[part] for part in parts]
         self._by_samples = sorted(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
-        self._taken: Counter[int] = Counter()
+        self._taken: dict[int, int] = {}
         self._reduced = False
         self._at_mean: _Marks | None = None
         self._hooks: list[RemovableHandle] = []
@@ -91,22 +90,26 @@ class GradientSamples:
 
     def take(self, p: Tensor) -> None:
         """Reads this rank's gradient of a parameter, as accumulated so far, before the mean."""
-        index = self._index.get(id(p))
+        key = id(p)
+        index = self._index.get(key)
         if index is None:
             return
-        self._forget_left_out()
-        passes = self._taken[id(p)]
+        if self._reduced:
+            self._forget_left_out()
+        passes = self._taken.get(key, 0)
         if passes < self.samples:
             self._coordinates.read_one(index, p.grad, self._to[index][passes])
-        self._taken[id(p)] = passes + 1
+        self._taken[key] = passes + 1
 
     def take_all(self) -> None:
         """As `take` for each parameter that has a gradient, with few calls. For one sample."""
-        self._forget_left_out()
-        gradients = self._gradients()
+        if self._reduced:
+            self._forget_left_out()
+        gradients, taken = self._gradients(), self._taken
         self._coordinates.read(gradients, self._own[0])
-        present = [gradient is not None for gradient in gradients]
-        self._taken.update(itertools.compress(self._ids, present))
+        for key, gradient in zip(self._ids, gradients, strict=True):
+            if gradient is not None:
+                taken[key] = taken.get(key, 0) + 1
 
     def take_mean(self) -> None:
         """Reads the mean: the gradients after their reduction, before anything is done to them."""
@@ -125,7 +128,7 @@ class GradientSamples:
         Returns:
             None if samples are missing.
         """
-        taken, self._taken = self._taken, Counter()
+        taken, self._taken = self._taken, {}
         reduced, self._reduced = self._reduced, False
         if not taken:  # a step without samples
             return None
@@ -134,7 +137,7 @@ class GradientSamples:
             reduced = True
         gradients = self._gradients()
         complete = all(
-            gradient is None or taken[key] == self.samples
+            gradient is None or taken.get(key) == self.samples
             for key, gradient in zip(self._ids, gradients, strict=True)
         )
         if not reduced or not complete:
@@ -172,9 +175,8 @@ class GradientSamples:
 
     def _forget_left_out(self) -> None:
         """Forgets a step that was left out after its reduction, as GradScaler does."""
-        if self._reduced:
-            self._taken, self._reduced = Counter(), False
-            self._own.zero_()
+        self._taken, self._reduced = {}, False
+        self._own.zero_()
 
     def _gradients(self) -> list[Tensor | None]:
         return [p.grad for p in self.parameters]
