@@ -98,11 +98,11 @@ class Diagonals:
 
         for _, run in itertools.groupby(segments, kind_of):
             (index, first, last), *others = run
-            rows = slice(first - lo, (others[-1][2] if others else last) - lo)
+            part = slice(first - lo, (others[-1][2] if others else last) - lo)
             group = self._group_of[index]
             t = torch.tensor(steps[index], dtype=torch.float64, device="cpu")
-            inverse = of_second_moment(group, t, into[rows])
-            torch.mul(inverse, rates[id(group)], out=diagonal[rows])
+            inverse = of_second_moment(group, t, into[part])
+            torch.mul(inverse, rates[id(group)], out=diagonal[part])
         return diagonal
 
     def decay(self, lo: int, hi: int) -> float | Tensor:
