@@ -264,11 +264,11 @@ def test_schedules_reset_nothing_and_make_no_spike(name, schedule):
     assert stats.accelerated > 15
     assert losses.mean() < plain.mean()
     assert losses[-1] < 1.001 * plain[-1]
-    # Where the plain run does not rise neither does this one; StepLR decays at 40 and 80.
+    # Where the plain run does not rise neither does this one, nor where StepLR lowers the rate.
     rises = np.diff(losses) / losses[:-1]
     plain_rises = np.diff(plain) / plain[:-1]
     assert rises.max() < max(0.05, 2 * plain_rises.max())
-    for decay in (40, 80):
+    for decay in (40, 80) if schedule == "StepLR" else ():
         assert rises[decay - 1 : decay + 6].max() < 0.01
 
 
