@@ -88,8 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     args = parse(arguments)
     device = "cpu"
     if torch.cuda.is_available() and not args.no_cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        # A launcher shows a rank all GPUs of its machine, or its own alone.
+        index = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     rank, size = dist.get_rank(), dist.get_world_size()
 

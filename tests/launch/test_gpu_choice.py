@@ -51,6 +51,7 @@ def rank(monkeypatch):
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(hvd, "local_rank", lambda: local_rank)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))  # as torchrun does
 
     return rank
 
@@ -104,5 +105,5 @@ def test_demo_shares_no_gpu(monkeypatch, gpus, ranks, device, said):
 
 def test_all_examples_that_use_a_gpu_are_tried():
     assert EXAMPLES == [
-        "digits", "digits_amp", "digits_schedule", "images", "synthetic_benchmark"
+        "digits", "digits_amp", "digits_ddp", "digits_schedule", "images", "synthetic_benchmark"
     ]  # fmt: skip
