@@ -74,7 +74,6 @@ def test_a_worker_is_killed(undisturbed, tmp_path):
         assert line["error"].startswith("CommunicationError: torch.distributed: ")
         assert line["after"] < 3, "seconds; the group's timeout is half an hour"
     assert "If another rank has left or was killed, its own output says why." in output
-    assert "(exitcode: -9) local_rank: 1" in output, "torchrun says which rank, and why"
     assert_went_on(said, ranks=3, life=1)
     # Steps of the fourth epoch are made again: none is left out, none is made twice.
     assert torch.equal(weights(tmp_path, 3), weights(undisturbed, 3))
