@@ -32,15 +32,15 @@ class TorchEngine(Engine):
     """Gradients are reduced when a step begins. The first step makes sure of it.
 
     Args:
-        sharded: whether FSDP2 has sharded the parameters, and so the gradients.
+        mesh: over which FSDP2 has sharded the parameters, and so the gradients; None: it has not.
     """
 
     reduces_gradients = False
 
-    def __init__(self, sharded: bool) -> None:
+    def __init__(self, mesh: Any) -> None:
         super().__init__()
-        self.sharded = sharded
-        self._compared = sharded
+        self.mesh, self.sharded = mesh, mesh is not None
+        self._compared = self.sharded
 
     def reduce(self) -> None:
         """Compares the gradients, in the first step. They have been reduced already. Collective.
@@ -79,7 +79,7 @@ def accelerate(
     config, mesh = accepted_by_all(comm, lambda: _accept(optimizer, anderson, comm))
     sharded = mesh is not None
     compare_ranks(comm, optimizer, config, {"sharded": sharded})
-    engine = TorchEngine(sharded)
+    engine = TorchEngine(mesh)
     accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual, None, sharded))
     group = _own_shard(mesh) if sharded else shard_group(comm, config.shard_group)
     made = public.accelerate(optimizer, engine, config, comm, group)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aadl_hvd.errors import UnsupportedError
@@ -27,6 +28,27 @@ def local(tensor: Any) -> Any:
     To be called without a graph: autograd would make a new tensor.
     """
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def sharded_like(parameter: Any, vectors: Tensor) -> Any:
+    """A tensor [k, *shape of the parameter] that is sharded like it, of this rank's part.
+
+    Args:
+        parameter: a DTensor.
+        vectors: [k, numbers of its part here], each in its row-major order. On a processor the
+            result has the same memory. A mesh of GPUs gets a copy.
+    """
+    module: Any = sys.modules["torch.distributed.tensor"]
+    placements = [
+        module.Shard(place.dim + 1) if place.is_shard() else place for place in parameter.placements
+    ]
+    shape = torch.Size([len(vectors), *parameter.shape])
+    stride = torch.empty(shape, device="meta").stride()
+    part = vectors.reshape(len(vectors), *local(parameter).shape)
+    mesh = parameter.device_mesh
+    return module.DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def reshard(model: nn.Module) -> None:

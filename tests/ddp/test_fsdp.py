@@ -15,6 +15,7 @@ from training import assert_same_on_all, data, mine, network, sgd, train, wrappe
 from aadl_hvd import (
     AndersonConfig,
     AndersonOptimizer,
+    CheckpointError,
     ConfigError,
     DistributedAndersonOptimizer,
     ReplicaMismatchError,
@@ -202,7 +203,7 @@ def test_clipped_accumulated_and_mixed_precision():
 
 @pytest.mark.parametrize("method", CASES)
 def test_a_checkpoint_goes_on_bit_for_bit(method, tmp_path):
-    """Model and base by torch.distributed.checkpoint, the history by a file of each rank."""
+    """Model and base by torch.distributed.checkpoint; so the history, or by a file of each rank."""
     box = [tmp_path]
     dist.broadcast_object_list(box, src=0)
     folder, half = box[0], STEPS[method] // 2
@@ -212,19 +213,57 @@ def test_a_checkpoint_goes_on_bit_for_bit(method, tmp_path):
     states = get_state_dict(model, opt)
     dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder / "base")
     checkpoint.save(folder / f"{RANK}.pt", opt.sharded_state_dict())
+    opt.save_history(folder / "history")
     expected = steps(model, opt, half, first=half)
 
-    again = sharded()
-    base = sgd(again)
-    # Before the wrapping: torch takes a step of its own in a new optimizer, to make its state.
-    states = get_state_dict(again, base)
-    read = {"model": states[0], "optimizer": states[1]}
-    dcp.load(read, checkpoint_id=folder / "base")
-    set_state_dict(again, base, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
-    other = DistributedAndersonOptimizer(base, anderson=opt.anderson.config)
-    other.load_state_dict(checkpoint.load(folder / f"{RANK}.pt"))
-    assert torch.equal(steps(again, other, half, first=half), expected)
-    assert other.anderson.stats.resets["desynchronized"] == 0
+    for by_dcp in (False, True):
+        again = sharded()
+        base = sgd(again)
+        # Before the wrapping: torch takes a step of its own in a new optimizer, to make its state.
+        states = get_state_dict(again, base)
+        read = {"model": states[0], "optimizer": states[1]}
+        dcp.load(read, checkpoint_id=folder / "base")
+        set_state_dict(
+            again, base, model_state_dict=read["model"], optim_state_dict=read["optimizer"]
+        )
+        other = DistributedAndersonOptimizer(base, anderson=opt.anderson.config)
+        if by_dcp:
+            other.load_history(folder / "history")
+        else:
+            other.load_state_dict(checkpoint.load(folder / f"{RANK}.pt"))
+        assert torch.equal(steps(again, other, half, first=half), expected)
+        assert other.anderson.stats.resets["desynchronized"] == 0
+        assert other.anderson.stats.accelerated == opt.anderson.stats.accelerated
+
+
+def test_histories_that_are_not_loaded(tmp_path):
+    """Errors come up on all ranks, and the optimizer stays as it was."""
+    box = [tmp_path]
+    dist.broadcast_object_list(box, src=0)
+    model, folder = sharded(), box[0] / "history"
+    opt = optimizer(model, CASES["residual"])
+    steps(model, opt, 8)
+    opt.save_history(folder)
+    with pytest.raises(CheckpointError, match="Must be one that save_history has written"):
+        opt.load_history(box[0] / "absent")
+    other = optimizer(sharded(Directions()), CASES["residual"])
+    with pytest.raises(CheckpointError, match="with 4 parameters"):
+        other.load_history(folder)
+    if RANK == 0:
+        largest = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100])
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="could not be read from it"):
+        opt.load_history(folder)
+    assert opt.anderson.columns == 4
+    replicated = optimizer(wrapped(), {})
+    for call in (replicated.save_history, replicated.load_history):
+        with pytest.raises(UnsupportedError, match="fully_shard has not sharded"):
+            call(folder)
+    shards = [None] * SIZE
+    dist.all_gather_object(shards, opt.sharded_state_dict())
+    with pytest.raises(CheckpointError, match="save_history and load_history"):
+        checkpoint.merge_shards(shards)
 
 
 def test_a_history_of_another_rank_is_left_out(tmp_path):
