@@ -5,10 +5,7 @@ import os
 
 import pytest
 import torch
-from ddp.training import network, sgd, train
 from launching import ROOT, torchrun
-
-from aadl_hvd import AndersonConfig, AndersonOptimizer
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(330)]
 
@@ -88,23 +85,4 @@ def test_goes_on_with_fewer_workers(undisturbed):
     assert code == 0
     assert_went_on(said, ranks=2, life=0)
     found, expected = weights(folder, 2), weights(undisturbed, 3)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(("method", "steps"), [("residual", 9), ("subspace", 27)])
-def test_sharded_goes_on_with_other_workers(method, steps, tmp_path):
-    """2 ranks, then 3, then 4 that hold two copies, then 2: the history goes on in the middle."""
-    program = ROOT / "tests" / "torchrun" / "sharded.py"
-    for ranks, copies in ((2, 1), (3, 1), (4, 2), (2, 1)):
-        code, _, said = run(program, tmp_path, method, steps, "--copies", copies, ranks=ranks)
-        assert code == 0 and len(said) == ranks
-        assert all(line["resets"] == 0 for line in said)
-    model = network()
-    settings = {"residual": {"noise_gate": None, "history_depth": 4}, "subspace": {}}[method]
-    config = AndersonConfig(method=method, **settings)
-    alone = AndersonOptimizer(sgd(model), anderson=config, independent=True)
-    expected = train(model, alone, 4 * steps, part=slice(None))[-1]
-    assert {line["accelerated"] for line in said} == {alone.anderson.stats.accelerated}
-    found = next(line["weights"] for line in said if "weights" in line)
-    found = torch.tensor(found, dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -157,7 +157,7 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
         saved as without this library.
 
         Args:
-            folder: a new one, or one without a checkpoint, that all ranks see. It is complete when
+            folder: a new one that all ranks see. It is complete when
                 this call returns.
 
         Raises:
