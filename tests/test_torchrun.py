@@ -1,5 +1,6 @@
 """torchrun: the example for it, a worker that is killed, restarts, fewer workers afterwards."""
 
+import importlib.util
 import json
 import os
 
@@ -54,6 +55,19 @@ def test_example(tmp_path):
     assert code == 0, output[-6000:]
     assert "goes on after epoch 2" in output
     assert "24 steps: " in output and "24 steps of the base optimizer alone" in output
+
+
+def test_short_examples():
+    """Each on two ranks, in one launch; those of packages that are missing are left out."""
+    needs = {"digits_lightning": "lightning", "digits_accelerate": "accelerate"}
+    missing = [name for name in needs if importlib.util.find_spec(needs[name]) is None]
+    names = ["digits_ddp_short", "digits_fsdp", *(name for name in needs if name not in missing)]
+    for name in (*names, *missing):
+        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
+    code, output, _ = run(ROOT / "tests" / "torchrun" / "friends.py", *names, ranks=2)
+    assert code == 0, output[-6000:]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(needs[name] for name in missing)}")
 
 
 def test_a_worker_is_killed(undisturbed, tmp_path):
