@@ -30,7 +30,7 @@ from aadl_hvd.engines.rank_checks import accepted_by_all
 from aadl_hvd.errors import CheckpointError
 from aadl_hvd.optim.engine import Engine
 from aadl_hvd.optim.loading import anderson_state
-from aadl_hvd.optim.shards import local, sharded_like
+from aadl_hvd.optim.shards import is_dtensor, local, sharded_like
 
 Path = str | os.PathLike[str]
 
@@ -81,13 +81,13 @@ class HistoryFiles:
         }
         found = {"about": bytes_of(about), f"own.{self._comm.rank}": bytes_of(own.to_dict())}
         parameters = self._parameters
-        sizes = [local(p).numel() for p in parameters.values()]
+        sizes = [part.numel() for part in self._engine.problem.tensors]
         for name, t in divided.items():
             pieces = torch.split_with_sizes(
                 t.reshape(math.prod(t.shape[:-1]), t.shape[-1]), sizes, dim=1
             )
             for (place, p), piece in zip(parameters.items(), pieces, strict=True):
-                if len(piece):
+                if len(piece) and self._saves(p):
                     found[f"{name}.{place}"] = sharded_like(p, piece)
         return found
 
@@ -115,15 +115,16 @@ class HistoryFiles:
             compare_parameters(about["anderson"]["parameters"], table, dtypes=True)
             for name, (dtype, shape) in about["tensors"].items():
                 for place, p in self._parameters.items() if math.prod(shape) else ():
-                    rows = math.prod(shape), local(p).numel()
-                    memory = torch.empty(rows, dtype=getattr(torch, dtype), device="cpu")
-                    vectors[f"{name}.{place}"] = sharded_like(p, memory)
+                    if self._saves(p):
+                        rows = math.prod(shape), local(p).numel()
+                        memory = torch.empty(rows, dtype=getattr(torch, dtype), device="cpu")
+                        vectors[f"{name}.{place}"] = sharded_like(p, memory)
         return about, vectors
 
     def _take_in(self, about: Any, own: Tensor | None, vectors: dict[str, Tensor]) -> None:
         """Makes this rank's shard of what was read, and loads it as any other."""
         parameters, rank = self._parameters, str(self._comm.rank)
-        n = sum(local(p).numel() for p in parameters.values())
+        n = self._engine.problem.n
         with readable("history"):
             history = about["history"]
             for name, (dtype, shape) in about["tensors"].items():
@@ -150,6 +151,10 @@ class HistoryFiles:
         groups = self._engine.optimizer.param_groups
         every = enumerate(p for group in groups for p in group["params"])
         return {place: p.detach() for place, p in every if p.requires_grad}
+
+    def _saves(self, p: Tensor) -> bool:
+        """Whether rows of a parameter are this rank's; see `optim.shards`."""
+        return is_dtensor(p) or not self._mesh.get_coordinate()[-1]
 
     @property
     def _sharded(self) -> str:

@@ -367,10 +367,6 @@ def test_what_is_refused():
     linear.bias = None
     with pytest.raises(UnsupportedError, match="tensor parallelism is not supported"):
         optimizer(linear, {})
-    mixed = network()
-    fully_shard(mixed[0])
-    with pytest.raises(UnsupportedError, match="call fully_shard on the model itself"):
-        optimizer(mixed, {})
     with pytest.raises(UnsupportedError, match="sharded_state_dict"):
         optimizer(sharded(), {}).consolidate_state_dict()
     alone = [dist.new_group([rank]) for rank in range(SIZE)][RANK]
