@@ -96,7 +96,8 @@ def examine(
             or found.sharding.size > 1
             or found.own.keys() != {str(rank)}
         ):
-            return Examined(left_out="parameters are sharded, and it is not this rank's of as many")
+            why = "parameters are sharded, and it is not this rank's of as many; see save_history"
+            return Examined(left_out=why)
         if found.sharding.size == 1 < found.ranks and found.sharding.n != sharding.n:
             return Examined(left_out="parameters were sharded, and it is that of one rank's part")
         shard = found.fit(sharding, ranks, rank)

@@ -67,13 +67,13 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
     within `DistributedDataParallel.join`: a rank that has run out of data does not answer. The
     noise of the gradient is estimated from successive steps, as in one process.
 
-    *With FSDP2* all parameters must be sharded over one mesh, with HSDP over one of two dimensions
-    and all ranks. `layout` must be "rows", `shard_group` "world" and `safeguard` not "residual".
-    Weights are not compared, for a rank has only its part of them. `save_history` and
-    `load_history` take the place of `consolidate_state_dict`, which is refused. What
-    `sharded_state_dict` returns is loaded by the same rank of as many. Load the base optimizer
-    before this call: `torch.distributed.checkpoint` makes the state of a new optimizer by a step of
-    its own.
+    *With FSDP2* parameters must be sharded over one mesh, with HSDP over one of two dimensions and
+    all ranks. The caller averages the gradients of those that are not sharded. `layout` must be
+    "rows", `shard_group` "world" and `safeguard` not "residual". Sharded weights are not compared,
+    for a rank has only its part of them. `save_history` and `load_history` take the place of
+    `consolidate_state_dict`, which is refused. What `sharded_state_dict` returns is loaded by the
+    same rank of as many. Load the base optimizer before this call: `torch.distributed.checkpoint`
+    makes the state of a new optimizer by a step of its own.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that the library takes.
@@ -99,7 +99,7 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
             `AndersonConfig`, or does not go with Adasum; `compression` compresses nothing.
         UnsupportedError: as for `AndersonOptimizer`; LBFGS; with torch.distributed an optimizer
             whose ranks make different steps (ZeroRedundancyOptimizer), and parameters sharded in
-            another way (tensor parallelism, FSDP1, some sharded and others not).
+            another way (tensor parallelism, FSDP1).
         ReplicaMismatchError: on every rank, if ranks differ in parameters or settings; in the first
             step, if gradients differ.
         HistoryMemoryError: on every rank, if the history of any does not fit into free memory.
