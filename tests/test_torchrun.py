@@ -1,11 +1,13 @@
 """torchrun: the example for it, a worker that is killed, restarts, fewer workers afterwards."""
 
+import importlib.util
 import json
 import os
 
 import pytest
 import torch
-from launching import ROOT, torchrun
+from launching import ROOT, start, torchrun
+from torchrun import forms
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(330)]
 
@@ -54,6 +56,36 @@ def test_example(tmp_path):
     assert code == 0, output[-6000:]
     assert "goes on after epoch 2" in output
     assert "24 steps: " in output and "24 steps of the base optimizer alone" in output
+
+
+def test_short_examples():
+    """Each on two ranks, in one launch; those of packages that are missing are left out."""
+    needs = {"digits_lightning": "lightning", "digits_accelerate": "accelerate"}
+    missing = [name for name in needs if importlib.util.find_spec(needs[name]) is None]
+    names = ["digits_ddp_short", "digits_fsdp", *(name for name in needs if name not in missing)]
+    for name in (*names, *missing):
+        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 60
+    code, output, _ = run(ROOT / "tests" / "torchrun" / "friends.py", *names, ranks=2)
+    assert code == 0, output[-6000:]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(needs[name] for name in missing)}")
+
+
+def test_one_training_in_four_forms(tmp_path):
+    """Horovod, DDP and FSDP2 on two ranks, and one process with all data: the same weights."""
+    program = ROOT / "tests" / "torchrun" / "forms.py"
+    code, output, _ = run(program, tmp_path, "ddp", "fsdp2", ranks=2)
+    assert code == 0, output[-6000:]
+    code, output = start(str(program), str(tmp_path), "horovod", ranks=2)
+    assert code == 0, output[-6000:]
+    for method in forms.METHODS:
+        expected, accelerated = forms.train("one", method)
+        assert accelerated > 4
+        for form in ("ddp", "fsdp2", "horovod"):
+            found = [torch.load(tmp_path / f"{form}{rank}.pt")[method] for rank in (0, 1)]
+            assert torch.equal(found[0][0], found[1][0]), (form, method)
+            assert found[0][1] == found[1][1] == accelerated, (form, method)
+            torch.testing.assert_close(found[0][0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_worker_is_killed(undisturbed, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,15 @@ def merge_shards(shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for shard in shards:
             check_format("shards", shard["anderson"]["format"])
             anderson = anderson or dict(shard["anderson"])
-            merger.add(ShardState.from_dict(shard["anderson"]["history"], "history"))
+            found = ShardState.from_dict(shard["anderson"]["history"], "history")
+            trained = [shape for shape, _, trained in shard["anderson"]["parameters"] if trained]
+            if found.sharding.n != sum(map(math.prod, trained)):
+                raise CheckpointError(
+                    "Invalid shards of parameters that fully_shard has sharded: each has rows of "
+                    "its own. Must be loaded by the same rank of as many; save_history and "
+                    "load_history of the optimizer go on with any number of ranks."
+                )
+            merger.add(found)
         if anderson is None:
             raise CheckpointError("Invalid shards=[]. Must be what sharded_state_dict() returned.")
         return {"anderson": anderson | {"history": merger.merged().to_dict()}}

@@ -79,7 +79,7 @@ def examine(
         rehearsal.load_counters(anderson["counters"])
         rehearsal.load_measured(anderson["measured"])
         history = anderson.get("history")
-        _compare(anderson["parameters"], parameters, dtypes=history is not None)
+        compare_parameters(anderson["parameters"], parameters, dtypes=history is not None)
         if history is None:
             return Examined()
         if not config["enabled"]:  # no use is made of it, so its insides do not matter
@@ -96,7 +96,8 @@ def examine(
             or found.sharding.size > 1
             or found.own.keys() != {str(rank)}
         ):
-            return Examined(left_out="parameters are sharded, and it is not this rank's of as many")
+            why = "parameters are sharded, and it is not this rank's of as many; see save_history"
+            return Examined(left_out=why)
         if found.sharding.size == 1 < found.ranks and found.sharding.n != sharding.n:
             return Examined(left_out="parameters were sharded, and it is that of one rank's part")
         shard = found.fit(sharding, ranks, rank)
@@ -115,7 +116,8 @@ def parameter_table(optimizer: torch.optim.Optimizer) -> list[list[Any]]:
     ]
 
 
-def _compare(saved: list[list[Any]], here: list[list[Any]], dtypes: bool) -> None:
+def compare_parameters(saved: list[list[Any]], here: list[list[Any]], dtypes: bool) -> None:
+    """Raises a CheckpointError where shapes differ, or, on request, dtypes: says which."""
     if len(saved) != len(here):
         raise CheckpointError(
             f"Invalid state_dict of an optimizer with {len(saved)} parameters. Must have "

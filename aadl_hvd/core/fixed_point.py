@@ -63,6 +63,14 @@ class FixedPoint(Protocol):
         """Whether w is only this rank's part of the weights, and each rank has another one."""
 
     @property
+    def replicated(self) -> list[Tensor]:
+        """Where w is a part: tensors that each rank holds whole. They are part of w on one rank."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether the replicated tensors of this rank are those that the others get."""
+
+    @property
     def sizes(self) -> list[int]:
         """How many numbers each of `tensors` has; where w is a part, on all ranks together."""
 

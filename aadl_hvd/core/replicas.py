@@ -61,13 +61,18 @@ class Replicas:
         return self
 
     def pending(self) -> list[Tensor]:
-        """The checksum of this rank's weights, int64 []."""
-        return [self._checksum_of(self._problem)]
+        """Checksums: of this rank's weights, and of replicated ones beside sharded; int64 []."""
+        return self._checksums(self._problem)
 
     def pack(self, numbers: list[Vector]) -> Vector:
         """[COMPARED] numbers to be summed over ranks."""
         self._own = int(numbers[0][0])
-        return compared(self._own) * self._share
+        found = compared(self._own) * self._share
+        if len(numbers) > 1:
+            # With sharded weights the second half is free. These sum up to 0 over all ranks.
+            share = self._collectives.size - 1.0 if self._collectives.rank == 0 else -1.0
+            found[COMPARED // 2 :] = share * compared(int(numbers[1][0]))[: COMPARED // 2]
+        return found
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
@@ -78,7 +83,7 @@ class Replicas:
 
     def compare(self, problem: FixedPoint) -> bool:
         """Whether all ranks hold the same weights now. Collective."""
-        sums = self._collectives.agree(self.pack(numbers_of([self._checksum_of(problem)])))
+        sums = self._collectives.agree(self.pack(numbers_of(self._checksums(problem))))
         same = equal(sums, self._collectives.size)
         self._were_equal |= same
         return same
@@ -116,8 +121,9 @@ class Replicas:
         """
         if problem.sharded:
             raise ReplicaMismatchError(
-                f"Copies of the sharded weights (HSDP) differ in step {step}. Must be the same: "
-                "give all copies the same weights before training, or go on from a checkpoint."
+                f"Copies of the sharded weights (HSDP), or weights that fully_shard has not "
+                f"sharded, differ between ranks in step {step}. Must be the same: give all the "
+                "same weights before training, or go on from a checkpoint."
             )
         found = self._collectives.all_objects((self._own, self.stepped_apart, problem.config_lines))
         self.stepped_apart = False
@@ -173,6 +179,18 @@ class Replicas:
             values = tensor.detach().to(torch.float64).reshape(-1)
             values = collectives.from_one_rank(values if mine else torch.zeros_like(values))
             tensor.copy_(values.reshape(tensor.shape))
+
+    def _checksums(self, problem: FixedPoint) -> list[Tensor]:
+        found = [self._checksum_of(problem)]
+        if whole := problem.replicated:
+            dtype = work_dtype(problem)
+            flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in whole])
+
+            def read(lo: int, hi: int, out: Tensor) -> Tensor:
+                return out.copy_(flat[lo:hi])
+
+            found.append(checksum(read, len(flat), dtype, problem.device))
+        return found
 
     def _checksum_of(self, problem: FixedPoint) -> Tensor:
         if self._collectives.size == 1 or (problem.sharded and self._collectives.copies == 1):

@@ -77,6 +77,17 @@ class WeightShard:
 
     def show(self, problem: FixedPoint, rows: Tensor) -> None:
         """As `publish`, for a while: the base optimizer remembers nothing of it. Collective."""
+        self._write(problem, rows)
+        if whole := problem.replicated:
+            flat = torch.cat([t.detach().reshape(-1).to(self.dtype) for t in whole])
+            flat = flat if problem.leads else torch.zeros_like(flat)
+            flat = self._collectives.from_one_rank(flat)
+            pieces = torch.split_with_sizes(flat, [t.numel() for t in whole])
+            with torch.no_grad():
+                for tensor, piece in zip(whole, pieces, strict=True):
+                    tensor.copy_(piece.view_as(tensor))
+
+    def _write(self, problem: FixedPoint, rows: Tensor) -> None:
         block = self.sharding.block
         if self.sharding.layout == "columns":
             with self._stats.timed("write"):

@@ -6,6 +6,7 @@ The constructor finds out whether Horovod or torch.distributed runs this job, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.engines import horovod, torch_distributed
+from aadl_hvd.engines.sharded_history import HistoryFiles
 from aadl_hvd.errors import ConfigError, UnsupportedError
 from aadl_hvd.optim import job
 from aadl_hvd.optim.accelerated import AcceleratedOptimizer
@@ -65,12 +67,13 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
     within `DistributedDataParallel.join`: a rank that has run out of data does not answer. The
     noise of the gradient is estimated from successive steps, as in one process.
 
-    *With FSDP2* all parameters must be sharded over one mesh, with HSDP over one of two dimensions
-    and all ranks. `layout` must be "rows", `shard_group` "world" and `safeguard` not "residual".
-    Weights are not compared, for a rank has only its part of them. `consolidate_state_dict` is
-    refused; what `sharded_state_dict` returns is loaded by the same rank of as many. Load the base
-    optimizer before this call: `torch.distributed.checkpoint` makes the state of a new optimizer
-    by a step of its own.
+    *With FSDP2* parameters must be sharded over one mesh, with HSDP over one of two dimensions and
+    all ranks. The caller averages the gradients of those that are not sharded. `layout` must be
+    "rows", `shard_group` "world" and `safeguard` not "residual". Sharded weights are not compared,
+    for a rank has only its part of them. `save_history` and `load_history` take the place of
+    `consolidate_state_dict`, which is refused. What `sharded_state_dict` returns is loaded by the
+    same rank of as many. Load the base optimizer before this call: `torch.distributed.checkpoint`
+    makes the state of a new optimizer by a step of its own.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that the library takes.
@@ -96,7 +99,7 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
             `AndersonConfig`, or does not go with Adasum; `compression` compresses nothing.
         UnsupportedError: as for `AndersonOptimizer`; LBFGS; with torch.distributed an optimizer
             whose ranks make different steps (ZeroRedundancyOptimizer), and parameters sharded in
-            another way (tensor parallelism, FSDP1, some sharded and others not).
+            another way (tensor parallelism, FSDP1).
         ReplicaMismatchError: on every rank, if ranks differ in parameters or settings; in the first
             step, if gradients differ.
         HistoryMemoryError: on every rank, if the history of any does not fit into free memory.
@@ -146,6 +149,51 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
             anderson=anderson,
             **{name: value for name, (value, _) in of_horovod.items()},  # type: ignore[arg-type]
         )
+
+    def save_history(self, folder: str | os.PathLike[str]) -> None:
+        """Saves the history of parameters that FSDP2 has sharded. Collective.
+
+        `torch.distributed.checkpoint` writes it, each rank its part. Model and base optimizer are
+        saved as without this library.
+
+        Args:
+            folder: a new one that all ranks see. It is complete when
+                this call returns.
+
+        Raises:
+            UnsupportedError: the parameters are not sharded; see `sharded_state_dict`.
+            CheckpointError: on every rank, if any could not write its part.
+        """
+        self._history_files.save(folder)
+
+    def load_history(self, folder: str | os.PathLike[str]) -> None:
+        """Loads what `save_history` wrote, on any number of ranks. Collective.
+
+        Each rank reads its part alone. After the model and the base optimizer are loaded, the
+        training goes on as from `load_state_dict`: with the same mesh bit for bit, with another to
+        rounding. On another mesh, what a rank alone knew of its losses and its noise begins anew.
+
+        Args:
+            folder: that of `save_history`.
+
+        Raises:
+            UnsupportedError: the parameters are not sharded.
+            CheckpointError: on every rank, if any could not read its part: damaged, from another
+                version, of another model.
+        """
+        self._history_files.load(folder)
+
+    @property
+    def _history_files(self) -> HistoryFiles:
+        engine = self.anderson_engine
+        if not engine.sharded:
+            raise UnsupportedError(
+                "Invalid save_history() or load_history() with parameters that fully_shard has not "
+                "sharded. Must be sharded_state_dict() or consolidate_state_dict(), and "
+                "load_state_dict()."
+            )
+        assert isinstance(engine, torch_distributed.TorchEngine)
+        return HistoryFiles(engine, engine.mesh)
 
     # Horovod's methods
 

@@ -32,18 +32,20 @@ class TorchEngine(Engine):
     """Gradients are reduced when a step begins. The first step makes sure of it.
 
     Args:
-        sharded: whether FSDP2 has sharded the parameters, and so the gradients.
+        mesh: over which FSDP2 has sharded the parameters, and so the gradients; None: it has not.
     """
 
     reduces_gradients = False
 
-    def __init__(self, sharded: bool) -> None:
+    def __init__(self, mesh: Any) -> None:
         super().__init__()
-        self.sharded = sharded
-        self._compared = sharded
+        self.mesh, self.sharded = mesh, mesh is not None
+        self._compared = False
 
     def reduce(self) -> None:
         """Compares the gradients, in the first step. They have been reduced already. Collective.
+
+        Those of sharded parameters are no rank's alone: FSDP2 has reduced them.
 
         Raises:
             ReplicaMismatchError: on every rank, if the gradients differ.
@@ -51,14 +53,17 @@ class TorchEngine(Engine):
         if self._compared or not self.accelerator.config.enabled:
             return
         self._compared = True
-        size = _absolute_sum(self.problem.tensors)
+        if not (compared := self.problem.replicated if self.sharded else self.problem.tensors):
+            return
+        size = _absolute_sum(compared)
         largest, negative = self.accelerator.comm.allreduce(np.array([size, -size]), "max")
         if largest + negative > _ROUNDING * largest:
             raise ReplicaMismatchError(
                 "Gradients differ between ranks in the first step: the sums of their absolute "
                 f"values reach from {-negative:.9g} to {largest:.9g}. Must be the same when step() "
                 "is called: train the model inside DistributedDataParallel, with the same "
-                "process_group, and call step() outside of its no_sync()."
+                "process_group, and call step() outside of its no_sync(). Average by yourself the "
+                "gradients of parameters that fully_shard has not sharded."
             )
 
 
@@ -79,7 +84,7 @@ def accelerate(
     config, mesh = accepted_by_all(comm, lambda: _accept(optimizer, anderson, comm))
     sharded = mesh is not None
     compare_ranks(comm, optimizer, config, {"sharded": sharded})
-    engine = TorchEngine(sharded)
+    engine = TorchEngine(mesh)
     accepted_by_all(comm, lambda: OptimizerFixedPoint(optimizer, config.residual, None, sharded))
     group = _own_shard(mesh) if sharded else shard_group(comm, config.shard_group)
     made = public.accelerate(optimizer, engine, config, comm, group)

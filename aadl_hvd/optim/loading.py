@@ -70,7 +70,7 @@ def consolidate(engine: Engine, to: int) -> bool:
     if problem.sharded:
         raise UnsupportedError(
             "Invalid consolidate_state_dict() with parameters that fully_shard has sharded. Must "
-            "be sharded_state_dict(), one file for each rank."
+            "be save_history(), for any number of ranks, or sharded_state_dict(), one file a rank."
         )
     accelerator.agree(problem)
     needed = accelerator.group.index == 0

@@ -31,7 +31,7 @@ from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.job import check_whole
 from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
-from aadl_hvd.optim.shards import is_dtensor, local
+from aadl_hvd.optim.shards import Parts, coordinate_in_mesh, is_dtensor, local
 from aadl_hvd.optim.snapshots import Undo, restore, snapshot
 
 # Rows of the flat gradient, and the indices of the parameters there that have no gradient.
@@ -46,8 +46,9 @@ class OptimizerFixedPoint:
         residual: "step" or "gradient".
         weights_before: returns a parameter's value before the step. Needed where the parameter
             itself changes earlier, as in the backward pass with Adasum. None: the parameter.
-        sharded: whether FSDP2 has sharded the parameters: the iteration is that of this rank's
-            parts, and sums over ranks are sums over the whole.
+        sharded: whether FSDP2 has sharded parameters: the iteration is that of this rank's parts,
+            and sums over ranks are sums over the whole. Parameters that it has not sharded are
+            replicated: see `Parts`.
 
     Attributes:
         base_step: one step of the optimizer; to be set before `advance` is called.
@@ -66,7 +67,7 @@ class OptimizerFixedPoint:
         weights_before: Callable[[Tensor], Tensor] | None = None,
         sharded: bool = False,
     ) -> None:
-        self._optimizer, self._sharded = optimizer, sharded
+        self._optimizer, self._sharded, self._parts = optimizer, sharded, Parts()
         self._residual = residual
         self._weights_before = weights_before
         self.base_step: Callable[[], Any]
@@ -155,6 +156,14 @@ class OptimizerFixedPoint:
     @property
     def sharded(self) -> bool:
         return self._sharded
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        return [p for p in self._parameters if not is_dtensor(p)] if self._sharded else []
+
+    @property
+    def leads(self) -> bool:
+        return not any(coordinate_in_mesh(self._parameters))
 
     @property
     def sizes(self) -> list[int]:
@@ -251,7 +260,7 @@ class OptimizerFixedPoint:
 
     def hold(self) -> Callable[[], None]:
         """Copies the weights. Calling the result puts them back."""
-        tensors = self.tensors
+        tensors = [*map(local, self._parameters)]
         saved = [tensor.detach().clone() for tensor in tensors]
 
         def restore() -> None:
@@ -312,13 +321,14 @@ class OptimizerFixedPoint:
             ps += own
             group_of += itertools.repeat(group, len(own))
         with torch.no_grad():
-            tensors = [local(p) for p in ps] if self._sharded else ps
+            sharded = any(map(is_dtensor, ps)) if self._sharded else False
+            tensors = self._parts.of(ps) if sharded else ps
         changed = not _same(ps, self._parameters) or not _same(tensors, self._tensors)
-        if changed and any(is_dtensor(p) != self._sharded for p in ps):
+        if changed and any(map(is_dtensor, ps)) != self._sharded:
             raise UnsupportedError(
-                "Invalid parameters: some were sharded by fully_shard since this optimizer was "
-                "made, or have joined it unsharded. Must be made after fully_shard, of parameters "
-                "that are all sharded, or none."
+                "Invalid parameters: fully_shard has sharded some since this optimizer was made, "
+                "or none of those that are trained is sharded any more. Must be made after "
+                "fully_shard, and keep a sharded parameter that is trained."
             )
         if changed or not _same(group_of, self._group_of):
             self._parameters, self._tensors, self._group_of = ps, tensors, group_of

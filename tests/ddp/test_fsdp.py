@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from training import assert_same_on_all, data, mine, network, sgd, train, wrapped
@@ -15,6 +16,7 @@ from training import assert_same_on_all, data, mine, network, sgd, train, wrappe
 from aadl_hvd import (
     AndersonConfig,
     AndersonOptimizer,
+    CheckpointError,
     ConfigError,
     DistributedAndersonOptimizer,
     ReplicaMismatchError,
@@ -72,10 +74,10 @@ def whole(model):
     return torch.cat([p.full_tensor().detach().reshape(-1) for p in model.parameters()])
 
 
-def steps(model, opt, count, first=0):
+def steps(model, opt, count, first=0, part=None):
     """As `train`, but for the path: the weights would have to be gathered."""
     for k in range(first, first + count):
-        x, y = data(k, mine())
+        x, y = data(k, part or mine())
         opt.zero_grad()
         (model(x) - y).square().mean().backward()
         opt.step()
@@ -200,42 +202,117 @@ def test_clipped_accumulated_and_mixed_precision():
     assert opt.anderson.stats.accelerated > 0 and losses[2] < 1.05 * losses[1]
 
 
+def everywhere(path):
+    """The path of rank 0."""
+    box = [path]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def save(folder, model, opt, group=None):
+    states = dict(zip(("model", "base"), get_state_dict(model, opt), strict=True))
+    dcp.save(states, checkpoint_id=folder / "base", process_group=group)
+    opt.save_history(folder / "history")
+
+
+def loaded(folder, model, config, group=None, history=True):
+    """An optimizer that goes on from what `save` wrote."""
+    base = sgd(model)
+    # Before the wrapping: torch takes a step of its own in a new optimizer, to make its state.
+    states = dict(zip(("model", "base"), get_state_dict(model, base), strict=True))
+    dcp.load(states, checkpoint_id=folder / "base", process_group=group)
+    of_model, of_base = states["model"], states["base"]
+    set_state_dict(model, base, model_state_dict=of_model, optim_state_dict=of_base)
+    anderson = AndersonConfig(**config)
+    opt = DistributedAndersonOptimizer(base, anderson=anderson, process_group=group)
+    if history:
+        opt.load_history(folder / "history")
+    return opt
+
+
 @pytest.mark.parametrize("method", CASES)
 def test_a_checkpoint_goes_on_bit_for_bit(method, tmp_path):
-    """Model and base by torch.distributed.checkpoint, the history by a file of each rank."""
-    box = [tmp_path]
-    dist.broadcast_object_list(box, src=0)
-    folder, half = box[0], STEPS[method] // 2
+    """Model and base by torch.distributed.checkpoint; so the history, or by a file of each rank."""
+    folder, half = everywhere(tmp_path), STEPS[method] // 2 + 3
     model = sharded()
     opt = optimizer(model, CASES[method])
     steps(model, opt, half)
-    states = get_state_dict(model, opt)
-    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder / "base")
+    save(folder, model, opt)
     checkpoint.save(folder / f"{RANK}.pt", opt.sharded_state_dict())
     expected = steps(model, opt, half, first=half)
+    for by_dcp in (False, True):
+        again = sharded()
+        other = loaded(folder, again, CASES[method], history=by_dcp)
+        if not by_dcp:
+            other.load_state_dict(checkpoint.load(folder / f"{RANK}.pt"))
+        assert torch.equal(steps(again, other, half, first=half), expected)
+        assert other.anderson.stats.resets["desynchronized"] == 0
+        assert other.anderson.stats.accelerated == opt.anderson.stats.accelerated
 
-    again = sharded()
-    base = sgd(again)
-    # Before the wrapping: torch takes a step of its own in a new optimizer, to make its state.
-    states = get_state_dict(again, base)
-    read = {"model": states[0], "optimizer": states[1]}
-    dcp.load(read, checkpoint_id=folder / "base")
-    set_state_dict(again, base, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
-    other = DistributedAndersonOptimizer(base, anderson=opt.anderson.config)
-    other.load_state_dict(checkpoint.load(folder / f"{RANK}.pt"))
-    assert torch.equal(steps(again, other, half, first=half), expected)
-    assert other.anderson.stats.resets["desynchronized"] == 0
+
+@pytest.mark.skipif(SIZE != 4, reason="two copies of two shards need 4 ranks")
+@pytest.mark.parametrize("method", CASES)
+def test_copies_of_shards_and_other_numbers_of_ranks(method, tmp_path):
+    """2 ranks, then 3, then 4 that hold two copies, then 2: the history goes on in the middle."""
+    folder, count = everywhere(tmp_path), {"residual": 9, "subspace": 27}[method]
+    two, three = (DeviceMesh("cpu", [*range(ranks)]) for ranks in (2, 3))
+    copies = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for life, mesh in enumerate((two, three, copies, two)):
+        if mesh.get_coordinate() is not None:
+            group = None if mesh is copies else mesh.get_group()
+            model = sharded(mesh=mesh)
+            if life == 0:
+                opt = optimizer(model, CASES[method], process_group=group)
+            else:
+                opt = loaded(folder / f"{life - 1}", model, CASES[method], group)
+            size = min(mesh.size(), SIZE)
+            found = steps(model, opt, count, life * count, mine(RANK, size))
+            save(folder / f"{life}", model, opt, group)
+            assert not sum(opt.anderson.stats.resets.values())
+        dist.barrier()
+    other, config = network(), AndersonConfig(**CASES[method])
+    alone = AndersonOptimizer(sgd(other), anderson=config, independent=True)
+    expected = train(other, alone, 4 * count, part=slice(None))[-1]
+    if RANK < 2:
+        assert opt.anderson.stats.accelerated == alone.anderson.stats.accelerated > 3
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_histories_that_are_not_loaded(tmp_path):
+    """Errors come up on all ranks, and the optimizer stays as it was."""
+    model, folder = sharded(), everywhere(tmp_path) / "history"
+    opt = optimizer(model, CASES["residual"])
+    steps(model, opt, 8)
+    opt.save_history(folder)
+    with pytest.raises(CheckpointError, match="Must be one that save_history has written"):
+        opt.load_history(folder / "absent")
+    other = optimizer(sharded(Directions()), CASES["residual"])
+    with pytest.raises(CheckpointError, match="with 4 parameters"):
+        other.load_history(folder)
+    if RANK == 0:
+        largest = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100])
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="could not be read from it"):
+        opt.load_history(folder)
+    assert opt.anderson.columns == 4
+    replicated = optimizer(wrapped(), {})
+    for call in (replicated.save_history, replicated.load_history):
+        with pytest.raises(UnsupportedError, match="fully_shard has not sharded"):
+            call(folder)
+    shards = [None] * SIZE
+    dist.all_gather_object(shards, opt.sharded_state_dict())
+    with pytest.raises(CheckpointError, match="save_history and load_history"):
+        checkpoint.merge_shards(shards)
 
 
 def test_a_history_of_another_rank_is_left_out(tmp_path):
-    box = [tmp_path]
-    dist.broadcast_object_list(box, src=0)
-    model = sharded()
+    folder, model = everywhere(tmp_path), sharded()
     opt = optimizer(model, CASES["residual"])
     steps(model, opt, 20)
-    checkpoint.save(box[0] / f"{RANK}.pt", opt.sharded_state_dict())
+    checkpoint.save(folder / f"{RANK}.pt", opt.sharded_state_dict())
     dist.barrier()
-    wrong = checkpoint.load(box[0] / f"{(RANK + 1) % SIZE}.pt")
+    wrong = checkpoint.load(folder / f"{(RANK + 1) % SIZE}.pt")
     with pytest.warns(UserWarning, match="not this rank's"):
         opt.load_state_dict(wrong)
     found = steps(model, opt, 20, first=20)
@@ -290,10 +367,6 @@ def test_what_is_refused():
     linear.bias = None
     with pytest.raises(UnsupportedError, match="tensor parallelism is not supported"):
         optimizer(linear, {})
-    mixed = network()
-    fully_shard(mixed[0])
-    with pytest.raises(UnsupportedError, match="call fully_shard on the model itself"):
-        optimizer(mixed, {})
     with pytest.raises(UnsupportedError, match="sharded_state_dict"):
         optimizer(sharded(), {}).consolidate_state_dict()
     alone = [dist.new_group([rank]) for rank in range(SIZE)][RANK]

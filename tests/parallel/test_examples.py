@@ -88,7 +88,9 @@ def folder(tmp_path):
 
 
 def test_every_example_is_run():
-    elsewhere = {"digits_elastic", "digits_ddp"}  # in tests/elastic, tests/torchrun
+    # In tests/elastic and tests/torchrun.
+    elsewhere = {"digits_elastic", "digits_ddp", "digits_ddp_short", "digits_fsdp"}
+    elsewhere |= {"digits_lightning", "digits_accelerate"}
     found = {path.stem for path in EXAMPLES.glob("*.py")}
     assert found == {script for script, *_ in RUNS.values()} | elsewhere
 
