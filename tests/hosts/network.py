@@ -1,8 +1,8 @@
 """Two hosts on this machine, with a wire between them that can be cut, for tests.
 
-A host is a network, a host name (UTS) and mounts of its own. Both are in one process namespace: what
-runs in it ends with the process that made the network, however that ends, and the namespaces and the
-wire with it. Nothing of the machine itself changes, and several networks may exist at once.
+A host is a network, a host name (UTS) and mounts of its own. Both are in one process namespace:
+what runs in it ends with the process that made the network, however that ends, and the namespaces
+and the wire with it. Nothing of the machine itself changes, and several networks may exist at once.
 
 The hosts resolve each other's names, and share all files. `ssh HOST COMMAND`, which is first on
 their PATH, stands for the program of that name. The session itself does not use the wire, and so it
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 HOSTS = ("a", "b")
-PROGRAMS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2"}
+PROGRAMS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "sysctl": "procps"}
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 ADDRESS = "10.77.0.{}"
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,16 @@ class Network:
         ssh.chmod(0o755)
         # It ends with its standard input, and the kernel then ends all others in the namespace.
         self._all = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "cat"],
+            [
+                "unshare",
+                "--net",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "cat",
+            ],
             stdin=subprocess.PIPE,
         )
         children = Path(f"/proc/{self._all.pid}/task/{self._all.pid}/children")
@@ -123,14 +132,22 @@ class Network:
             ends = ["eth0", "netns", pids[0], "type", "veth", "peer", "eth0", "netns", pids[1]]
             self._run("ip", "link", "add", *ends)
         for i, host in enumerate(HOSTS, start=1):
+            # The kernel gives a connection up after about 10 seconds; else after 15 minutes.
+            self.check(host, "sysctl", "-q", "-w", "net.ipv4.tcp_retries2=4")
             self.check(host, "ip", "address", "add", f"{ADDRESS.format(i)}/24", "dev", "eth0")
             self.check(host, "ip", "link", "set", "eth0", "up")
 
     def __exit__(self, *_):
         if hasattr(self, "_all"):
+            for server in self._warm:
+                server.stdin.close()
             self._all.stdin.close()
             self._all.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def alive(self):
+        """Whether nothing has been killed."""
+        return all(server.poll() is None for server in [self._all, *self._warm])
 
     def warm(self, limit=120):
         """What stands for `python` on both hosts, to have programs forked; see tests/warm.py."""
@@ -184,7 +201,7 @@ class Network:
         return found
 
     def kill(self, host):
-        """Ends all processes of a host. Its kernel still says goodbye: `cut` first if it must not."""
+        """Ends all processes of a host. Its kernel closes their connections: else `cut` first."""
         while processes := self.processes(host):
             for number in processes:
                 with contextlib.suppress(ProcessLookupError):

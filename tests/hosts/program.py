@@ -19,7 +19,7 @@ import torch
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer, checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / "ddp"))  # a fork does not read PYTHONPATH
-from training import mine, network, sgd, train, weights  # noqa: E402
+from training import mine, network, sgd, train, weights
 
 SAVE = 20  # steps between two checkpoints
 
@@ -65,12 +65,14 @@ if last.exists():
     opt.load_state_dict(saved["optimizer"])
     done = saved["step"]
 group = opt.anderson.comm.allgather_object((rank, opt.anderson._shard.sharding.size))
-say(f"begins at step {done} with {opt.anderson.columns} columns; shares of {group[rank][1]} ranks")
+say(f"begins at step {done}; shares of {group[rank][1]} ranks")
 try:
     for step in range(done, args.steps):
         if rank == 0:
             say(f"step {step} at {time.time():.3f}")
         train(model, opt, 1, part=mine(rank, size), first=step)
+        if step == done:
+            say(f"has {opt.anderson.columns} columns after a step")
         time.sleep(args.pause)
         if (step + 1) % SAVE == 0 and step + 1 < args.steps:
             state = opt.consolidate_state_dict()
