@@ -30,17 +30,17 @@ class Hosts:
     """
 
     def __init__(self, allgather: Callable[[Any], list[Any]]) -> None:
-        self._listener = socket.create_server(("", 0))
-        port = self._listener.getsockname()[1]
-        found = allgather((platform.node(), _own_address(), port))
-        self._names = [name for name, _, _ in found]
-        self._addresses = {name: (address, port) for name, address, port in found if address}
+        listener = _listener()
+        found = allgather((platform.node(), _address(listener)))
+        self._names = [name for name, _ in found]
+        self._addresses = {name: tuple(address) for name, address in found if address}
         self._here = platform.node()
         self._said = False
+        close = weakref.finalize(self, listener.close if listener else bool)
         if len(set(self._names)) == 1:
-            self._listener.close()
+            close()
         else:
-            _registered.add(self)
+            _register(self)
 
     def place(self, rank: int) -> str:
         """Words after the name of a rank: " on host b"; none where all ranks share a host."""
@@ -80,13 +80,23 @@ class Hosts:
                 print(f"aadl_hvd: {line}", file=sys.stderr, flush=True)
 
 
-def _own_address() -> str | None:
-    """The address of this host's name; None where others cannot use it."""
+def _listener() -> socket.socket | None:
+    # No error: it would be this rank's alone, and the others would wait for it.
+    try:
+        return socket.create_server(("", 0))
+    except OSError:
+        return None
+
+
+def _address(listener: socket.socket | None) -> tuple[str, int] | None:
+    """Where others reach a socket, by this host's name; None where they cannot."""
+    if listener is None:
+        return None
     try:
         address = socket.gethostbyname(platform.node())
     except OSError:
         return None
-    return None if address.startswith("127.") else address
+    return None if address.startswith("127.") else (address, listener.getsockname()[1])
 
 
 def _unreachable(addresses: dict[str, tuple[str, int]]) -> Iterable[str]:
@@ -127,7 +137,13 @@ def _listed(ranks: Iterable[int]) -> str:
 _registered: weakref.WeakSet[Hosts] = weakref.WeakSet()
 
 
-@atexit.register  # runs before what transports registered earlier, which may hang without a host
+def _register(hosts: Hosts) -> None:
+    _registered.add(hosts)
+    # Hooks run in the reverse order: before those of transports, which may hang without a host.
+    atexit.unregister(_say_at_exit)
+    atexit.register(_say_at_exit)
+
+
 def _say_at_exit() -> None:
     for hosts in list(_registered):
         hosts.say_at_exit()

@@ -8,20 +8,28 @@ import pytest
 from aadl_hvd.comm import hosts
 
 
-def of(*names, addresses=None):
+def of(*names):
     """The hosts of ranks with these names; this rank's own host is its real name."""
-    found = [
-        (name, "127.0.0.1", port)
-        for name, port in zip(names, addresses or [9] * len(names), strict=True)
-    ]
-    return hosts.Hosts(lambda own: found)
+    return hosts.Hosts(lambda own: [(name, ("192.0.2.1", 9)) for name in names])
 
 
-def test_one_host_is_not_named():
+def test_one_host_is_not_named(monkeypatch):
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr("socket.create_server", lambda *_: listener)
     alone = of(platform.node(), platform.node())
     assert alone.place(1) == ""
     assert alone.silent() == []
-    assert alone._listener.fileno() == -1
+    assert listener.fileno() == -1, "nobody will ask"
+
+
+def test_a_rank_that_cannot_listen_tells_the_others_so(monkeypatch):
+    def refuse(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr("socket.create_server", refuse)
+    said = []
+    hosts.Hosts(lambda own: said.append(own) or [own, ("b", None)])
+    assert said == [(platform.node(), None)]
 
 
 def test_a_silent_host_is_named_with_its_ranks(monkeypatch):
