@@ -163,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, metavar="N", help="where the machine file does not say it")
     add("--cores-per-node", type=int, metavar="N", help="where the machine file does not say it")
     add("--launcher", choices=LAUNCHERS["slurm"], help="what starts the ranks on SLURM (default: "
-        "that of the machine file); mpirun is Open MPI's, inside the allocation")  # fmt: skip
+        "that of the machine file); mpirun is Open MPI's, torchrun is torch's, inside the "
+        "allocation")  # fmt: skip
     add("--hosts", metavar="HOST:RANKS,...", help="nodes, where there is no scheduler")
     add("--hostfile", metavar="FILE", help="the same from a file of lines HOST slots=RANKS; a host "
         "that is named more than once gets the sum")  # fmt: skip

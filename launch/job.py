@@ -22,6 +22,17 @@ from launch.machines import (
 
 PLACEHOLDER = "{data}"
 THREADS = "OMP_NUM_THREADS"
+PREEMPTED = 75
+"""Exit code of a training that was asked to stop and left a checkpoint; see models.preemption."""
+KEEPALIVE = {
+    f"OMPI_MCA_oob_tcp_keepalive_{name}": Variable(value=str(value), reason=reason)
+    for name, value, reason in (
+        ("time", 60, "s; then mpirun asks a node of which it has heard nothing"),
+        ("intvl", 10, "s between two such questions"),
+        ("probes", 6, "questions without an answer, after which it ends the job: 2 minutes in all"),
+    )
+}
+"""How soon Open MPI notices that a node is gone; 8 minutes by itself."""
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
 
@@ -274,7 +285,13 @@ def _launcher(machine: Machine, options: Options) -> str:
     scheduler = machine.scheduler
     if scheduler.kind != "slurm":
         _forbid(machine, "has no SLURM", launcher=options.launcher)
-    return options.launcher or scheduler.launcher
+    launcher = options.launcher or scheduler.launcher
+    if launcher == "torchrun" and "models.train" in options.command:
+        raise LaunchError(
+            "--launcher is 'torchrun', but models.train reduces gradients with Horovod: leave it "
+            "out, or give a script that calls torch.distributed.init_process_group()"
+        )
+    return launcher
 
 
 def _controller(machine: Machine, options: Options) -> str | None:
@@ -373,6 +390,8 @@ def _environment(
     if cores_per_rank is not None:
         reason = f"one thread for each of a rank's {cores_per_rank} cores"
         environment[THREADS] = Variable(value=str(cores_per_rank), reason=reason)
+    if _launcher(machine, options) == "mpirun" or _controller(machine, options) == "mpi":
+        environment |= KEEPALIVE
     environment |= machine.environment
     for setting in options.env:
         name, equals, value = setting.partition("=")

@@ -18,7 +18,11 @@ from typing import Any
 FOLDER = Path(__file__).parent / "machines"
 
 KINDS = ("slurm", "lsf", "none")
-LAUNCHERS = {"slurm": ("srun", "mpirun"), "lsf": ("jsrun",), "none": ("mpirun", "horovodrun")}
+LAUNCHERS = {
+    "slurm": ("srun", "mpirun", "torchrun"),
+    "lsf": ("jsrun",),
+    "none": ("mpirun", "horovodrun"),
+}
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Words that schedulers take in a script's head without quotes.
 PLAIN = re.compile(r"[A-Za-z0-9][\w.+@:/-]*", re.ASCII)
@@ -63,7 +67,8 @@ class Scheduler:
 
     Attributes:
         kind: "slurm", "lsf" or "none".
-        launcher: "srun", "jsrun", "mpirun" or "horovodrun". On SLURM `--launcher` may change it.
+        launcher: "srun", "jsrun", "mpirun", "torchrun" or "horovodrun". On SLURM `--launcher` may
+            change it.
         queue: Used unless `--queue` names another.
         queue_option: SLURM's word for a queue: "partition", or "qos".
         qos: Values of `--queue` that are a QOS where the others are partitions.

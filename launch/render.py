@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from launch.directives import PREFIX, replaced
-from launch.job import ARCHIVES, PLACEHOLDER, THREADS, Job
-
-PREEMPTED = 75
-"""Exit code of a training that was asked to stop and left a checkpoint; see models.preemption."""
+from launch.job import ARCHIVES, PLACEHOLDER, PREEMPTED, THREADS, Job
+from launch.torchrun import AGENT
 
 
 def render(job: Job) -> str:
@@ -99,6 +97,12 @@ def _environment(job: Job) -> Iterator[str]:
             f"export {THREADS}=${{{THREADS}:-$((launch_cores > {ranks} ? launch_cores / {ranks} : "
             f"1))}}  # this host's cores over its {ranks} ranks; --env {THREADS}=N if others differ"
         )
+    if job.launcher == "torchrun":
+        # The script runs on the first node of the job.
+        yield "launch_head=$(hostname):$((20000 + SLURM_JOB_ID % 10000))  # where all nodes meet"
+        reason = "each start of the ranks has a store of its own"
+        yield f"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # {reason}"
+        yield f"launch_agent={shlex.quote(AGENT)}"
     if job.launcher == "mpirun":
         # Open MPI passes to other hosts only what -x names, and warns of names that are not set.
         names = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", THREADS, *job.environment]
@@ -218,6 +222,8 @@ def _launcher(job: Job) -> str:
         ]
         if job.gpus_per_node:
             words.append(f"--gpus-per-node={job.gpus_per_node}")
+    elif job.launcher == "torchrun":
+        return f"{shlex.join(_srun_of_agents(job))} {_agent(job)}"
     elif job.launcher == "jsrun":
         words = _jsrun(
             job.nodes, job.ranks_per_node or 1, job.cores_per_rank or 1, job.gpus_per_node
@@ -235,6 +241,40 @@ def _launcher(job: Job) -> str:
     # A machine file's options are those of its own launcher.
     own = scheduler.launcher_options if job.launcher == scheduler.launcher else ()
     return _join([*words, *own], job)
+
+
+def _srun_of_agents(job: Job) -> list[str]:
+    """srun's words for one process on each node, which has all of the node's cores and GPUs."""
+    return [
+        "srun",
+        f"--nodes={job.nodes}",
+        f"--ntasks={job.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={_cpus(job) * (job.ranks_per_node or 1)}",
+        *(["--cpu-bind=cores"] if job.bind else []),
+        "--mpi=none",
+        "--kill-on-bad-exit=0",
+        "--wait=60",
+        *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+    ]
+
+
+def _agent(job: Job) -> str:
+    """The words that start the ranks of a node, up to the program. Python is the program's own."""
+    words = [
+        f"--nnodes={job.nodes}",
+        f"--nproc-per-node={job.ranks_per_node}",
+        "--rdzv-backend=c10d",
+        '--rdzv-endpoint="$launch_head"',
+        '--rdzv-id="$SLURM_JOB_ID"',
+        "--no-python",
+    ]
+    own = job.machine.scheduler
+    options = own.launcher_options if own.launcher == "torchrun" else ()
+    given = job.command[0]
+    python = given if PurePosixPath(given).name.startswith("python") else "python"
+    start = [shlex.quote(python), "-c", '"$launch_agent"']
+    return " ".join([*start, *words[:-1], *map(shlex.quote, options), words[-1]])
 
 
 def _on_each_node(job: Job) -> str:

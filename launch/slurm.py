@@ -78,6 +78,8 @@ def fit(job: Job, slurm: Slurm) -> Job:
     Raises:
         LaunchError: srun cannot start the ranks of this MPI.
     """
+    if job.launcher == "torchrun":
+        return dataclasses.replace(job, bind=slurm.binds)
     if job.launcher != "srun":
         return job
     return dataclasses.replace(job, bind=slurm.binds, mpi_type=_mpi_type(job, slurm))
@@ -117,7 +119,7 @@ def notes(job: Job, slurm: Slurm) -> Iterator[str]:
             f"srun gets --mpi={job.mpi_type}: this Slurm's own choice is {slurm.mpi_default}, "
             "which does not start this MPI"
         )
-    if job.launcher == "srun" and not job.bind:
+    if job.launcher in ("srun", "torchrun") and not job.bind:
         yield "ranks are not bound to cores: this Slurm's TaskPlugin is none"
     if slurm.gpus and not job.gpus_per_node:
         yield "this Slurm has GPUs, and the job asks for none: --gpus-per-node N does"

@@ -111,6 +111,8 @@ def serve(path):
                         kill(other.data[0])
                 sys.exit(0)
             elif key.data[1] is None:  # whoever asked is gone
+                if key.fileobj.fileno() < 0:  # and the fork has ended at the same moment
+                    continue
                 kill(key.data[0])
                 wait.unregister(key.fileobj)
             else:

@@ -46,14 +46,17 @@ class Departures:
     Args:
         comm: an mpi4py intra-communicator.
         neighbours: the ranks that this rank exchanges messages with.
+        place: the host of a rank in words, after the rank's name; see `Hosts.place`.
 
     Attributes:
         busy: this rank uses MPI. `in_use()` sets it.
         over: the communicator can no longer be used: a rank has left, or MPI is being finalized.
     """
 
-    def __init__(self, comm: Any, neighbours: list[int]) -> None:
-        self._comm = comm
+    def __init__(
+        self, comm: Any, neighbours: list[int], place: Callable[[int], str] = lambda rank: ""
+    ) -> None:
+        self._comm, self._place = comm, place
         self._rank: int = comm.Get_rank()
         self._size: int = comm.Get_size()
         self._neighbours = neighbours
@@ -108,14 +111,14 @@ class Departures:
             if waited > warn_after and not warned:
                 warned = True
                 warnings.warn(
-                    f"Rank {self._rank} has waited for rank {rank} for {waited:.0f} s, in an "
-                    "operation of the Anderson optimizer.",
+                    f"Rank {self._rank} has waited for rank {rank}{self._place(rank)} for "
+                    f"{waited:.0f} s, in an operation of the Anderson optimizer.",
                     stacklevel=2,
                 )
             if waited > end_after:
                 raise CommunicationError(
-                    f"Rank {self._rank} has waited for rank {rank} for {waited:.0f} s. That is "
-                    "longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS."
+                    f"Rank {self._rank} has waited for rank {rank}{self._place(rank)} for "
+                    f"{waited:.0f} s. That is longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS."
                 )
 
     def poll_until(self, done: Callable[[], bool], header: float) -> None:
@@ -150,7 +153,7 @@ class Departures:
         """Adds what ranks said that have left, as notes."""
         self._await_notice()
         for rank, said in self._left.items():
-            error.add_note(f"Rank {rank} has left: {said}")
+            error.add_note(f"Rank {rank}{self._place(rank)} has left: {said}")
 
     def give_up(self) -> NoReturn:
         """Raises `CommunicationError`: another rank has left or MPI is finalized. Says why."""
@@ -161,7 +164,7 @@ class Departures:
                 "output of the other ranks for the reason."
             )
         rank, said = next(iter(self._left.items()))
-        raise CommunicationError(f"Rank {rank} has left: {said}")
+        raise CommunicationError(f"Rank {rank}{self._place(rank)} has left: {said}")
 
     def keep(self, *memory: Any) -> None:
         """Keeps memory that MPI may still read or write."""
@@ -213,9 +216,9 @@ class Departures:
             self._comm.Recv(joins, status.source, Tag.JOIN)
             if joins[0] > self._joins:  # an earlier join ended when this rank had joined, too
                 raise CommunicationError(
-                    f"Rank {status.source} has called hvd.join(). This rank, {self._rank}, waits "
-                    "for it in an accelerated step. Acceleration needs every rank in every step. "
-                    "Give all ranks equally many batches."
+                    f"Rank {status.source}{self._place(status.source)} has called hvd.join(). "
+                    f"This rank, {self._rank}, waits for it in an accelerated step. Acceleration "
+                    "needs every rank in every step. Give all ranks equally many batches."
                 )
 
     def _await_notice(self) -> None:

@@ -22,6 +22,7 @@ from horovod.torch.mpi_ops import is_homogeneous
 from torch import Tensor
 
 from aadl_hvd.comm.base import ADVICE, Communicator, ShardGroup, Values
+from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
 from aadl_hvd.errors import CommunicationError, ConfigError
@@ -55,6 +56,7 @@ class HorovodCommunicator(Communicator):
         built = torch.tensor([next(_instances)], device="cpu")
         newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
         self._name = f"aadl_hvd.{int(newest)}"
+        self.hosts = Hosts(self.allgather_object) if host is None else host.hosts
 
     @property
     def _process_set(self) -> Any:
@@ -76,6 +78,7 @@ class HorovodCommunicator(Communicator):
     def explain(self, error: Exception) -> None:
         if self.host is not None:
             self.host.explain(error)
+        self.hosts.explain(error)
         error.add_note("If another rank has left or was killed, its own output says why.")
 
     # The host's public methods check the arguments, so they are not checked twice.
@@ -199,7 +202,7 @@ def horovod_communicator(process_set: Any) -> Communicator:
     return HorovodCommunicator(process_set, _mpi_communicator(process_set, through_horovod))
 
 
-def _mpi_communicator(process_set: Any, agree: Communicator) -> MpiCommunicator | None:
+def _mpi_communicator(process_set: Any, agree: HorovodCommunicator) -> MpiCommunicator | None:
     """The same ranks through mpi4py. None if mpi4py is unavailable or numbers ranks differently.
 
     Args:
@@ -213,7 +216,7 @@ def _mpi_communicator(process_set: Any, agree: Communicator) -> MpiCommunicator 
     ready = MpiCommunicator.world_rank() == hvd.rank()
     if not all(agree.allgather_object(ready)):
         return None
-    host = MpiCommunicator(ranks)
+    host = MpiCommunicator(ranks, agree.hosts)
     _announce_joins(host)
     return host
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aadl_hvd.comm.base import Communicator, Values, checked_tensor
 from aadl_hvd.comm.departures import Departures
+from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.messages import Tag
 from aadl_hvd.comm.tree import Tree
 from aadl_hvd.errors import CommunicationError
@@ -45,8 +46,10 @@ class MpiCommunicator(Communicator):
     Args:
         ranks: ranks in MPI's world, in the order that they have here. Collective over these
             ranks only. `world_rank` must not be None on any of them.
+        hosts: of these ranks. None: they ask each other.
 
     Attributes:
+        hosts: the hosts of the ranks.
         on_one_node: whether all ranks share a node.
         piece: how many numbers `gather_by_pieces` gathers at a time. They are still in the
             processor's cache when they are used.
@@ -54,7 +57,7 @@ class MpiCommunicator(Communicator):
 
     piece = 2**20
 
-    def __init__(self, ranks: list[int]) -> None:
+    def __init__(self, ranks: list[int], hosts: Hosts | None = None) -> None:
         from mpi4py import MPI
 
         world = MPI.COMM_WORLD
@@ -67,7 +70,8 @@ class MpiCommunicator(Communicator):
         self.on_one_node = node.Get_size() == self.size
         node.Free()
         self._tree = Tree(self._comm)
-        self._departures = Departures(self._comm, self._tree.neighbours)
+        self.hosts = hosts or Hosts(self.allgather_object)
+        self._departures = Departures(self._comm, self._tree.neighbours, self.hosts.place)
         self._pieces: dict[torch.dtype, NDArray[Any]] = {}  # memory for `gather_by_pieces`
 
     @staticmethod

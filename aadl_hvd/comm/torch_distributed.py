@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aadl_hvd.comm.base import ADVICE, Communicator, ShardGroup, Values
+from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.errors import CommunicationError, ConfigError
 
@@ -22,7 +23,7 @@ class TorchCommunicator(Communicator):
     """Small vectors and bytes go through a host's transport (Gloo), tensors through their device's.
 
     Where the group has no transport for host memory, as on NCCL, a Gloo group of all ranks is made
-    for it. The constructor is collective over the group, then. A part of the ranks cannot have one:
+    for it. The constructor is collective over the group. A part of the ranks cannot have one:
     torch numbers new groups on each rank, and a group that some ranks make alone puts the numbers
     of the others out of step, so that the next `new_group` waits for ever. Small vectors go through
     the GPU there.
@@ -41,6 +42,7 @@ class TorchCommunicator(Communicator):
                 self._host = dist.new_group(backend="gloo", timeout=_timeout(group))
             else:
                 self._device = torch.device("cuda", torch.cuda.current_device())
+        self._hosts = Hosts(self.allgather_object)
 
     def parts(self, groups: list[list[int]]) -> list[Any]:
         """New groups of ranks of the world. Collective over this group.
@@ -61,6 +63,7 @@ class TorchCommunicator(Communicator):
         return [dist.new_group(ranks, **settings) for ranks in groups]
 
     def explain(self, error: Exception) -> None:
+        self._hosts.explain(error)
         error.add_note("If another rank has left or was killed, its own output says why.")
 
     def allgather_object(self, item: Any) -> list[Any]:
