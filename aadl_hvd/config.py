@@ -164,9 +164,9 @@ class AndersonConfig:
             differ from most. "resync": these get weights and optimizer state of the others, with a
             warning. Ranks that were never equal are warned of, and not accelerated.
         overlap: True: a jump of the subspace method is gathered while the next step runs, and added
-            at its end: the large message has a whole step's time. The gathered jump takes n numbers
-            meanwhile. It is added as late with any number of ranks, so that they train alike, but
-            not late with FSDP2, where nothing large travels, nor with safeguard="loss".
+            at its end. So the large message has a whole step's time. The gathered jump takes n
+            numbers meanwhile. It is as late on one rank as on many, which then train alike. Nothing
+            is late with FSDP2, where nothing large travels, nor where a closure judges the jump.
 
     Raises:
         ConfigError: a value is not allowed; the message names parameter, value and range.
