@@ -113,7 +113,8 @@ def test_resume_before_a_jump_is_added_is_bitwise():
             continue
         with ours.opt.averaged_weights(which=0.9):
             pass
-        full = hvd.broadcast_object(ours.opt.consolidate_state_dict(to=0), root_rank=0)
+        full = ours.opt.consolidate_state_dict(to=0)
+        full = hvd.broadcast_object(full, root_rank=0, name="full")
         shard = ours.opt.state_dict() | ours.opt.sharded_state_dict()
         weights = copy.deepcopy(ours.model.state_dict())
         saved += [(k, weights, copy.deepcopy(state)) for state in (shard, full)]

@@ -234,6 +234,24 @@ def test_parameters_that_change_between_the_two_steps(size):
     assert runs[0].stats.resets["changed"] == 2 and runs[0].stats.jumps > 3
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_group_that_comes_to_rest_between_the_two_steps(size):
+    """As many numbers as before, but another history: the jump is dropped all the same."""
+    both = Group(shapes=((5,), (2, 3)), lr=0.02), Group(shapes=((4, 2),), lr=0.02)
+    problem = Problem(both, noise=0.02)
+
+    def program(comm):
+        run = Run(problem, comm).late(40)
+        run.opt.param_groups[1]["lr"] = 0.0
+        run.train(run.k + 1)
+        first = problem.rates.size - 8
+        assert not run.moved[-1][:first].any()
+        assert run.stats.resets["changed"] == 1
+        return run.train(run.k + 20)
+
+    assert equal(run_ranks(size, program))
+
+
 def test_other_weights_for_a_while():
     """`averaged_weights` between the two steps changes nothing."""
     config = AndersonConfig(**SETTINGS | {"averages": (0.9,)}, overlap=True)
