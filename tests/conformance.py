@@ -133,6 +133,36 @@ def check_gather_by_pieces(comm):
             assert torch.equal(whole, torch.stack(expected))
 
 
+def check_gather_later(comm):
+    """As `allgather`, whatever the ranks do together before they wait, and how often."""
+    for dtype in DTYPES:
+        for k in (1, 1000, 0):
+            block = torch.from_numpy(numbers(comm.rank, k)).to(dtype)
+            gathering = comm.gather_later(block)
+            check_sum(comm)
+            other = comm.allgather(torch.full((3,), float(comm.rank)))
+            assert torch.equal(other, torch.arange(float(comm.size)).repeat_interleave(3))
+            check_broadcast(comm)
+            expected = [torch.from_numpy(x).to(dtype) for x in everybodys(comm, k)]
+            for _ in range(2):
+                found = gathering.wait()
+                assert found.dtype == dtype
+                assert torch.equal(found, torch.stack(expected))
+    with pytest.raises(CommunicationError, match="bfloat16"):
+        comm.gather_later(torch.zeros(3, dtype=torch.bfloat16))
+
+
+def check_gathering_that_nobody_waits_for(comm):
+    """It is in the way of none that is started later. Some ranks may wait for it all the same."""
+    for k in range(4):
+        gathering = comm.gather_later(torch.full((5,), comm.rank + 0.5))
+        if comm.rank == k % comm.size:
+            gathering.wait()
+    found = comm.gather_later(torch.full((2,), comm.rank + 0.25)).wait()
+    assert torch.equal(found[:, 0], torch.arange(comm.size) + 0.25)
+    assert comm.allreduce(np.ones(1))[0] == comm.size
+
+
 def check_gathering_left_by_one(comm):
     """In the midst: the others get all of theirs, and all go on together."""
     through = getattr(comm, "host", None) or comm
@@ -250,7 +280,10 @@ def check_copy(comm):
     """deepcopy of what holds a communicator shares it."""
     import copy
 
-    assert copy.deepcopy({"comm": comm})["comm"] is comm
+    gathering = comm.gather_later(torch.zeros(1))
+    for shared in (comm, gathering):
+        assert copy.deepcopy({"shared": shared})["shared"] is shared
+    gathering.wait()
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

@@ -10,7 +10,7 @@ import torch
 
 from aadl_hvd.errors import AndersonError, CheckpointError
 
-FORMAT = 5  # of files and of the entry "anderson" of a state_dict
+FORMAT = 6  # of files and of the entry "anderson" of a state_dict
 
 
 def check_format(what: str, found: Any) -> None:

@@ -248,7 +248,7 @@ class ShardState(State):
         self.gram.check(self.columns)
         self.averages._check(rows)
         if self.subspace is not None:
-            self.subspace.check(rows)
+            self.subspace.check(rows, self.handover.late)
         for state in (self.window, self.trial):
             if state is not None:
                 state._check(rows)

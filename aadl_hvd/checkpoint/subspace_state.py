@@ -78,6 +78,7 @@ class HandoverState(State):
         into: steps since the block that runs began; below 0: before it begins.
         length: L of the block that runs.
         idle: blocks in a row without a jump.
+        late: whether the next step adds the jump of the last one.
     """
 
     subspace: Annotated[bool, SHARED, instance(bool)]
@@ -88,6 +89,7 @@ class HandoverState(State):
     into: Annotated[int, SHARED, integer(-(2**62))]
     length: Annotated[int, SHARED, integer(2)]
     idle: Annotated[int, SHARED, integer()]
+    late: Annotated[bool, SHARED, instance(bool)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,16 +115,22 @@ class SubspaceState(State):
         blocks: block means and their differences.
         trust: how far jumps may go.
         invariance: the tensors whose scale does not matter.
-        base: the base step before the last jump, [rows]; None where the next block judges none.
+        base: the base step before the last jump, [rows]; None where the next block judges none, or
+            the jump has yet to be added.
+        jump: the jump that the next step adds, [rows]; None where there is none to add.
     """
 
     blocks: Annotated[BlocksState, SHARED, Nested(BlocksState)]
     trust: Annotated[TrustState, SHARED, Nested(TrustState)]
     invariance: Annotated[InvarianceState, SHARED, Nested(InvarianceState)]
     base: Annotated[Tensor | None, ROWS, anything]
+    jump: Annotated[Tensor | None, ROWS, anything]
 
-    def check(self, rows: int) -> None:
-        """Raises a CheckpointError where no run could go on from this."""
+    def check(self, rows: int, late: bool) -> None:
+        """Raises a CheckpointError where no run could go on; late: see `HandoverState`."""
         self.blocks.check(rows)
         self.invariance.check(rows)
-        check_optional(self.base, "subspace.base", self.trust.slope is not None, tensor(rows))
+        judged = self.trust.slope is not None and not (late and self.base is None)
+        check_optional(self.base, "subspace.base", judged, tensor(rows))
+        added = late and self.jump is not None  # none is left where the parameters have changed
+        check_optional(self.jump, "subspace.jump", added, tensor(rows))

@@ -101,6 +101,22 @@ class Communicator(ABC):
         if block.numel():
             yield 0, self.allgather(block).view(self.size, -1)
 
+    def gather_later(self, block: Tensor) -> Gathering:
+        """As `allgather`, but other work and other collectives may go on meanwhile.
+
+        All ranks start it at the same place among the collectives. To wait for it is not
+        collective. A transport that cannot gather in the background gathers at once.
+
+        Args:
+            block: [k] float32 or float64, k the same on every rank. It must not change before the
+                wait is over.
+        """
+        block = checked_tensor(block)
+        whole = block.new_empty(self.size, block.numel())
+        for first, rows in self.gather_by_pieces(block):
+            whole[:, first : first + rows.shape[1]] = rows
+        return Gathering(lambda: whole)
+
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of a large tensor [k] float32 or float64, which may be overwritten."""
         return self._sum_tensor(checked_tensor(tensor))
@@ -205,6 +221,32 @@ class Communicator(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
         return self  # a connection to other ranks cannot be copied, only shared
+
+
+class Gathering:
+    """Blocks of all ranks that are on their way to this rank.
+
+    Args:
+        finish: waits for them and returns them, [size, k]; it is called once at most.
+    """
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
+        self._blocks: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The blocks [size, k], by rank, when they are here. They may be asked for again.
+
+        Raises:
+            CommunicationError: ranks are in different operations or have left, where the transport
+                notices that.
+        """
+        if self._blocks is None:
+            self._blocks = self._finish()
+        return self._blocks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gathering:
+        return self  # a message cannot be copied, only shared
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,14 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.mpi_ops import is_homogeneous
 from torch import Tensor
 
-from aadl_hvd.comm.base import ADVICE, Communicator, ShardGroup, Values
+from aadl_hvd.comm.base import (
+    ADVICE,
+    Communicator,
+    Gathering,
+    ShardGroup,
+    Values,
+    checked_tensor,
+)
 from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
@@ -57,6 +64,7 @@ class HorovodCommunicator(Communicator):
         newest = hvd.allreduce(built, op=hvd.Max, name="aadl_hvd.name", process_set=process_set)
         self._name = f"aadl_hvd.{int(newest)}"
         self.hosts = Hosts(self.allgather_object) if host is None else host.hosts
+        self._later: Gathering | None = None  # started last, not waited for yet
 
     @property
     def _process_set(self) -> Any:
@@ -132,6 +140,25 @@ class HorovodCommunicator(Communicator):
         if self.host is not None and self.host.on_one_node and block.device.type == "cpu":
             return self.host.gather_by_pieces(block)
         return super().gather_by_pieces(block)
+
+    def gather_later(self, block: Tensor) -> Gathering:
+        if self.host is not None and self.host.on_one_node and block.device.type == "cpu":
+            return self.host.gather_later(block)
+        block = checked_tensor(block)
+        if self._later is not None:  # nobody wanted it, and Horovod allows one of a name at a time
+            self._later.wait()
+        with self._explained():
+            handle = hvd.allgather_async(
+                block, name=f"{self._name}.later", process_set=self._process_set
+            )
+
+        def finish() -> Tensor:
+            self._later = None
+            with self._explained():
+                return _finished(handle).view(self.size, -1)
+
+        self._later = Gathering(finish)
+        return self._later
 
     def _allgather(self, block: Tensor) -> Tensor:
         with self._explained():

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aadl_hvd.comm.base import ADVICE, Communicator, ShardGroup, Values
+from aadl_hvd.comm.base import (
+    ADVICE,
+    Communicator,
+    Gathering,
+    ShardGroup,
+    Values,
+    checked_tensor,
+)
 from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.errors import CommunicationError, ConfigError
@@ -101,6 +108,22 @@ class TorchCommunicator(Communicator):
             with self._explained():
                 dist.all_gather_into_tensor(out, sent, group=group)
         return out.to(block.device)
+
+    def gather_later(self, block: Tensor) -> Gathering:
+        sent, group = self._sent_by(checked_tensor(block))
+        out = sent.new_empty(self.size * block.numel())
+        work: Any = None
+        if block.numel():
+            with self._explained():
+                work = dist.all_gather_into_tensor(out, sent, group=group, async_op=True)
+
+        def finish() -> Tensor:
+            if work is not None:
+                with self._explained():
+                    work.wait()
+            return out.to(block.device).view(self.size, -1)
+
+        return Gathering(finish)
 
     def _sum_tensor(self, tensor: Tensor) -> Tensor:
         sent, group = self._sent_by(tensor)

@@ -102,8 +102,10 @@ class Accelerator(AcceleratorState):
             if schedule.push:
                 with stats.timed("average"):
                     averages.take(w, whole, schedule.push)
+            if schedule.add:
+                self._add_jump(problem)
             if schedule.accelerate:
-                cause, accelerated = None, False
+                cause, accelerated, late = None, False, False
                 try:
                     with stats.timed("gram"):  # one small reduction
                         reduce_payloads(
@@ -129,19 +131,47 @@ class Accelerator(AcceleratorState):
                         with stats.timed("average"):
                             self._note_gains(w, r)
                     proposal = method.propose(problem, w, r)  # which columns, solve, descent
-                    acceptance.keep_base_step(problem, method.norm, method.keeps_base_step)
-                    rows = method.complete(w, proposal)  # update
-                    shard.publish(problem, rows)  # publish
-                    acceptance.start_trial(problem, method.loss_spreads)  # start a trial
-                    stats.accelerated += 1
+                    late = self._delays(problem)
+                    if late:
+                        self._subspace.send_jump(proposal)  # the next step does the rest
+                    else:
+                        acceptance.keep_base_step(problem, method.norm, method.keeps_base_step)
+                        rows = method.complete(w, proposal)  # update
+                        shard.publish(problem, rows)  # publish
+                        acceptance.start_trial(problem, method.loss_spreads)  # start a trial
+                        stats.accelerated += 1
                     accelerated = True
                 except Rejected as rejected:
                     cause = rejected.cause
                     self._note_rejection(cause)
-                self._hand_over(problem, accelerated, cause)
+                self._hand_over(problem, accelerated, cause, late)
             if schedule.average:
                 self._average_weights(problem, r)
         return result
+
+    def _delays(self, problem: FixedPoint) -> bool:
+        """Whether a jump is added one step later, while its rows travel.
+
+        Not where nothing travels (FSDP2), nor where the closure judges it in its own step.
+        """
+        config = self.config
+        travels = self._handover.subspace and not problem.sharded
+        return config.overlap and travels and config.safeguard != "loss"
+
+    def _add_jump(self, problem: FixedPoint) -> None:
+        """Adds the jump of the step before to what the base step of this one has reached."""
+        acceptance, subspace = self._acceptance, self._subspace
+        self._handover.late = False
+        try:
+            acceptance.keep_base_step(problem, subspace.norm, subspace.keeps_base_step)
+            added = subspace.add_jump(problem)
+            acceptance.start_trial(problem, subspace.loss_spreads)
+            if added:
+                self.stats.accelerated += 1
+            else:  # the verdict is due on all ranks all the same
+                acceptance.losses.drop_trial()
+        except Rejected as rejected:  # a checkpoint was loaded into other settings
+            self._note_rejection(rejected.cause)
 
     def _note_rejection(self, cause: Rejection | None) -> None:
         """Counts a rejection, and does to the history what follows from it."""
@@ -160,12 +190,14 @@ class Accelerator(AcceleratorState):
             return self._collectives.block(message)
         return self._collectives.reduction(message)
 
-    def _hand_over(self, problem: FixedPoint, accelerated: bool, cause: Rejection | None) -> None:
+    def _hand_over(
+        self, problem: FixedPoint, accelerated: bool, cause: Rejection | None, late: bool
+    ) -> None:
         """Ends an acceleration step. The next ones may be another method's."""
         handover, method, subspace = self._handover, self._method, self._subspace
         if handover.subspace:
             seen = subspace.wanted, accelerated, subspace.noise, subspace.squared
-            changed = handover.block_ended(self._calls, *seen)
+            changed = handover.block_ended(self._calls, *seen, late)
         else:
             known = self._acceptance.noise_known
             changed = handover.attempted(cause, accelerated, self._calls, known)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from aadl_hvd.comm.base import Communicator, ShardGroup
+from aadl_hvd.comm.base import Communicator, Gathering, ShardGroup
 from aadl_hvd.core.solve import Vector
 from aadl_hvd.stats import Stats
 
@@ -156,6 +156,12 @@ class Collectives:
         self._stats.bytes["gather"] += block.numel() * block.element_size()
         with contextlib.closing(self._group.comm.gather_by_pieces(block)) as pieces:
             yield pieces
+
+    @_listed("gather", "n/P", "overlap=True: a jump, which the next step adds")
+    def jump_later(self, block: Tensor) -> Gathering:
+        """The jump's blocks of all ranks of the group: the one large message, started only."""
+        self._stats.bytes["gather"] += block.numel() * block.element_size()
+        return self._group.comm.gather_later(block)
 
     @_listed("maximum", "3", "average_window: every step after the warm-up")
     def average_spread(self, values: Vector) -> Vector:

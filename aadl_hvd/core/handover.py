@@ -22,6 +22,7 @@ class Handover:
     Attributes:
         subspace: whether the subspace method is at work; else the residual-norm method.
         length: L, steps in a block of the subspace method.
+        late: whether the next step adds the jump of the last one. The block begins after it.
     """
 
     SHORTEST = 10  # steps in a block
@@ -34,6 +35,7 @@ class Handover:
         self._config = config
         self.subspace = config.method == "subspace"
         self.length = self.SHORTEST
+        self.late = False
         self._begin = config.warmup_steps  # the block has the steps after this one
         self._idle = self._refused = 0
         self._wait, self._again = self.WAITS[0], 0
@@ -44,8 +46,10 @@ class Handover:
         if not self.subspace:
             return Schedule.of(self._config, calls)
         into, p = calls - self._begin, self._config.frequency
+        push = p if calls % p == 0 else 0
+        if self.late:
+            return Schedule(False, False, False, False, push, add=True)
         if into >= 1:
-            push = p if calls % p == 0 else 0
             return Schedule(True, into >= self.length, False, False, push)
         if calls <= self._config.warmup_steps or into % self.length or not self._config.averages:
             return None
@@ -106,7 +110,13 @@ class Handover:
         return math.isfinite(noise) and squared > (1.0 + gate) * noise
 
     def block_ended(
-        self, calls: int, wanted: int, jumped: bool, noise: float, squared: float
+        self,
+        calls: int,
+        wanted: int,
+        jumped: bool,
+        noise: float,
+        squared: float,
+        late: bool = False,
     ) -> bool:
         """Notes the end of a block.
 
@@ -116,6 +126,7 @@ class Handover:
             jumped: whether a jump was made.
             noise: see `hands_back`.
             squared: see `hands_back`.
+            late: whether the jump is added in the next step.
 
         Returns:
             Whether the residual-norm method is at work from now on.
@@ -123,7 +134,7 @@ class Handover:
         changes = not jumped and self.hands_back(noise, squared)
         self._idle = 0 if jumped else self._idle + 1
         self.length = min(max(wanted, self.SHORTEST), self.LONGEST)
-        self._begin = calls
+        self.late, self._begin = late, calls + late
         if self._idle > self.IDLE:
             self._begin += (self.IDLE - 1) * self.length
         if changes:
@@ -141,14 +152,23 @@ class Handover:
             into=calls - self._begin,
             length=self.length,
             idle=self._idle,
+            late=self.late,
         )
 
-    def load_state(self, state: HandoverState, calls: int) -> None:
-        """Loads what `state` returned, after step number `calls` here."""
+    def load_state(self, state: HandoverState, calls: int, continues: bool = True) -> None:
+        """Loads what `state` returned, after step number `calls` here.
+
+        Args:
+            state: see `state`.
+            calls: number of the last step.
+            continues: as if the run had not been interrupted; else no jump is added late.
+        """
         if self._config.method == "auto":
             self.subspace = state.subspace and self._config.hands_over
         self._refused = min(state.refused, self.PATIENCE - 1)
         self._wait, self._idle = state.wait, state.idle
-        self._again, self._begin = calls + state.left, calls - state.into
+        self.late = state.late and self.subspace and continues
+        self._again = calls + state.left
+        self._begin = calls - state.into - (state.late and not self.late)
         self._since = calls - state.since
         self.length = state.length

@@ -74,6 +74,9 @@ def forecast(
     if config.averages and (config.hands_over or config.method == "subspace"):
         lo, hi = sharding.rows  # the diagonal of weight decay, and the residual with it
         needed[device] += 2 * (hi - lo) * work.itemsize
+    if config.overlap and (config.hands_over or config.method == "subspace"):
+        lo, hi = sharding.rows  # a jump: this rank's rows, and when they have arrived all
+        needed[device] += (hi - lo + sharding.n) * work.itemsize
     needed[device] += working_bytes(sharding, config.history_dtype or work, work, device, fresh)
     host = torch.device("cpu")
     needed[host] = needed.get(host, 0) + matrix_bytes(config.history_depth, ranks)

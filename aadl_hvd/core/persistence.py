@@ -81,7 +81,9 @@ class Persistence:
 
     @torch.no_grad()
     def load_state(self, state: ShardState, continues: bool, calls: int) -> None:
-        """Loads what `shard_state` returned, for this rank's rows and columns.
+        """Loads what `shard_state` returned, for this rank's rows and columns. Collective.
+
+        A jump that the next step adds is gathered anew.
 
         Args:
             state: of the same sharding.
@@ -91,7 +93,7 @@ class Persistence:
         own = state.own.get(str(self._rank)) if continues else None
         own_noise, own_losses = (None, None) if own is None else (own.noise, own.losses)
         acceptance, window = self._acceptance, self._moving_average
-        self._handover.load_state(state.handover, calls)
+        self._handover.load_state(state.handover, calls, continues)
         residual, subspace = self._residual, self._subspace
         if self._handover.subspace:
             residual.release()

@@ -17,6 +17,7 @@ class Schedule(NamedTuple):
         average: the paper's moving average takes in this step.
         push: the running averages take in this step before any reduction, so many steps after the
             last time; 0: they do not.
+        add: the jump of the step before is added after the base step: `overlap`.
     """
 
     store: bool
@@ -24,6 +25,7 @@ class Schedule(NamedTuple):
     confirm: bool
     average: bool
     push: int = 0
+    add: bool = False
 
     @staticmethod
     def of(config: AndersonConfig, calls: int) -> Schedule | None:

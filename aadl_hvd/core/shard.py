@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aadl_hvd.comm.base import ShardGroup
+from aadl_hvd.comm.base import Gathering, ShardGroup
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.sharding import Sharding
@@ -92,8 +93,7 @@ class WeightShard:
         if self.sharding.layout == "columns":
             with self._stats.timed("write"):
                 return problem.write(rows)
-        if rows.numel() < block:
-            rows = torch.nn.functional.pad(rows, (0, block - rows.numel()))
+        rows = self._padded(rows)
         with self._collectives.weights(rows) as pieces:
             while True:
                 with self._stats.timed("gather"):
@@ -106,6 +106,33 @@ class WeightShard:
                         continue
                     for rank, piece in enumerate(blocks):
                         problem.write(piece, rank * block + first)
+
+    def send(self, rows: Tensor) -> Gathering:
+        """Starts to gather a displacement of the weights for `add`. Collective.
+
+        Args:
+            rows: this rank's, [hi - lo]; they must not change before they are added.
+        """
+        with self._stats.timed("gather"):
+            return self._collectives.jump_later(self._padded(rows))
+
+    def add(self, problem: FixedPoint, gathering: Gathering) -> None:
+        """Adds a displacement to the weights when it has arrived. Not collective.
+
+        Equal weights stay equal: every rank adds the same numbers, in the dtype of `empty`.
+        """
+        with self._stats.timed("gather"):
+            displacement = gathering.wait().reshape(-1)[: self.sharding.n]
+        with self._stats.timed("write"), problem.followed():
+            for part in chunks(displacement):
+                added = displacement[part]
+                now = problem.read(part.start, part.stop, torch.empty_like(added))
+                problem.write(now.add_(added), part.start)
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Rows in the length of a block, which all ranks' messages have."""
+        missing = self.sharding.block - rows.numel()
+        return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
 
 def sharding_of(config: AndersonConfig, group: ShardGroup, n: int) -> Sharding:

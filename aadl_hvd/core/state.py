@@ -129,6 +129,7 @@ class AcceleratorState:
             return
         if self._signature is not None:
             self.reset(Reset.CHANGED)
+            self._subspace.drop_jump()  # its rows are those of other parameters
         self._signature = signature
         now = problem.n, work_dtype(problem), problem.device
         shard = self._shard

@@ -16,6 +16,7 @@ from aadl_hvd import (
 )
 
 SUBSPACE = AndersonConfig(method="subspace", averages=(0.9,))
+OVERLAP = AndersonConfig(method="subspace", averages=(0.9,), overlap=True)
 BATCH, STEPS = 8, 80
 LAST = hvd.rank() == hvd.size() - 1
 DOUBLE = torch.float64
@@ -86,6 +87,47 @@ def test_ranks_train_as_one_process_with_the_whole_batch(base, observe):
     assert ours.stats.wobble == pytest.approx(one.stats.wobble, rel=1e-5, nan_ok=not observe)
     assert ours.stats.walk == pytest.approx(one.stats.walk, rel=1e-5)
     assert ours.stats.promised_gain == pytest.approx(one.stats.promised_gain, rel=1e-5)
+
+
+@pytest.mark.parametrize("base", unless_brief("Nesterov", "Adam"))
+def test_jumps_that_are_added_one_step_later(base):
+    """As in one process, with the same bits on all ranks in every step."""
+    ours, one = Training(base, OVERLAP), Training(base, OVERLAP, alone=True)
+    for k in range(1, STEPS + 1):
+        ours.train(k)
+        assert_replicas_equal(ours.model)
+    one.train(STEPS)
+    assert ours.stats.jumps == one.stats.jumps > 1, (ours.stats, one.stats)
+    torch.testing.assert_close(flat(ours.model), flat(one.model), rtol=0.0, atol=1e-8)
+    assert ours.stats.promised_gain == pytest.approx(one.stats.promised_gain, rel=1e-5)
+
+
+def test_resume_before_a_jump_is_added_is_bitwise():
+    """With sums over ranks, averaged weights and a state for all while the jump travels."""
+    ours, left = Training("Nesterov", OVERLAP), Training("Nesterov", OVERLAP)
+    saved = []
+    for k in range(1, STEPS + 1):
+        ours.train(k)
+        left.train(k)  # the same, and nothing is asked of it on the way
+        if not ours.opt.anderson._handover.late or len(saved) == 2:
+            continue
+        with ours.opt.averaged_weights(which=0.9):
+            pass
+        full = ours.opt.consolidate_state_dict(to=0)
+        full = hvd.broadcast_object(full, root_rank=0, name="full")
+        shard = ours.opt.state_dict() | ours.opt.sharded_state_dict()
+        weights = copy.deepcopy(ours.model.state_dict())
+        saved += [(k, weights, copy.deepcopy(state)) for state in (shard, full)]
+    assert len(saved) == 2 and ours.stats.jumps > 1
+    assert torch.equal(flat(left.model), flat(ours.model))
+    for k, weights, state in saved:
+        again = Training("Nesterov", OVERLAP)
+        again.model.load_state_dict(weights)
+        again.opt.load_state_dict(state)
+        again.k = k
+        again.train(STEPS)
+        assert torch.equal(flat(again.model), flat(ours.model)), k
+        assert again.stats.counters() == ours.stats.counters()
 
 
 def test_the_noise_gate_hands_over():

@@ -57,8 +57,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
         "3 parameters. Must have 4": fewer,
         r"shard of rank 1 of 2, rows 16 to 31, and this rank needs 0 to 31": part,
         "different number of parameter groups": torchs,  # torch's own error
-        r"format of .*: 6. Must be 5: .* a newer version": damaged(
-            state, lambda a: a.update(format=6)
+        r"format of .*: 7. Must be 6: .* a newer version": damaged(
+            state, lambda a: a.update(format=7)
         ),
         "format of .*: 'x'": damaged(state, lambda a: a.update(format="x")),
         "damaged.*counters": damaged(state, lambda a: a.pop("counters")),

@@ -48,7 +48,7 @@ def test_an_older_format_is_refused_in_one_line(tmp_path):
         with pytest.raises(CheckpointError) as error:
             load()
         assert re.fullmatch(
-            r"Invalid format of .*: [1-4]\. Must be 5: it was written by an older version of "
+            r"Invalid format of .*: [1-5]\. Must be 6: it was written by an older version of "
             r"aadl_hvd, or is damaged\. Load it with the version that wrote it, or train anew\.",
             str(error.value),
         )

@@ -31,6 +31,7 @@ NUMBERS = {
     "closure_loss": {1},
     "update": {N},
     "weights": {8},
+    "jump_later": {8},
     "average_spread": {3},
     "all_objects": {0},
     "from_one_rank": {N},
@@ -55,6 +56,10 @@ class Recorder(Communicator):
     def gather_by_pieces(self, block):
         self.found.append(("gather", len(block)))
         return self.comm.gather_by_pieces(block)
+
+    def gather_later(self, block):
+        self.found.append(("gather", len(block)))
+        return self.comm.gather_later(block)
 
     def allgather(self, block):
         self.found.append(("gather", len(block)))
@@ -97,10 +102,11 @@ CASES = {
     "drift": {},
     "resync": {"on_desync": "resync"},
     "subspace": {"method": "subspace"},
+    "overlap": {"method": "subspace", "overlap": True},
 }
 
 
-STEPS = dict.fromkeys(CASES, 14) | {"subspace": 40}
+STEPS = dict.fromkeys(CASES, 14) | {"subspace": 40, "overlap": 40}
 
 
 def steps_of(case, comm):
@@ -164,6 +170,7 @@ def test_a_step_sends_what_is_listed(case, request):
         "drift": {"product"},
         "resync": {"all_objects", "from_one_rank"},
         "subspace": {"agree", "block", "jump", "growth", "weights"},
+        "overlap": {"agree", "block", "jump", "growth", "jump_later"},
     }[case]
     assert wanted <= {*everybody[0][1]}
 

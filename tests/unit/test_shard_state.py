@@ -78,7 +78,15 @@ def full_state():
             base=numbers(N), residual=ResidualTrial(norm=2.0, undo={"entries": {}}), loss=True
         ),
         handover=HandoverState(
-            subspace=True, refused=1, wait=32, left=-3, since=9, into=4, length=10, idle=2
+            subspace=True,
+            refused=1,
+            wait=32,
+            left=-3,
+            since=9,
+            into=4,
+            length=10,
+            idle=2,
+            late=True,
         ),
         subspace=SubspaceState(
             blocks=BlocksState(
@@ -87,6 +95,7 @@ def full_state():
             trust=TrustState(scale=0.5, phi=0.1, psi=0.2, slope=-0.3),
             invariance=InvarianceState(looks=(2, 3), largest=(0.5, 7.0)),
             base=numbers(N),
+            jump=numbers(N).neg(),
         ),
         own={"0": OwnState(noise=noise, losses=losses, block=block)},
     )
@@ -131,7 +140,7 @@ def test_the_fingerprint_covers_what_all_ranks_share(path):
     divided = {
         *("columns.index", "columns.pair", "columns.y", "columns.r", "columns.weights"),
         *("gram.products", "averages.means", "window.iterates", "ranks", "own"),
-        *("subspace.blocks.columns", "subspace.blocks.vectors", "subspace.base"),
+        *("subspace.blocks.columns", "subspace.blocks.vectors", "subspace.base", "subspace.jump"),
     }
     alone = path[0] in ("sharding", "trial") or ".".join(path) in divided
     same = with_other(full_state(), path).fingerprint() == full_state().fingerprint()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.checkpoint.subspace_state import OwnBlockState, SubspaceState
+from aadl_hvd.comm.base import Gathering
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.acceptance import Acceptance, Rejected
 from aadl_hvd.core.blocks import DEPTH, NOISES, Blocks
@@ -72,7 +73,7 @@ class Subspace:
         handover: Handover,
     ) -> None:
         self._collectives, self._stats, self._acceptance = collectives, stats, acceptance
-        self._handover = handover
+        self._shard, self._handover = shard, handover
         dtype = config.history_dtype or shard.dtype
         self.blocks = Blocks(shard.sharding, dtype, shard.dtype, shard.device)
         self.trust = Trust()
@@ -87,6 +88,7 @@ class Subspace:
         self._sums: Vector = np.zeros(0)
         self._steps, self._gain = 0, 0.0  # of the block that has ended, of the last jump
         self._complete = self._observed = False
+        self._late: tuple[Tensor, Gathering] | None = None  # a jump's own rows, and those of all
 
     @property
     def nbytes(self) -> int:
@@ -260,6 +262,30 @@ class Subspace:
         """This rank's rows of the base step plus the jump, in the memory of w."""
         return w.copy_(self._acceptance.base_rows()).add_(proposal)
 
+    def send_jump(self, jump: Tensor) -> None:
+        """Starts to gather a jump, which the next step adds. Collective.
+
+        Args:
+            jump: this rank's rows, [rows]; they are copied.
+        """
+        rows = jump.clone()
+        self._late = rows, self._shard.send(rows)
+
+    def add_jump(self, problem: FixedPoint) -> bool:
+        """Adds the jump that `send_jump` has sent to the weights. Not collective.
+
+        Returns:
+            Whether there was one: False where the parameters have changed since.
+        """
+        late, self._late = self._late, None
+        if late is not None:
+            self._shard.add(problem, late[1])
+        return late is not None
+
+    def drop_jump(self) -> None:
+        """Forgets a jump that was sent and not added."""
+        self._late = None
+
     def rejected(self, cause: Rejection) -> None:
         """A jump that safeguard="loss" rejects was none."""
         if cause is Rejection.LOSS:
@@ -297,12 +323,14 @@ class Subspace:
 
     def state(self) -> SubspaceState:
         """All it knows that is shared or divided among ranks, in host memory."""
-        base = self._acceptance.base_rows().to("cpu", copy=True) if self.trust.judges else None
+        judged = self.trust.judges and not self._handover.late
+        base = self._acceptance.base_rows().to("cpu", copy=True) if judged else None
         return SubspaceState(
             blocks=self.blocks.state(),
             trust=self.trust.state(),
             invariance=self.invariance.state(),
             base=base,
+            jump=None if self._late is None else self._late[0].to("cpu", copy=True),
         )
 
     def own_state(self) -> OwnBlockState:
@@ -310,17 +338,21 @@ class Subspace:
         return self.blocks.own_state(tuple(float(loss) for loss in self._losses))
 
     def load_state(self, state: SubspaceState, own: OwnBlockState | None) -> None:
-        """Loads what `state` and, where that is known, `own_state` returned."""
+        """Loads what `state` and, where that is known, `own_state` returned. Collective."""
         self.reset()
+        self.drop_jump()
+        late = self._handover.late
         if self.blocks.load_state(state.blocks, own):
             assert own is not None
             self._losses = list(own.losses)
         self.trust.load_state(state.trust)
         self.invariance.load_state(state.invariance)
-        if state.base is None:
-            self.trust.forget_jump()
-        else:
+        if state.base is not None:
             self._acceptance.base_rows().copy_(state.base)
+        elif not late:
+            self.trust.forget_jump()
+        if late and state.jump is not None:
+            self.send_jump(self._shard.empty().copy_(state.jump))
 
     @property
     def _memory(self) -> float:
