@@ -46,10 +46,12 @@ class Handover:
         into, p = calls - self._begin, self._config.frequency
         if into >= 1:
             push = p if calls % p == 0 else 0
-            return Schedule(True, into >= self.length, False, False, push)
+            return Schedule(True, into >= self.length, False, False, push, 1 < into < self.length)
         if calls <= self._config.warmup_steps or into % self.length or not self._config.averages:
             return None
-        return Schedule(False, False, False, False, self.length)  # asleep: once a block
+        return Schedule(
+            False, False, False, False, self.length, within=True
+        )  # asleep: once a block
 
     @property
     def asleep(self) -> bool:
