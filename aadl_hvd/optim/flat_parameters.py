@@ -36,6 +36,8 @@ class FlatParameters:
             for p in tensors
         )
         self._memory = self._where() if plain and tensors else None
+        # As in channels_last.
+        self._in_pieces = not plain or not all(map(Tensor.is_contiguous, tensors))
         self._views: list[Tensor] = []
         dtypes = {p.dtype for p in tensors}
         self._few = layout.n <= _FEW
@@ -52,20 +54,24 @@ class FlatParameters:
         return all(map(Tensor.is_contiguous, self._tensors))
 
     def stay(self, lo: int, hi: int) -> bool:
-        """A shorter `in_place`, of those that meet rows [lo, hi).
+        """Whether those that meet rows [lo, hi) lie where they lay, in one piece or not.
 
-        Where all do, it looks at addresses alone. That misses views of the same memory.
+        Where views are kept, it looks at addresses alone: if a parameter is another view of the
+        same memory now, `read` goes on with the old one, until `in_place` is asked.
         """
         if self._memory is None:
             return False
         addresses, sizes, _ = self._memory
         if hi - lo == self._layout.n:
-            return bool(addresses == [*map(Tensor.data_ptr, self._tensors)])
+            if self._few and not self._in_pieces:
+                return bool(addresses == [*map(Tensor.data_ptr, self._tensors)])
+            if self._memory != self._where():
+                return False
+            return self._in_pieces or all(map(Tensor.is_contiguous, self._tensors))
         met = [i for i, _, _ in self._layout.segments(lo, hi)]
         found = [self._tensors[i] for i in met]
-        return [(p.data_ptr(), p.numel()) for p in found] == [
-            (addresses[i], sizes[i]) for i in met
-        ] and all(map(Tensor.is_contiguous, found))
+        seen = [(p.data_ptr(), p.numel()) for p in found]
+        return seen == [(addresses[i], sizes[i]) for i in met]
 
     def read(
         self, lo: int, hi: int, out: Tensor, again: bool = False, in_place: bool | None = None
@@ -79,7 +85,9 @@ class FlatParameters:
             again: see `FlatLayout.read`.
             in_place: what `in_place` or `stay` returns now; None: not known.
         """
-        if hi - lo < self._layout.n or not (self.stay(lo, hi) if in_place is None else in_place):
+        if in_place is None:
+            in_place = self.stay(lo, hi)
+        if hi - lo < self._layout.n or self._in_pieces or not in_place:
             return self._layout.read(self._tensors, lo, hi, out, again)
         if self._joined == out.dtype:
             return torch.cat(self._as_vectors(), out=out)
@@ -88,7 +96,8 @@ class FlatParameters:
 
     def write(self, flat: Tensor, lo: int = 0) -> None:
         """Copies rows of the flat vector from `lo` on, see `FlatLayout.write`."""
-        if lo == 0 and flat.numel() >= self._layout.n and self.stay(0, self._layout.n):
+        n = self._layout.n
+        if lo == 0 and flat.numel() >= n and not self._in_pieces and self.stay(0, n):
             torch._foreach_copy_(self._as_vectors(), self._layout.split(flat))
         else:
             self._layout.write(self._tensors, flat, lo)
