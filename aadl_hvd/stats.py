@@ -69,18 +69,20 @@ _MEASUREMENTS = entries({}, dict.fromkeys(_MEASURED, number(finite=False)))
 class _Timer(AbstractContextManager[None]):
     """A class, for steps enter several of them: a generator takes twice as long."""
 
-    __slots__ = ("_others", "_part", "_seconds", "_start")
+    __slots__ = ("_outer", "_part", "_start", "_stats")
 
-    def __init__(self, seconds: dict[str, float], part: str) -> None:
-        self._seconds, self._part = seconds, part
+    def __init__(self, stats: Stats, part: str) -> None:
+        self._stats, self._part = stats, part
 
     def __enter__(self) -> None:
-        self._others = sum(self._seconds.values())
+        stats = self._stats
+        self._outer, stats._nested = stats._nested, 0.0
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        spent, seconds = time.perf_counter() - self._start, self._seconds
-        seconds[self._part] += spent - (sum(seconds.values()) - self._others)
+        spent, stats = time.perf_counter() - self._start, self._stats
+        stats.seconds[self._part] += spent - stats._nested
+        stats._nested = self._outer + spent
 
 
 @dataclasses.dataclass
@@ -152,6 +154,9 @@ class Stats:
     bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     enabled: bool = True
 
+    def __post_init__(self) -> None:
+        self._nested = 0.0  # seconds of the timed parts within the one that runs
+
     @property
     def batch_factor(self) -> float:
         """How many times the present batch it takes for acceleration to be let through.
@@ -192,7 +197,7 @@ class Stats:
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Adds the wall-clock time of the block to `seconds[part]`, less that of parts in it."""
-        return _Timer(self.seconds, part)
+        return _Timer(self, part)
 
     def counters(self) -> dict[str, Any]:
         """The counts alone, in plain types: what a checkpoint keeps."""

@@ -3,7 +3,8 @@
 The model has the parameter tensors of a network, with a few numbers each. Base optimizer and
 accelerated optimizer take turns, on the gradients of a quadratic, with or without noise. One rank
 of many is simulated: it does its own work, and the others answer at once. No GPU is needed: a GPU
-would have to wait for what is measured here.
+would have to wait for what is measured here. `--device=cuda --whole` has the tensors whole and on
+a GPU, which is waited for before and after each step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from benchmarks.workload import shapes_of
 from models.errors import UserError
 
 OUT = report.RESULTS / "host.json"
+_NO_KERNEL = "empty", "new_empty", "detach", "unflatten_dense_tensors", "alias", "lift"
+COUNTED = 60  # steps in which operations are counted: whole cycles of p steps, whole blocks
 WARM = 320  # steps before anything is timed: histories are full, the subspace method sleeps
 BASES: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.3),
@@ -78,7 +81,8 @@ class _OneOfMany(OneOfMany):
     def __init__(self, size: int, parameters: list[torch.nn.Parameter]) -> None:
         n = sum(p.numel() for p in parameters)
         self.block = -(-n // size)
-        super().__init__(size, size // 2, torch.zeros(size * self.block))
+        flat = torch.zeros(size * self.block, device=parameters[0].device)
+        super().__init__(size, size // 2, flat)
         self._parameters = parameters
 
     def prepare(self) -> None:
@@ -94,18 +98,33 @@ class _OneOfMany(OneOfMany):
 class _Run:
     """One optimizer on the problem."""
 
-    def __init__(self, base: str, setting: Setting | None, tensors: int, ranks: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._count = count = numbers(tensors, ranks)
+    def __init__(
+        self,
+        base: str,
+        setting: Setting | None,
+        tensors: int | list[int],
+        ranks: int,
+        device: str = "cpu",
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        if isinstance(tensors, int):
+            tensors = [numbers(tensors, ranks)] * tensors
+        self._device, self._wait = device, torch.cuda.synchronize if device == "cuda" else None
         self.parameters = [
-            torch.nn.Parameter(torch.randn(count, generator=generator)) for _ in range(tensors)
+            torch.nn.Parameter(torch.randn(count, generator=generator, device=device))
+            for count in tensors
         ]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
-        self._curvature = torch.logspace(-3, 0, count)
+        self._curvature, self._minimum = (
+            {count: make(count) for count in dict.fromkeys(tensors)}
+            for make in (
+                lambda count: torch.logspace(-3, 0, count, device=device),
+                lambda count: torch.zeros(count, device=device),
+            )
+        )
         self._setting = setting or Setting({})
         self._generator = generator
-        self._minimum = torch.zeros(count)
         self.around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self.optimizer: Any = BASES[base](self.parameters)
         self._comm: Communicator = LocalCommunicator()
@@ -121,19 +140,29 @@ class _Run:
     def step(self) -> float:
         """One step; returns the seconds of the optimizer's part."""
         noise, drift = self._setting.noise, self._setting.drift
-        self._minimum += drift * torch.randn(self._count, generator=self._generator).abs()
+        for minimum in self._minimum.values():
+            minimum += drift * self._random(minimum).abs()
         with torch.no_grad():
             for p in self.parameters:
                 assert p.grad is not None
-                torch.sub(p, self._minimum, out=p.grad).mul_(self._curvature)
+                minimum, curvature = self._minimum[p.numel()], self._curvature[p.numel()]
+                torch.sub(p, minimum, out=p.grad).mul_(curvature)
                 if noise:
-                    p.grad.add_(torch.randn(self._count, generator=self._generator), alpha=noise)
+                    p.grad.add_(self._random(minimum), alpha=noise)
         if isinstance(self._comm, _OneOfMany):
             self._comm.prepare()
         with self.around:
-            start = time.perf_counter()
+            start = self._now()
             self.optimizer.step()
-            return time.perf_counter() - start
+            return self._now() - start
+
+    def _now(self) -> float:
+        if self._wait is not None:
+            self._wait()
+        return time.perf_counter()
+
+    def _random(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(len(like), generator=self._generator, device=self._device)
 
     def kinds(self) -> Iterator[tuple[str, float]]:
         """Steps without end: what each was, and its seconds."""
@@ -153,14 +182,16 @@ class _Run:
 
 
 class _Calls(TorchDispatchMode):
-    """Counts the operations of torch that are started."""
+    """Counts the operations of torch that are started, and those that a GPU has a kernel for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        # Neither views of what there is, nor memory.
+        self.kernels += not func.is_view and not func.__name__.startswith(_NO_KERNEL)
         return func(*args, **(kwargs or {}))
 
 
@@ -169,57 +200,72 @@ def numbers(tensors: int, ranks: int) -> int:
     return max(16, 64 * ranks // tensors)
 
 
-def measure(base: str, name: str, tensors: int, ranks: int, steps: int) -> dict[str, Any]:
+def measure(
+    base: str, name: str, tensors: int | list[int], ranks: int, steps: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Measures one setting on one base optimizer.
 
     Returns:
         "base": its seconds (median, quartiles); "mean_ratio": seconds of all steps over those of
         the base; "kinds": by what a step was, how many there were, their seconds beyond the base's
-        median, and the operations of torch that one starts beyond the base's.
+        median, and the operations of torch that one starts beyond the base's; "kernels_a_step":
+        those of them that a GPU has a kernel for, mean of all steps; "parts": mean seconds of each
+        part in the steps of a kind, on the host.
     """
-    plain, ours = (_Run(base, setting, tensors, ranks) for setting in (None, SETTINGS[name]))
+    plain, ours = (
+        _Run(base, setting, tensors, ranks, device) for setting in (None, SETTINGS[name])
+    )
     stepped = ours.kinds()
     for _ in range(WARM):
         plain.step()
         next(stepped)
     alone: list[float] = []
     found: dict[str, list[float]] = {}
+    parts: dict[str, dict[str, float]] = {}
     for _ in range(steps):
         alone.append(plain.step())
+        before = dict(ours.optimizer.anderson.stats.seconds)
         kind, spent = next(stepped)
         found.setdefault(kind, []).append(spent)
+        own = parts.setdefault(kind, dict.fromkeys(before, 0.0))
+        for part, seconds in ours.optimizer.anderson.stats.seconds.items():
+            own[part] += seconds - before[part]
     median = report.spread(alone)["median"]
     total = sum(sum(spent) for spent in found.values())
-    calls = _calls(plain, ours, min(steps, 64))
+    calls, kernels = _calls(plain, ours, min(steps, COUNTED))
     return {
         "case": name,
         "base_optimizer": base,
         "ranks": ranks,
         "base": report.spread(alone),
         "mean_ratio": total / sum(alone),
+        "kernels_a_step": kernels,
         "kinds": {
             kind: {
                 "steps": len(spent),
                 "beyond": report.spread([one - median for one in spent]),
                 "calls": calls.get(kind),
+                "parts": {
+                    part: seconds / len(spent) for part, seconds in parts[kind].items() if seconds
+                },
             }
             for kind, spent in found.items()
         },
     }
 
 
-def _calls(plain: _Run, ours: _Run, steps: int) -> dict[str, int]:
-    """Operations of torch in the last step of each kind, beyond the base's."""
+def _calls(plain: _Run, ours: _Run, steps: int) -> tuple[dict[str, int], float]:
+    """Operations of torch in the last step of each kind, and kernels a step, beyond the base's."""
     counted = _Calls()
     plain.around = ours.around = counted
     plain.step()
-    base, found = counted.count, {}
-    stepped = ours.kinds()
+    base, base_kernels, found = counted.count, counted.kernels, {}
+    counted.kernels, stepped = 0, ours.kinds()
     for _ in range(steps):
         before = counted.count
         kind, _ = next(stepped)
         found[kind] = counted.count - before - base
-    return found
+    return found, counted.kernels / steps - base_kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,6 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         command.at_least(1, options, "steps", "ranks")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device is cuda, but torch finds no GPU. Must be cpu here")
         report.prepare(options.out.parent)
         torch.set_num_threads(1)
         run(options)
@@ -246,6 +294,8 @@ def parser() -> argparse.ArgumentParser:
     add("--bases", nargs="+", choices=BASES, default=list(BASES), help="default: all")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME",
         help=f"of {', '.join(map(repr, SETTINGS))}; default: all")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--whole", action="store_true", help="tensors as large as the network's")
     add("--profile", action="store_true", help="print where the time goes, by function")
     add("--out", type=report.Path, default=OUT, help="default: %(default)s")
     return made
@@ -253,18 +303,23 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Measures what is asked for, and prints and writes it."""
-    tensors = len(shapes_of(options.parameters))
-    runs = []
+    shapes = shapes_of(options.parameters)
+    tensors, runs = len(shapes), []
+    sizes = [shape.numel() for shape in shapes] if options.whole else tensors
     for ranks in options.ranks:
         for base in options.bases:
             for name in options.settings:
-                runs.append(measure(base, name, tensors, ranks, options.steps))
+                runs.append(measure(base, name, sizes, ranks, options.steps, options.device))
+                print(runs[-1]["case"], end=" ", flush=True)
                 if options.profile:
                     profile(base, name, tensors, ranks)
-    sizes = {ranks: numbers(tensors, ranks) for ranks in options.ranks}
-    print(f"\n{options.parameters}: {tensors} tensors; numbers in each, by ranks: {sizes}\n")
+    few = {ranks: numbers(tensors, ranks) for ranks in options.ranks}
+    each = "the network's" if options.whole else few
+    print(f"\n{options.parameters}: {tensors} tensors; numbers in each, by ranks: {each}\n")
     print(markdown(runs))
-    found = {"parameters": options.parameters, "tensors": tensors, "numbers": sizes}
+    print(f"\n{parts_table(runs)}")
+    found = {"parameters": options.parameters, "tensors": tensors, "numbers": each}
+    found["device"] = options.device
     report.write(options.out, found | {"steps": options.steps, "runs": runs})
 
 
@@ -298,6 +353,23 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
             title = ""
     head = ["", "steps", "base, us", "beyond it, us", "operations", "mean step over base"]
     return report.table(head, rows)
+
+
+def parts_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Host's microseconds by part of the steps that try to accelerate."""
+    names = list(
+        dict.fromkeys(
+            part for run in runs for own in run["kinds"].values() for part in own["parts"]
+        )
+    )
+    rows = []
+    for run in runs:
+        for kind in ("accelerated", "rejected"):
+            if kind in run["kinds"]:
+                own = run["kinds"][kind]["parts"]
+                title = f"{run['base_optimizer']}, {run['ranks']}, {run['case']}: {kind}"
+                rows.append([title, *(f"{1e6 * own.get(name, 0.0):.0f}" for name in names)])
+    return report.table(["us on the host", *names], rows)
 
 
 if __name__ == "__main__":

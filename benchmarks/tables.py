@@ -276,6 +276,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "simulate-parts": lambda: words.parts_table(_results("simulate"), "summit"),
     "simulate-shares": lambda: words.shares_table(_results("simulate"), "summit"),
     "simulate-answers": lambda: _listed(_results("simulate")["machines"]["summit"]["answers"]),
+    "simulate-methods": lambda: str(_results("simulate")["methods_table"]),
+    "simulate-verdicts": lambda: _listed(_results("simulate")["verdicts"]),
     "simulate-validation": lambda: words.validation_table(_results("simulate")),
     "gpu-parts": _gpu_parts,
     "gpu-steps": _gpu_steps,

@@ -83,7 +83,7 @@ class Accelerator(AcceleratorState):
         """The sequence of the algorithm."""
         stats, acceptance, replicas = self.stats, self._acceptance, self._replicas
         with no_graph(problem.device), stats.timed("read"):
-            self._prepare(problem)
+            self._prepare(problem, schedule.within)
             shard, method, averages = self._shard, self._method, self._averages
             w, r = method.staging_buffer()
             w = problem.read_before(*shard.rows, w, r)  # read w

@@ -62,6 +62,7 @@ class WeightAverages:
         self._measured = self.count = 0
         self.summed: Vector = np.zeros(len(self.decays))
         self._iterate: tuple[Tensor, Tensor, slice]
+        self._weighed: tuple[list[float], Tensor] = [], self._means  # the last weights, [decays, 1]
 
     @property
     def nbytes(self) -> int:
@@ -161,9 +162,10 @@ class WeightAverages:
             kernels.add_to_means(w, r, [*self._means], weights)
             return
         # One call for all averages: with few rows calls take the time.
-        column = torch.tensor(weights, dtype=w.dtype, device="cpu").unsqueeze(1)
-        column = column.to(w.device, non_blocking=True)
-        both = self._means.unbind(1)
+        if weights != self._weighed[0]:
+            column = torch.tensor(weights, dtype=w.dtype, device="cpu").unsqueeze(1)
+            self._weighed = weights, column.to(w.device, non_blocking=True)
+        column, both = self._weighed[1], self._means.unbind(1)
         for rows in chunks(w):
             for means, new in zip(both, (w, r), strict=True):
                 part_of(means, rows).lerp_(part_of(new, rows), column)

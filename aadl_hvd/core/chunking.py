@@ -7,7 +7,7 @@ than once. On a GPU few kernel launches matter more. In both cases the sums in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def chunk_rows(device: torch.device, widened: bool = False) -> int:
     return min(rows, CHUNK_WIDE) if widened else rows
 
 
-def chunks(vector: Tensor, part: slice = slice(None), widened: bool = False) -> Iterator[slice]:
+def chunks(vector: Tensor, part: slice = slice(None), widened: bool = False) -> Iterable[slice]:
     """The rows of a vector, a chunk at a time.
 
     Args:
@@ -41,8 +41,9 @@ def chunks(vector: Tensor, part: slice = slice(None), widened: bool = False) -> 
     """
     size = chunk_rows(vector.device, widened)
     first, end, _ = part.indices(vector.numel())
-    for lo in range(first, end, size):
-        yield slice(lo, min(lo + size, end))
+    if first < end <= first + size:  # steps with few rows ask often
+        return [slice(first, end)]
+    return [slice(lo, min(lo + size, end)) for lo in range(first, end, size)]
 
 
 def part_of(vectors: Tensor, rows: slice) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -69,11 +70,14 @@ def find_jump(
     curvature = (seen * weight + (seen * weight).T + assumed * prior * unit) / total
     h, axes = np.linalg.eigh(curvature)
     slopes = axes.T @ (basis.T @ gradient)
-    newton = np.where(h > 0.0, 0.5 / np.where(h > 0.0, h, 1.0), 0.0)
-    z = np.where(h > 0.0, -np.clip(newton - steps, 0.0, LONGEST * steps) * slopes, 0.0)
-    length = float(np.linalg.norm(z))
-    travelled = float(np.sqrt(max(a.sum(), 0.0)))
-    if not np.isfinite(length) or length == 0.0 or travelled == 0.0:
+    curved = h > 0.0
+    newton = 0.5 / np.where(curved, h, 1.0)
+    z = np.where(
+        curved, -np.minimum(np.maximum(newton - steps, 0.0), LONGEST * steps) * slopes, 0.0
+    )
+    length = math.sqrt(float(z @ z))
+    travelled = math.sqrt(max(float(a.sum()), 0.0))
+    if not math.isfinite(length) or length == 0.0 or travelled == 0.0:
         return nothing
     z *= min(1.0, farthest * travelled / length)
     slope = float(slopes @ z)

@@ -38,6 +38,12 @@ class FixedPoint(Protocol):
     def signature(self) -> Hashable:
         """What iterates and gradients depend on. The history is reset when it changes."""
 
+    def unchanged(self, lo: int, hi: int) -> bool:
+        """Whether a short look at rows [lo, hi) finds `signature` and memory as they were.
+
+        It does not see everything. So `signature` has to be asked again some steps later.
+        """
+
     @property
     def decays(self) -> Hashable:
         """The weight decays: what residuals depend on beside `signature`."""

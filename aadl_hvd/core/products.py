@@ -6,7 +6,7 @@ Elsewhere torch's operations do it, a chunk of rows at a time (see `chunking`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -178,7 +178,7 @@ class Products:
         longest = max((len(vector[rows]) for rows in self._chunks(vector)), default=0)
         return vector.new_empty((self.history.r.shape[0], longest))
 
-    def _chunks(self, vector: Tensor, part: slice = slice(None)) -> Iterator[slice]:
+    def _chunks(self, vector: Tensor, part: slice = slice(None)) -> Iterable[slice]:
         return chunks(vector, part, self._narrow)
 
 

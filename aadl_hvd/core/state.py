@@ -120,8 +120,15 @@ class AcceleratorState:
         """How many columns the history of the method at work holds now."""
         return self._method.columns
 
-    def _prepare(self, problem: FixedPoint) -> None:
-        """Sets up the history for this problem, anew where it is no longer the same problem."""
+    def _prepare(self, problem: FixedPoint, within: bool = False) -> None:
+        """Sets up the history for this problem, anew where it is no longer the same problem.
+
+        Args:
+            problem: what is accelerated.
+            within: see `Schedule.within`.
+        """
+        if within and self._signature is not None and problem.unchanged(*self._shard.rows):
+            return
         signature, decays = problem.signature, problem.decays
         same = decays == self._decays or not self._method.decayed
         self._decays = decays

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadl_hvd.optim.flat_parameters import KeptViews
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.scaling import (
     Group,
@@ -57,6 +58,8 @@ class Diagonals:
         self._runs: tuple[Any, list[_Run]] | None = None
         self._absent: set[int] = set()  # in the last step
         self._moments: Tensor | None = None  # memory to read them into
+        self._views = KeptViews()  # of the moments
+        self._held: dict[tuple[int, int], Tensor] | None = None
 
     @property
     def uniform_scaling(self) -> float | None:
@@ -66,8 +69,20 @@ class Diagonals:
             return rates.pop()
         return None
 
+    def hold(self, held: bool) -> None:
+        """Whether from now on nothing changes that M depends on. Then it is made once."""
+        self._held = {} if held else None
+
     def scaling(self, lo: int, hi: int) -> Tensor:
-        """Rows [lo, hi) of M, [hi - lo]."""
+        """Rows [lo, hi) of M, [hi - lo]; not to be changed."""
+        if self._held is None or hi - lo > _FEW:
+            return self._scaling(lo, hi)
+        found = self._held.get((lo, hi))
+        if found is None:
+            found = self._held[lo, hi] = self._scaling(lo, hi)
+        return found
+
+    def _scaling(self, lo: int, hi: int) -> Tensor:
         rates = {id(group): long_run_rate(group) for group in self._groups}
         diagonal, segments = self._empty(hi - lo), self._layout.segments(lo, hi)
         met = [index for index, _, _ in segments]
@@ -82,25 +97,28 @@ class Diagonals:
                     rows.mul_(preconditioner)
             return diagonal
         # All parameters at once: with many small ones calls are all there is.
-        v: list[Tensor | None] = [None] * len(self._parameters)
-        steps = dict(zip(met, moments[1], strict=True))
-        for index, own in zip(met, moments[0], strict=True):
-            v[index] = own
+        v, steps = moments
         into, few = diagonal, hi - lo <= _FEW
         if few:
             if self._moments is None or len(self._moments) != hi - lo:
                 self._moments = self._empty(hi - lo)
             into = self._moments
-        self._layout.read(v, lo, hi, into, again=few)
+        if not (hi - lo == self._layout.n and v and self._views.join(v, into)):
+            all_v: list[Tensor | None] = [None] * len(self._parameters)
+            for index, own in zip(met, v, strict=True):
+                all_v[index] = own
+            self._layout.read(all_v, lo, hi, into, again=few)
+        step_of = dict(zip(met, steps, strict=True))
 
         def kind_of(segment: tuple[int, int, int]) -> tuple[int, float]:
-            return id(self._group_of[segment[0]]), steps[segment[0]]
+            return id(self._group_of[segment[0]]), step_of[segment[0]]
 
-        for _, run in itertools.groupby(segments, kind_of):
+        alike = len(self._groups) == 1 and len(set(steps)) == 1
+        for _, run in [(None, segments)] if alike else itertools.groupby(segments, kind_of):
             (index, first, last), *others = run
             part = slice(first - lo, (others[-1][2] if others else last) - lo)
             group = self._group_of[index]
-            t = torch.tensor(steps[index], dtype=torch.float64, device="cpu")
+            t = torch.tensor(step_of[index], dtype=torch.float64, device="cpu")
             inverse = of_second_moment(group, t, into[part])
             torch.mul(inverse, rates[id(group)], out=diagonal[part])
         return diagonal
@@ -146,7 +164,8 @@ class Diagonals:
         """
         self._absent, decay = absent, None
         for rows, (sign, weight_decay, decoupled), _ in self._runs_of(absent, lo, hi):
-            own = gradient[rows]
+            # With few rows calls are all there is: no view of what is whole already.
+            own = gradient if rows == slice(0, hi - lo) else gradient[rows]
             if not sign:
                 own.zero_()
                 continue

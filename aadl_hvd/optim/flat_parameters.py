@@ -1,4 +1,4 @@
-"""Parameters seen as one flat vector, which is read and written with few calls of torch."""
+"""Parameters and their gradients as flat vectors, which few calls of torch read and write."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.optim.flatten import FlatLayout
+from aadl_hvd.optim.shards import local
 
 # Numbers that one call copies on a processor. With more the copies take the time, not the calls,
 # and each is better shared by all cores.
 _FEW = 2**20
 _DTYPE = operator.attrgetter("dtype")
+_GRADIENT = operator.attrgetter("grad")
 
 
 class FlatParameters:
@@ -34,6 +36,8 @@ class FlatParameters:
             for p in tensors
         )
         self._memory = self._where() if plain and tensors else None
+        # As in channels_last.
+        self._in_pieces = not plain or not all(map(Tensor.is_contiguous, tensors))
         self._views: list[Tensor] = []
         dtypes = {p.dtype for p in tensors}
         self._few = layout.n <= _FEW
@@ -49,6 +53,26 @@ class FlatParameters:
             return False
         return all(map(Tensor.is_contiguous, self._tensors))
 
+    def stay(self, lo: int, hi: int) -> bool:
+        """Whether those that meet rows [lo, hi) lie where they lay, in one piece or not.
+
+        Where views are kept, it looks at addresses alone: if a parameter is another view of the
+        same memory now, `read` goes on with the old one, until `in_place` is asked.
+        """
+        if self._memory is None:
+            return False
+        addresses, sizes, _ = self._memory
+        if hi - lo == self._layout.n:
+            if self._few and not self._in_pieces:
+                return bool(addresses == [*map(Tensor.data_ptr, self._tensors)])
+            if self._memory != self._where():
+                return False
+            return self._in_pieces or all(map(Tensor.is_contiguous, self._tensors))
+        met = [i for i, _, _ in self._layout.segments(lo, hi)]
+        found = [self._tensors[i] for i in met]
+        seen = [(p.data_ptr(), p.numel()) for p in found]
+        return seen == [(addresses[i], sizes[i]) for i in met]
+
     def read(
         self, lo: int, hi: int, out: Tensor, again: bool = False, in_place: bool | None = None
     ) -> Tensor:
@@ -59,9 +83,11 @@ class FlatParameters:
             hi: row after the last.
             out: [hi - lo].
             again: see `FlatLayout.read`.
-            in_place: what `in_place` returns now; None: not known.
+            in_place: what `in_place` or `stay` returns now; None: not known.
         """
-        if hi - lo < self._layout.n or not (self.in_place() if in_place is None else in_place):
+        if in_place is None:
+            in_place = self.stay(lo, hi)
+        if hi - lo < self._layout.n or self._in_pieces or not in_place:
             return self._layout.read(self._tensors, lo, hi, out, again)
         if self._joined == out.dtype:
             return torch.cat(self._as_vectors(), out=out)
@@ -70,7 +96,8 @@ class FlatParameters:
 
     def write(self, flat: Tensor, lo: int = 0) -> None:
         """Copies rows of the flat vector from `lo` on, see `FlatLayout.write`."""
-        if lo == 0 and flat.numel() >= self._layout.n and self.in_place():
+        n = self._layout.n
+        if lo == 0 and flat.numel() >= n and not self._in_pieces and self.stay(0, n):
             torch._foreach_copy_(self._as_vectors(), self._layout.split(flat))
         else:
             self._layout.write(self._tensors, flat, lo)
@@ -88,3 +115,90 @@ class FlatParameters:
     def _where(self) -> Any:
         ps = self._tensors
         return [*map(Tensor.data_ptr, ps)], [*map(Tensor.numel, ps)], [*map(_DTYPE, ps)]
+
+
+class KeptViews:
+    """Views of a few tensors, as long as they are the same from one call to the next."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None  # of the last call
+        self._kept: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._views: list[Tensor] = []
+
+    def join(self, tensors: list[Tensor], out: Tensor) -> bool:
+        """Copies tensors one after the other to `out`, if there are views of just these.
+
+        Args:
+            tensors: at least one, of the class `Tensor` itself.
+            out: as many numbers as they have.
+        """
+        if out.numel() > _FEW or not (self._are_kept(tensors) or self._keep(tensors)):
+            return False
+        if self._views[0].dtype != out.dtype:
+            return False
+        torch.cat(self._views, out=out)
+        return True
+
+    def forget(self) -> None:
+        """Lets go of the views, and of the tensors."""
+        self._first, self._kept, self._views = None, [], []
+
+    def _are_kept(self, tensors: list[Tensor]) -> bool:
+        if len(self._kept) != len(tensors) or not all(map(operator.is_, tensors, self._kept)):
+            return False
+        return self._addresses == [*map(Tensor.data_ptr, tensors)]
+
+    def _keep(self, tensors: list[Tensor]) -> bool:
+        # Most trainings make new gradients in every step: then views are worth nothing, and of the
+        # last gradients no more than one is kept alive.
+        again = tensors[0] is self._first
+        self.forget()
+        self._first = tensors[0]
+        if not again or len({*map(_DTYPE, tensors)}) > 1:
+            return False
+        plain = torch.strided
+        for t in tensors:
+            if t.layout is not plain or t.device.type != "cpu" or not t.is_contiguous():
+                return False
+        self._kept, self._views = tensors, [t.detach().view(-1) for t in tensors]
+        self._addresses = [*map(Tensor.data_ptr, tensors)]
+        return True
+
+
+class FlatGradients:
+    """The gradients of some parameters.
+
+    Args:
+        parameters: in the order of the flat vector.
+        layout: their offsets.
+    """
+
+    def __init__(self, parameters: list[Tensor], layout: FlatLayout) -> None:
+        self._parameters, self._layout = parameters, layout
+        self._kept = KeptViews()
+
+    def read(self, lo: int, hi: int, out: Tensor) -> tuple[Tensor, set[int]]:
+        """Copies rows [lo, hi) into `out`, [hi - lo].
+
+        Returns:
+            It, and the indices of the parameters that meet these rows and have no gradient. Their
+            rows are zeros.
+        """
+        if hi - lo == self._layout.n:
+            found = [*map(_GRADIENT, self._parameters)]
+            if {*map(type, found)} == {Tensor}:  # none is missing, or sharded
+                if not self._kept.join(found, out):
+                    self._layout.read(found, lo, hi, out, again=True)
+                return out, set()
+        gradients: list[Tensor | None] = [None] * len(self._parameters)
+        absent = set()
+        for index, _, _ in self._layout.segments(lo, hi):  # at many ranks one or two of all
+            gradients[index] = gradient = local(self._parameters[index].grad)
+            if gradient is None:
+                absent.add(index)
+        return self._layout.read(gradients, lo, hi, out, again=True), absent
+
+    def forget_views(self) -> None:
+        """Lets go of views that are kept."""
+        self._kept.forget()

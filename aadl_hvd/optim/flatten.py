@@ -9,12 +9,14 @@ read into are kept, until `forget_views`: with many small tensors they take long
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+_LAYOUT = operator.attrgetter("layout")
 _KEPT = 8  # ranges and flat vectors that are remembered
 
 
@@ -109,8 +111,9 @@ class FlatLayout:
         """Whether all tensors are there, dense, and read from their first to their last row."""
         if segments[0][1] != 0 or segments[-1][2] != self.n or len(segments) < len(self.shapes):
             return False
-        strided = torch.strided
-        return all(tensor is not None and tensor.layout is strided for tensor in tensors)
+        if type(None) in {*map(type, tensors)}:
+            return False
+        return {*map(_LAYOUT, tensors)} == {torch.strided}
 
     def forget_views(self) -> None:
         """Lets go of the flat vectors that were read into."""

@@ -26,7 +26,7 @@ from aadl_hvd.core.fixed_point import Deviations
 from aadl_hvd.core.numerics import no_graph
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.optim.diagonals import Diagonals
-from aadl_hvd.optim.flat_parameters import FlatParameters
+from aadl_hvd.optim.flat_parameters import FlatGradients, FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.job import check_whole
@@ -83,7 +83,11 @@ class OptimizerFixedPoint:
         self._tensors: list[Tensor] = []  # the same; where they are sharded, their parts here
         self._group_of: list[dict[str, Any]] = []
         self._seen: Any = None
+        # Groups and all their parameters, trained or not.
+        self._listed: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._last_signature: tuple[Hashable, tuple[float, ...]] = (), ()
         self._flat = FlatParameters([], self._layout)
+        self._gradients = FlatGradients([], self._layout)
         self._stays = False  # whether they were found where they were
         self._described: Hashable = ()
         self._widest = torch.float16
@@ -115,7 +119,19 @@ class OptimizerFixedPoint:
     @property
     def signature(self) -> Hashable:
         self._refresh()
-        parameters = self._described
+        self._last_signature = self._described, self._rates()
+        return self._last_signature
+
+    def unchanged(self, lo: int, hi: int) -> bool:
+        groups, known = self._optimizer.param_groups, self._listed
+        if self._weights_before is not None or not _same(groups, [group for group, _ in known]):
+            return False
+        if not all(_same(group["params"], parameters) for group, parameters in known):
+            return False
+        self._stays = self._flat.stay(lo, hi)
+        return self._stays and self._rates() == self._last_signature[1]
+
+    def _rates(self) -> tuple[float, ...]:
         rates = tuple(learning_rate(group) for group in self._groups)
         if not any(rates):  # as at the start of a warm-up: take earlier rates, or later ones
             initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
@@ -127,7 +143,7 @@ class OptimizerFixedPoint:
             # Only ratios matter. They are rounded, so that a schedule's last bit does not count.
             largest = max(rates, default=1.0) or 1.0
             rates = tuple(float(f"{rate / largest:.6g}") for rate in rates)
-        return parameters, rates
+        return rates
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -205,8 +221,8 @@ class OptimizerFixedPoint:
         return self._flat.read(lo, hi, out, again=True, in_place=self._stays)
 
     def forget_buffers(self) -> None:
-        self._layout.forget_views()
-        self._flat.forget_views()
+        for views in (self._layout, self._flat, self._gradients):
+            views.forget_views()
 
     def keep_gradient(self) -> None:
         """To be called when the gradients are final, before the optimizer uses them.
@@ -219,13 +235,14 @@ class OptimizerFixedPoint:
             return
         with no_graph(self.device):
             if self._due is not None:
-                self._gradient = self._read_gradient(*self._due)
+                self._gradient = self._gradients.read(*self._due)
             if self.samples is not None:
                 self._deviations = self.samples.deviations()
 
     def forget_gradient(self) -> None:
         """Ends a step, even if it raised an error before its residual was read."""
         self._due = self._gradient = self._deviations = None
+        self._diagonals.hold(False)
 
     def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
         return self._flat.read(lo, hi, out)
@@ -237,7 +254,7 @@ class OptimizerFixedPoint:
         if not self.moves:  # every learning rate is 0: M would be a divisor of 0
             return out.zero_()
         if self._residual == "gradient":
-            found = gradient or self._read_gradient(lo, hi, out)
+            found = gradient or self._gradients.read(lo, hi, out)
             return self._diagonals.residual(*found, lo, hi, w if decayed else None)
         # The learning rate may change while the residual is stored, so it is divided out.
         scale = self.scaling(lo, hi)
@@ -247,7 +264,10 @@ class OptimizerFixedPoint:
         self._flat.write(flat, lo)
 
     def advance(self) -> Any:
-        return self.base_step()
+        self._diagonals.hold(False)
+        result = self.base_step()
+        self._diagonals.hold(True)  # until `forget_gradient`
+        return result
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -276,6 +296,7 @@ class OptimizerFixedPoint:
         return snapshot(self._optimizer)
 
     def restore(self, undo: Undo) -> None:
+        self._diagonals.hold(False)
         restore(self._optimizer, undo)
 
     @property
@@ -314,6 +335,7 @@ class OptimizerFixedPoint:
 
     def _refresh(self) -> None:
         self._groups = self._optimizer.param_groups
+        self._listed = [(group, [*group["params"]]) for group in self._groups]
         ps: list[Tensor] = []
         group_of: list[dict[str, Any]] = []
         for group in self._groups:
@@ -351,6 +373,7 @@ class OptimizerFixedPoint:
             if self._layout.shapes != tuple(shapes):
                 self._layout = FlatLayout(shapes)
             self._diagonals = Diagonals(self._optimizer, self._layout, ps, group_of)
+            self._gradients = FlatGradients(ps, self._layout)
         self._flat, self._seen = FlatParameters(tensors, self._layout), seen
         if changed:
             self._make_samples()
@@ -381,15 +404,6 @@ class OptimizerFixedPoint:
                 f"Invalid residual={self._residual!r} for LBFGS, which evaluates several "
                 "gradients in one step. Must be 'step'."
             )
-
-    def _read_gradient(self, lo: int, hi: int, out: Tensor) -> _Gradient:
-        gradients: list[Tensor | None] = [None] * len(self._parameters)
-        absent = set()
-        for index, _, _ in self._layout.segments(lo, hi):  # at many ranks one or two of all
-            gradients[index] = gradient = local(self._parameters[index].grad)
-            if gradient is None:
-                absent.add(index)
-        return self._layout.read(gradients, lo, hi, out, again=True), absent
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:

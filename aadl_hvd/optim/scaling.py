@@ -154,15 +154,20 @@ def second_moments(
     """
     if not isinstance(optimizer, torch.optim.Adam) or any(g.get("amsgrad", False) for g in groups):
         return None
-    states = [optimizer.state.get(p) for p in parameters]
+    states = [*map(optimizer.state.get, parameters)]
     if not all(states):
         return None
     steps = [state["step"] for state in states if state]
-    if any(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
+    v = [state["exp_avg_sq"] for state in states if state]
+    if {*map(type, v)} - {Tensor}:  # sharded
+        v = [*map(local, v)]
+    if not {*map(type, steps)} - {Tensor}:
+        if any(step.device.type != "cpu" for step in steps):
+            return None
+        if not any(map(Tensor.dim, steps)):
+            return v, torch.stack(steps).tolist() if steps else []  # one call
+    elif any(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
         return None
-    if all(isinstance(step, Tensor) and not step.dim() for step in steps):
-        steps = torch.stack(steps).tolist() if steps else []  # one call
-    v = [local(state["exp_avg_sq"]) for state in states if state]
     return v, [float(step) for step in steps]
 
 

@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", default="resnet50", help="network of the training step; default: %(default)s")
     add("--batch", type=int, default=64, help="images in a step; default: %(default)s")
     add("--image-size", type=int, default=224, help="pixels; default: %(default)s")
+    add("--method", choices=("residual", "subspace"), default="residual",
+        help="of the training steps; default: %(default)s")  # fmt: skip
+    add("--no-parts", action="store_true", help="training steps alone")
     add("--no-steps", action="store_true", help="parts alone, without training steps")
     add("--torch-alone", action="store_true", help="parts alone, without Triton's kernels")
     return command.run(parser.parse_args(arguments), _launch, _on_rank)
@@ -66,7 +69,7 @@ def _launch(options: argparse.Namespace) -> None:
     print(f"{found['name']}, n = {n:,}, m = {options.depth}, p = q = {parts.FREQUENCY}; ms\n")
     runs = []
     triton = kernels.usable(device) and not options.torch_alone
-    for ranks in options.ranks:
+    for ranks in () if options.no_parts else options.ranks:
         for dtype in options.dtypes:
             with mock.patch.object(kernels, "usable", lambda *_: triton):
                 run = parts.measure(
@@ -78,9 +81,10 @@ def _launch(options: argparse.Namespace) -> None:
                     device=device,
                 )
             runs.append(run)
-    print(f"{parts.parts_table(runs)}\n\n{parts.costs_table(runs)}\n", flush=True)
+    if runs:
+        print(f"{parts.parts_table(runs)}\n\n{parts.costs_table(runs)}\n", flush=True)
     out = options.out.with_name(options.out.name.replace(DEVICE, _slug(found["name"])))
-    step_of = {name: getattr(options, name) for name in ("model", "batch", "image_size")}
+    step_of = {name: getattr(options, name) for name in ("model", "batch", "image_size", "method")}
     results = {
         "triton": triton,
         "device": found,
@@ -90,7 +94,8 @@ def _launch(options: argparse.Namespace) -> None:
         "parts": runs,
     }
     report.write(out, results)  # now, since the training steps below may fail
-    _plot(runs, found["name"], out.with_suffix(".png"))
+    if runs:
+        _plot(runs, found["name"], out.with_suffix(".png"))
     steps: dict[str, Any] = {}
     for name, run in () if options.no_steps or options.torch_alone else _steps(options, device):
         steps[name] = run
@@ -116,7 +121,7 @@ def _steps(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
     if lack := step.horovod_lacks(device):
         yield name, lack
     else:
-        names = ("device", "depth", "cycles", "model", "batch", "image_size")
+        names = ("device", "depth", "cycles", "model", "batch", "image_size", "method")
         words = [f"--{word.replace('_', '-')}={getattr(options, word)}" for word in names]
         yield name, command.collect(MODULE, *words, ranks=1)
 

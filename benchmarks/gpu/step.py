@@ -32,6 +32,7 @@ from models.errors import UserError
 CLASSES = 1000
 DIGITS = 10
 WARM_UP = 5
+BLOCK, DEPTH = 10, 10  # steps in a block of the subspace method at momentum 0.9, its columns
 BATCHES = 4  # synthetic batches, which are repeated
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -113,6 +114,9 @@ def measure(
     config = AndersonConfig(
         history_depth=m, frequency=p, store_every=p, safeguard="none", noise_gate=None
     )
+    if options.method == "subspace":  # not every block ends with a jump: see "accelerated"
+        p, m = BLOCK, DEPTH
+        config = AndersonConfig(method="subspace")
     clock = Clock(device)
 
     def run(training: Training, steps: int) -> list[float]:

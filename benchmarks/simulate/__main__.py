@@ -3,6 +3,7 @@
 It measures nothing. It reads the results of:
 python -m benchmarks.cost overhead    # the library's timers on one rank and on two
 python -m benchmarks.gpu              # kernels that a GPU starts, and the time of one
+python -m benchmarks.host             # kernels that a step of either method starts now
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.simulate import model, predictions, words
+from benchmarks.simulate import methods, model, predictions, words
 from benchmarks.simulate.machines import Machine, read_machine
 from benchmarks.simulate.sources import RANKS as COMPARED
 from benchmarks.simulate.sources import Kernels, Timers, read_kernels, read_timers
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overhead = report.RESULTS / "overhead.json"
     add("--overhead", type=Path, default=overhead, help="default: %(default)s")
     add("--gpu", type=Path, default=GPU, help="default: %(default)s")
+    add("--host", type=Path, default=report.RESULTS / "host.json", help="default: %(default)s")
     add("--kernel-microseconds", type=float, help="default: as measured in the file of --gpu")
     options = parser.parse_args(arguments)
     try:
@@ -97,11 +99,25 @@ def _results(options: argparse.Namespace) -> dict[str, Any]:
     machines = [read_machine(name) for name in options.machine]
     seconds = options.kernel_microseconds
     kernels = read_kernels(options.gpu, None if seconds is None else 1e-6 * seconds)
-    timers = read_timers(options.overhead)
+    timers, launches = read_timers(options.overhead), methods.read_launches(options.host)
     n = options.parameters or timers.n
     rates = dict(zip(("float32", "mixed"), options.images_per_second, strict=True))
+    both = {
+        machine.name: (
+            machine,
+            predictions.steps_of(machine, options.batch, rates),
+            methods.costs(machine, n, (timers, kernels, launches)),
+        )
+        for machine in machines
+    }
     return {
         "parameters": n,
+        "launches": dataclasses.asdict(launches),
+        "methods": {
+            name: [dataclasses.asdict(one) for one in own] for name, (_, _, own) in both.items()
+        },
+        "methods_table": methods.methods_table(both),
+        "verdicts": methods.verdicts(both),
         "timers": dataclasses.asdict(timers),
         "kernels": dataclasses.asdict(kernels),
         "assumed": {
@@ -171,6 +187,9 @@ def _print(results: dict[str, Any]) -> None:
         print()
         print("\n".join(f"- {line}" for line in found["answers"]))
     print(f"\n{words.summary_table(results)}")
+    print(f"\nBoth methods at {methods.AT} ranks, as they start kernels now:\n")
+    print(results["methods_table"])
+    print("\n" + "\n".join(f"- {line}" for line in results["verdicts"]))
 
 
 if __name__ == "__main__":

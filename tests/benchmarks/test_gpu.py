@@ -12,7 +12,7 @@ import torch
 
 from aadl_hvd import AndersonConfig
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import one_rank, parts, step
+from benchmarks.gpu import one_rank, parts, session, step
 from benchmarks.simulate.model import history_bytes
 from benchmarks.workload import Clock, gpu_synchronizations
 from tests.pretend_gpu import PretendGpu
@@ -202,3 +202,41 @@ def test_wrong_options(words, named, tmp_path, capsys):
     assert gpu.main([*SMALL, *words, f"--out={tmp_path / 'x.json'}"]) == 2
     assert named in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_session_goes_on_after_what_fails(tmp_path, monkeypatch, capfd):
+    jobs = (
+        session.Job("lasting", ("-c", "import time; time.sleep(60)"), 0.5),
+        session.Job("failing", ("-c", "raise SystemExit(3)"), 30),
+        session.Job("good", ("-c", "print('{device}', '{cycles}')"), 30),
+    )
+    monkeypatch.setattr(session, "JOBS", jobs)
+    assert session.main(["--trial", f"--out={tmp_path}/new"]) == 1
+    printed = capfd.readouterr().out
+    assert "== lasting: ended after 0 s" in printed or "== lasting: ended after 1 s" in printed
+    assert "== failing: exit code 3" in printed and "cpu 1" in printed
+    assert printed.endswith("1 of 3 ended well: good\n")
+    assert session.main(["--trial", "--seconds=0", f"--out={tmp_path}"]) == 1
+    assert "not begun" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["residual", "subspace"])
+def test_steps_alone(method, tmp_path):
+    out = tmp_path / "steps.json"
+    words = ["--no-parts", f"--method={method}", "--model=resnet8", "--image-size=32", "--batch=4"]
+    assert gpu.main([*SMALL, *words, f"--out={out}"]) == 0
+    found = json.loads(out.read_text())
+    assert found["parts"] == [] and found["step_of"]["method"] == method
+    run = found["steps"]["torch alone"]
+    assert (run["p"], run["cycles"]) == (5 if method == "residual" else 10, 1)
+
+
+def test_a_session_has_commands_that_exist():
+    """Every word of every job is filled in, and every file of a job is there."""
+    values = dict.fromkeys(("out", "device", "cycles", "network", "pixels"), "x")
+    for job in session.JOBS:
+        words = [word.format_map(values) for word in job.words]
+        assert not any("{" in word for word in words)
+        for word in words:
+            assert not word.startswith("tests/") or (session.ROOT / word).exists()
+    assert sum(job.seconds for job in session.JOBS) <= 600

@@ -38,7 +38,8 @@ def test_a_step_starts_few_operations(base, ranks, name, limits):
     plain, ours = (host._Run(base, s, 161, ranks) for s in (None, host.SETTINGS[name]))
     for _ in range(60):
         ours.step()
-    calls = host._calls(plain, ours, 20)
+    calls, kernels = host._calls(plain, ours, 20)
+    assert 0 < kernels < max(calls.values()), "views and memory are no kernels"
     assert {"stored", "other"} & {*calls}
     for kind, found in calls.items():
         assert found <= limits[kind], kind

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aadl_hvd.optim.flat_parameters import FlatParameters
+from aadl_hvd.optim.flat_parameters import FlatGradients, FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 
@@ -195,6 +195,75 @@ def test_weights_are_read_where_they_are_now(change):
     with torch.no_grad():
         problem.write(written)
     assert torch.equal(torch.cat([p.detach().float().reshape(-1) for p in weights]), written)
+
+
+def _others(p):
+    p.grad = torch.randn(p.shape)
+
+
+def _missing(p):
+    p.grad = None
+
+
+def _elsewhere(p):
+    p.grad.data = torch.randn(p.shape)
+
+
+def _strided(p):
+    p.grad = torch.randn(p.shape[::-1]).t()
+
+
+@pytest.mark.parametrize("change", [_others, _missing, _elsewhere, _strided])
+def test_gradients_are_read_where_they_are_now(change):
+    """Gradients that stay the same tensors are read through views, and others are not."""
+    weights = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4, 3))]
+    gradients = FlatGradients(weights, FlatLayout([p.shape for p in weights]))
+
+    def read():
+        out, absent = gradients.read(0, 28, torch.full((28,), torch.nan))
+        known = [torch.zeros(p.shape) if p.grad is None else p.grad for p in weights]
+        assert torch.equal(out, torch.cat([g.reshape(-1) for g in known]))
+        assert absent == {i for i, p in enumerate(weights) if p.grad is None}
+
+    for p in weights:
+        _others(p)
+    for _ in range(4):
+        read()
+        weights[0].grad.add_(1.0)  # in place
+    change(weights[1])
+    for _ in range(4):
+        read()
+
+
+def test_a_short_look_sees_what_a_training_may_do():
+    """Within a block nobody compares all parameters in all respects."""
+    weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    more = torch.nn.Parameter(torch.randn(2))
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    problem = OptimizerFixedPoint(optimizer, "gradient")
+
+    def rate(value):
+        optimizer.param_groups[0]["lr"] = value
+
+    changes = [
+        lambda: _replaced(weights[2]),
+        lambda: optimizer.add_param_group({"params": [more]}),
+        lambda: optimizer.param_groups[1]["params"].pop(),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ]
+    assert not problem.unchanged(0, problem.n), "nobody has asked for the signature"
+    for change in changes:
+        assert problem.signature
+        assert problem.unchanged(0, problem.n) and problem.unchanged(20, 40)
+        with torch.no_grad():
+            weights[0].add_(1.0)
+        rate(2.0 * optimizer.param_groups[0]["lr"])  # the residual does not depend on it
+        assert problem.unchanged(0, problem.n)
+        change()
+        assert not problem.unchanged(0, problem.n)
+    assert problem.signature
+    _replaced(weights[0])
+    assert problem.unchanged(40, 48) and not problem.unchanged(10, 20), "rows of this rank"
 
 
 class Counter(TorchDispatchMode):
