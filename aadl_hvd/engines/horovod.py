@@ -30,7 +30,8 @@ from aadl_hvd.engines.rank_checks import (
 )
 from aadl_hvd.errors import ConfigError, UnsupportedError
 from aadl_hvd.optim import job
-from aadl_hvd.optim.accelerated import AcceleratedOptimizer, check_optimizer, checked_config
+from aadl_hvd.optim.accelerated import AcceleratedOptimizer
+from aadl_hvd.optim.checks import check_optimizer, checked_config
 from aadl_hvd.optim.classes import accelerated_class, attributes_of
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 

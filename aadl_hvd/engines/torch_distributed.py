@@ -17,7 +17,8 @@ from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.engines.rank_checks import accepted_by_all, check_distributable, compare_ranks
 from aadl_hvd.errors import ConfigError, ReplicaMismatchError, UnsupportedError
-from aadl_hvd.optim.accelerated import AcceleratedOptimizer, check_optimizer, checked_config
+from aadl_hvd.optim.accelerated import AcceleratedOptimizer
+from aadl_hvd.optim.checks import check_optimizer, checked_config
 from aadl_hvd.optim.engine import Engine
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from aadl_hvd.optim.shards import mesh_of

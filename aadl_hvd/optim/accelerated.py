@@ -17,8 +17,8 @@ from torch import Tensor
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.errors import ConfigError, UnsupportedError
-from aadl_hvd.optim import averaged, job, loading
+from aadl_hvd.errors import UnsupportedError
+from aadl_hvd.optim import averaged, loading
 from aadl_hvd.optim.classes import accelerated_class, attributes_of
 from aadl_hvd.optim.engine import Closure, Engine
 
@@ -303,26 +303,3 @@ class AcceleratedOptimizer(_Optimizer):
             "Invalid copy or pickle of a distributed optimizer, which is tied to its parameters "
             "and to the other ranks. Use state_dict() and load_state_dict()."
         )
-
-
-def checked_config(anderson: AndersonConfig | None) -> AndersonConfig:
-    """The settings given, or the default ones."""
-    if anderson is None:
-        return AndersonConfig()
-    if not isinstance(anderson, AndersonConfig):
-        raise ConfigError(f"Invalid anderson={anderson!r}. Must be an AndersonConfig or None.")
-    return anderson
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raises an UnsupportedError where it is no plain torch optimizer."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UnsupportedError(
-            f"Invalid optimizer of type {type(optimizer).__name__}. Must be a "
-            "torch.optim.Optimizer."
-        )
-    if isinstance(getattr(optimizer, "anderson", None), Accelerator):
-        raise UnsupportedError(
-            "Invalid optimizer: it is accelerated already. Pass the plain torch optimizer."
-        )
-    job.check_not_distributed(optimizer)

@@ -36,18 +36,20 @@ def averaged_weights(
         accelerator.agree(problem)
     put_back = problem.hold()
 
-    def restore() -> None:
-        put_back()
+    def gather_anew() -> None:
         if problem.sharded and model is not None:
             reshard(model)
 
+    def restore() -> None:
+        put_back()
+        gather_anew()
+
     def put_in(kind: float | None) -> bool:
         if kind is None:
-            restore()
+            put_back()
         elif not accelerator.put_average(problem, kind):
             return False
-        elif problem.sharded and model is not None:
-            reshard(model)
+        gather_anew()
         if model is not None:
             recalibrate_batch_norm(model, batches, mean_over_ranks, forward)
         return True

@@ -11,7 +11,8 @@ from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.errors import ConfigError
 from aadl_hvd.optim import job
-from aadl_hvd.optim.accelerated import AcceleratedOptimizer, check_optimizer, checked_config
+from aadl_hvd.optim.accelerated import AcceleratedOptimizer
+from aadl_hvd.optim.checks import check_optimizer, checked_config
 from aadl_hvd.optim.engine import Engine
 
 

@@ -25,11 +25,11 @@ from torch import Tensor
 from aadl_hvd.core.fixed_point import Deviations
 from aadl_hvd.core.numerics import no_graph
 from aadl_hvd.errors import UnsupportedError
+from aadl_hvd.optim.checks import check_parameters
 from aadl_hvd.optim.diagonals import Diagonals
 from aadl_hvd.optim.flat_parameters import FlatGradients, FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.gradient_samples import GradientSamples
-from aadl_hvd.optim.job import check_whole
 from aadl_hvd.optim.scaling import learning_rate, momentum_of, scale_free
 from aadl_hvd.optim.shards import Parts, coordinate_in_mesh, is_dtensor, local
 from aadl_hvd.optim.snapshots import Undo, restore, snapshot
@@ -93,7 +93,7 @@ class OptimizerFixedPoint:
         self._widest = torch.float16
         self._diagonals = Diagonals(optimizer, self._layout, [], [])
         self._deviations: Deviations | None = None
-        self._check()
+        check_parameters(optimizer, residual, sharded)
         self._refresh()
 
     def sample_gradients(
@@ -388,22 +388,6 @@ class OptimizerFixedPoint:
         self.samples = GradientSamples(self._parameters, samples, factor)
         if wanted is not None:
             self.samples.take_by_hooks(wanted)
-
-    def _check(self) -> None:
-        for group in self._optimizer.param_groups:
-            for p in group["params"]:
-                if not self._sharded:
-                    check_whole(p)
-                if p.requires_grad and not p.is_floating_point():
-                    raise UnsupportedError(
-                        f"Invalid parameter of dtype {p.dtype}. Trainable parameters must be real "
-                        "floating-point tensors; view complex ones with torch.view_as_real."
-                    )
-        if isinstance(self._optimizer, torch.optim.LBFGS) and self._residual != "step":
-            raise UnsupportedError(
-                f"Invalid residual={self._residual!r} for LBFGS, which evaluates several "
-                "gradients in one step. Must be 'step'."
-            )
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:
