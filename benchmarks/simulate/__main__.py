@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overhead = report.RESULTS / "overhead.json"
     add("--overhead", type=Path, default=overhead, help="default: %(default)s")
     add("--gpu", type=Path, default=GPU, help="default: %(default)s")
-    add("--host", type=Path, default=report.RESULTS / "host.json", help="default: %(default)s")
+    add("--host", type=Path, default=report.RESULTS / "launches.json", help="default: %(default)s")
     add("--kernel-microseconds", type=float, help="default: as measured in the file of --gpu")
     options = parser.parse_args(arguments)
     try:

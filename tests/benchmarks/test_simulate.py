@@ -14,7 +14,7 @@ from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from benchmarks.cost import overhead
 from benchmarks.simulate import __main__ as simulate
-from benchmarks.simulate import model, predictions, sources
+from benchmarks.simulate import methods, model, predictions, sources
 from benchmarks.simulate.machines import Machine, read_machine
 from benchmarks.tables import RESULTS
 from benchmarks.workload import shapes_of
@@ -403,6 +403,44 @@ def test_a_run(toml, tmp_path, capsys):
     assert predicted["rows"][2]["bytes"] == model.history_bytes(60000, 20, 1536, averages=4)
     for text in ("At 1536 GPUs", "Measured", "predicted", "Memory: history", "Beyond"):
         assert text in printed
+
+
+def test_both_methods_by_what_they_start(tmp_path):
+    """A cycle's cost is its launches, its messages and its bytes; halving any lowers the share."""
+    timers, kernels = (
+        sources.read_timers(RESULTS / "overhead.json"),
+        sources.read_kernels(simulate.GPU),
+    )
+    launches = methods.read_launches(RESULTS / "launches.json")
+
+    def costs(kernels, n=RESNET50):
+        own = methods.costs(SUMMIT, n, (timers, kernels, launches))
+        return {(one.method, one.node): one for one in own}
+
+    found = costs(kernels)
+    assert {one.steps for one in found.values()} == {2, 5, 10}
+    for (method, node), one in found.items():
+        count = launches.a_step[method] * one.steps + one.samples
+        assert one.samples == (0 if method == "subspace" else 220)
+        assert one.seconds["host"] == pytest.approx(kernels.seconds * count)
+        assert one.share(0.1, 2.0) - one.share(0.1) == pytest.approx(
+            one.seconds["host"] / (0.1 * one.steps)
+        )
+        if not node:
+            assert one.share(1.0) > found[method, True].share(1.0), "a node has fewer hops"
+    faster = costs(dataclasses.replace(kernels, seconds=0.5 * kernels.seconds))
+    smaller = costs(kernels, RESNET50 // 2)
+    for key, one in found.items():
+        assert faster[key].share(0.1) < one.share(0.1) > smaller[key].share(0.1)
+    steps = predictions.steps_of(SUMMIT, 64, {"float32": 367.0, "mixed": 1200.0})
+    own = {"summit": (SUMMIT, steps, list(found.values()))}
+    assert methods.verdicts(own) == ["V100, at most 0.5 % of a float32 step: missed by all."]
+    free = [dataclasses.replace(found["subspace", False], seconds={"host": 1e-3})]
+    assert "met by subspace (all)" in methods.verdicts({"summit": (SUMMIT, steps, free)})[0]
+    lacking = tmp_path / "lacking.json"
+    lacking.write_text(json.dumps({"tensors": 161, "runs": []}))
+    with pytest.raises(UserError, match="--host"):
+        methods.read_launches(lacking)
 
 
 def test_the_predictions_are_those_of_the_results(tmp_path):
