@@ -22,7 +22,7 @@ Key = tuple[str, str, str, float, int, int]
 
 
 class Runs:
-    """Makes runs and keeps them.
+    """Makes runs and keeps them. Those without acceleration have no curve: a grid has many.
 
     Args:
         configs: settings of the acceleration, by name; `BASE` is none of them.
@@ -39,11 +39,13 @@ class Runs:
     ) -> None:
         self.configs, self.observe, self.steps = configs, observe, steps
         self.runs: dict[Key, Run] = {}
-        self._floors: dict[tuple[str, int], float] = {}
+        self._floors: dict[str, list[float]] = {}
         self.made = 0
 
     def take_bases(self, path: Path) -> None:
-        """Takes the runs without acceleration from a file that `write` wrote, if it is there.
+        """Takes the runs without acceleration, and the least f, from a file that `write` wrote.
+
+        Nothing happens if it is not there.
 
         Raises:
             UserError: the file holds something else.
@@ -51,13 +53,13 @@ class Runs:
         if not path.exists():
             return
         try:
-            for run in json.loads(path.read_text())["runs"]:
+            content = json.loads(path.read_text())
+            self._floors |= content.get("floors", {})
+            for run in content["runs"]:
                 if run["config"] == BASE:
-                    run |= {"averages": run.get("averages", {}), "curve": run["curve"] or None}
+                    run |= {"averages": run.get("averages", {}), "curve": None}
                     for result in (run["result"], *run["averages"].values()):
                         result |= {n: math.inf for n, value in result.items() if value is None}
-                    curve = run["curve"]
-                    run["curve"] = curve and [math.inf if f is None else f for f in curve]
                     self.runs[_key(run)] = run
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} holds no results of this program: move it away") from None
@@ -93,7 +95,14 @@ class Runs:
         key = _key(run)
         if key not in self.runs or (averaged and not self.runs[key]["averages"]):
             settings = None if config == BASE else self.configs[config]
-            found, _ = train(problem, base, settings, observe=self.observe, apart=apart)
+            found, _ = train(
+                problem,
+                base,
+                settings,
+                observe=self.observe,
+                apart=apart,
+                curve=settings is not None,
+            )
             self.runs[key] = run | found
             self.made += 1
         return self.runs[key]
@@ -116,13 +125,12 @@ class Runs:
         """
         if not iterations or not base.coupled:
             return None
-        network = name.rpartition("-")[0]
-        for seed in range(seeds):
-            if (network, seed) not in self._floors:
-                problem = problems.make(name, seed, self.steps)
-                start = train(problem, base)[1]
-                self._floors[network, seed] = least(problem, True, [start], iterations)
-        return [self._floors[network, seed] for seed in range(seeds)]
+        found = self._floors.setdefault(name.rpartition("-")[0], [])
+        for seed in range(len(found), seeds):
+            problem = problems.make(name, seed, self.steps)
+            start = train(problem, base, curve=False)[1]
+            found.append(least(problem, True, [start], iterations))
+        return found[:seeds]
 
     def write(self, path: Path, tables: Mapping[str, Any]) -> None:
         """Writes runs and tables atomically; numbers that are not finite become null.
@@ -134,6 +142,7 @@ class Runs:
         content = {
             "observe": self.observe,
             "tables": tables,
+            "floors": self._floors,
             "runs": [_shortened(self.runs[key]) for key in sorted(self.runs)],
         }
         report.write(path, plain(content))

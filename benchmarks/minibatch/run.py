@@ -31,6 +31,7 @@ def train(
     *,
     observe: bool = True,
     apart: float = 0.0,
+    curve: bool = True,
 ) -> tuple[Run, nn.Module]:
     """One training. Equal arguments give equal bits on one thread.
 
@@ -42,6 +43,7 @@ def train(
         config: settings of the acceleration; None: the base optimizer alone, not wrapped.
         observe: tell the accelerated optimizer the loss of every step.
         apart: see `Problem.make_model`.
+        curve: evaluate all along. False: at the last steps alone, which the result needs.
 
     Returns:
         The run and the trained model. The run has
@@ -49,7 +51,8 @@ def train(
         "validation_accuracy"; infinite (accuracy 0) if f was not finite;
         "averages": the same at running averages of the weights, by `averages.NAMES`, if the rate
         is constant; else empty;
-        "curve": f at steps 10, 20, ...; "seconds": of training alone; "steps"; "stats": text.
+        "curve": f at steps 10, 20, ..., or None; "seconds": of training alone; "steps";
+        "stats": text.
     """
     model = problem.make_model(apart)
     optimizer = base.make(model, problem.weight_decay)
@@ -59,7 +62,7 @@ def train(
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *NAMES)}
     seconds, done = 0.0, 0
     marks = sorted({*range(EVERY, problem.steps, EVERY), problem.steps})
-    for mark in marks:
+    for mark in marks if curve else marks[-LAST:]:
         base.place(optimizer, training=True)
         for step in range(done, mark):
             started = time.perf_counter()
@@ -87,7 +90,7 @@ def train(
             name: _result(found[name if math.isfinite(found[""][-1]["f"]) else ""])
             for name in (NAMES if base.averaged else ())
         },
-        "curve": [evaluation["f"] for evaluation in found[""]],
+        "curve": [evaluation["f"] for evaluation in found[""]] if curve else None,
         "seconds": seconds,
         "steps": done,
         "stats": None if accelerated is None else str(accelerated.anderson.stats),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import report
@@ -22,7 +22,6 @@ COLUMNS = {
     "f_of_means": "of means",
     "f_over_best": "f / best",
     "gap_ratio": "gap / base",
-    "gap_worst": "worst gap",
     "gap_over_best": "gap / best",
     "optimum": "f*",
     "lbfgs": "L-BFGS",
@@ -32,11 +31,13 @@ COLUMNS = {
     "steps": "steps",
     "seconds": "seconds",
 }
+KINDS = ("last weights", "average", "Schedule-Free")
 LEGEND = """f: mean of the seeds' results. / base: geometric mean of the seeds' ratios to the base
-of the same group of rows (untuned or best). of means: ratio of the means of f. / best: to the best
-of the grid. gap: f less the least f that L-BFGS finds. points: validation accuracy, in percentage
-points above the base. steps: median of the steps until f was at most the base's result. seconds:
-of one training, without evaluation."""
+of the same group of rows. of means: ratio of the means of f. / best: to the best of the grid. at: a
+running average of the weights. gap: f less f*, the least f: what L-BFGS finds, from the last
+weights of the best base, or a training's f if that is below it. points: validation accuracy, in
+percentage points above the base. steps: median of the steps until f was at most the base's result.
+seconds: of one training, without evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,9 @@ def measure(case: Case, runs: Runs, plan: Plan) -> list[Row]:
     Returns:
         One row each for the untuned base, the same started `APART` apart, and every setting on it:
         at the last weights, and at their best average. Then the same for the best recipe of the
-        grid, with settings at its weights alone. Then the best recipe at last weights with every
-        setting on it, and the best at an average and of Schedule-Free.
+        grid, with settings at its weights alone, and without settings if it is Schedule-Free:
+        acceleration does nothing there. Then the best recipe at last weights with every setting on
+        it, and the best at an average and of Schedule-Free.
     """
     seeds = plan.seeds_of(case)
 
@@ -118,7 +120,8 @@ def measure(case: Case, runs: Runs, plan: Plan) -> list[Row]:
         named.append((f"{label}: {recipe.name}", own, own))
         if label in ("untuned", best_label):
             named.append((f"{label}, {APART:g} apart", made(recipe, apart=APART), own))
-        for name in runs.configs if label in ("untuned", best_label, "last weights") else ():
+        accelerated = label in ("untuned", best_label, KINDS[0]) and not recipe.base.free
+        for name in runs.configs if accelerated else ():
             named.append((f"{label}, {name}", made(recipe, name), own))
             if label == "untuned" and case.base.averaged:
                 at = best_of([Recipe(case.base, average) for average in NAMES], name)
@@ -126,19 +129,21 @@ def measure(case: Case, runs: Runs, plan: Plan) -> list[Row]:
     top = None if best is None else made(best)
     start = case.base if best is None else best.base
     found = runs.floors(case.problem, start, seeds, plan.optimum)
-    floors = found and least_of_all(found, [some for _, some, _ in named])
+    floors = None
+    if found is not None:
+        floors = least_of_all(found, [some for _, some, _ in named])
     rows = [{"row": name, **summarise(some, own, top, floors)} for name, some, own in named]
-    return [row | {"lbfgs": found and statistics.fmean(found)} for row in rows]
+    return [row | {"lbfgs": _known(statistics.fmean, found)} for row in rows]
 
 
 def kinds(tried: Sequence[Base]) -> dict[str, list[Recipe]]:
     """The recipes of a grid by kind: at last weights, at averages, of Schedule-Free."""
-    found = {
-        "last weights": [Recipe(base) for base in tried if not base.free],
-        "average": [Recipe(base, name) for base in tried if base.averaged for name in NAMES],
-        "Schedule-Free": [Recipe(base) for base in tried if base.free],
-    }
-    return {label: recipes for label, recipes in found.items() if recipes}
+    found = (
+        [Recipe(base) for base in tried if not base.free],
+        [Recipe(base, name) for base in tried if base.averaged for name in NAMES],
+        [Recipe(base) for base in tried if base.free],
+    )
+    return {label: recipes for label, recipes in zip(KINDS, found, strict=True) if recipes}
 
 
 def ordered(recipes: Sequence[Recipe], runs: Sequence[Sequence[Run]]) -> list[Recipe]:
@@ -174,13 +179,14 @@ def summarise(
         By name, None where something is not known.
     """
     f, base_f = _results(runs, "f"), _results(base, "f")
-    best_f = None if best is None else _results(best, "f")
     f_ratios = ratios(f, base_f)
-    gaps = best_gaps = None
+    best_ratios = gaps = best_gaps = None
+    if best is not None:
+        best_ratios = ratios(f, _results(best, "f"))
     if floors is not None:
         gaps = ratios(_above(f, floors), _above(base_f, floors))
-        if best_f is not None:
-            best_gaps = ratios(_above(f, floors), _above(best_f, floors))
+    if best is not None and floors is not None:
+        best_gaps = ratios(_above(f, floors), _above(_results(best, "f"), floors))
     accuracy, base_accuracy = (_results(some, "validation_accuracy") for some in (runs, base))
     curves = all(run["curve"] is not None for run in runs)
     steps = (
@@ -191,11 +197,13 @@ def summarise(
         "f_ratio": geometric_mean(f_ratios),
         "f_worst": max(f_ratios),
         "f_of_means": ratios([statistics.fmean(f)], [statistics.fmean(base_f)])[0],
-        "f_over_best": None if best_f is None else geometric_mean(ratios(f, best_f)),
-        "gap_ratio": None if gaps is None else geometric_mean(gaps),
-        "gap_worst": None if gaps is None else max(gaps),
-        "gap_over_best": None if best_gaps is None else geometric_mean(best_gaps),
-        "optimum": None if floors is None else statistics.fmean(floors),
+        "f_over_best": _known(geometric_mean, best_ratios),
+        "f_over_best_worst": _known(max, best_ratios),
+        "gap_ratio": _known(geometric_mean, gaps),
+        "gap_worst": _known(max, gaps),
+        "gap_over_best": _known(geometric_mean, best_gaps),
+        "gap_over_best_worst": _known(max, best_gaps),
+        "optimum": _known(statistics.fmean, floors),
         "loss_ratio": geometric_mean(ratios(_results(runs, "loss"), _results(base, "loss"))),
         "validation_ratio": geometric_mean(
             ratios(_results(runs, "validation_loss"), _results(base, "validation_loss"))
@@ -247,21 +255,28 @@ def overview(tables: Mapping[str, Sequence[Row]]) -> str:
 
 
 def tuned(tables: Mapping[str, Sequence[Row]]) -> str:
-    """One row for each case: the best of the grid, ours on the untuned base, ours on the best."""
+    """One row for each case, all over the best of the grid: its kinds, ours, and the control.
+
+    Ours are on the untuned base, and on the best base at last weights.
+    """
     rows = []
     for name, case in tables.items():
-        best = next(row for row in case if row["row"].startswith("best of") and ":" in row["row"])
-        label, base = best["row"].split(": ")
-        ours, on_best = _row(case, "untuned, default"), _row(case, f"{label}, default")
-        control = _row(case, f"{label}, {APART:g} apart")
+        best = next(row for row in case if row["row"].startswith("best of"))
+        label, recipe = best["row"].split(": ")
+        on_best = _row(case, f"{KINDS[0]}, default")
+        over = [
+            *(_row(case, row)["f_over_best"] for row in ("untuned", *KINDS, "untuned, default"))
+        ]
+        over += [on_best[column] for column in ("f_over_best", "f_over_best_worst")]
+        gaps = [on_best[column] for column in ("gap_over_best", "gap_over_best_worst")]
         rows.append([
-            name, base, f"{1.0 / _row(case, 'untuned: ')['f_over_best']:.2f}",
-            f"{ours['f_over_best']:.2f}", f"{on_best['f_ratio']:.2f}",
-            f"{on_best['f_worst']:.2f}", f"{control['f_ratio']:.2f}",
+            name, recipe, label.removeprefix("best of "), *(f"{one:.2f}" for one in over),
+            *("" if gap is None else f"{gap:.2f}" for gap in gaps),
+            f"{_row(case, f'{label}, {APART:g} apart')['f_ratio']:.2f}",
         ])  # fmt: skip
-    head = ["problem, batch, untuned base", "best of the grid", "its f over the untuned base's"]
-    head += ["untuned with ours over it", "ours on it, f", "worst seed", "control: f"]
-    return report.table(head, rows)
+    head = ["problem, batch, untuned base", "best of the grid", "of runs", "untuned"]
+    head += ["last weights", "averages", "Schedule-Free", "untuned with ours", "tuned with ours"]
+    return report.table([*head, "worst seed", "gap", "worst gap", "control: f"], rows)
 
 
 def _row(rows: Sequence[Row], name: str) -> Row:
@@ -281,6 +296,12 @@ def _cell(name: str, value: float | None) -> str:
     if name == "accuracy_points":
         return f"{value:+.2f}"
     return f"{value:.4g}" if name in ("f", "optimum", "lbfgs") else f"{value:.3f}"
+
+
+def _known(
+    function: Callable[[Sequence[float]], float], values: Sequence[float] | None
+) -> float | None:
+    return None if values is None else function(values)
 
 
 def _results(runs: Sequence[Run], name: str) -> list[float]:

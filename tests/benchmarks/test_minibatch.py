@@ -318,6 +318,9 @@ def test_result_is_the_mean_of_the_last_five_evaluations():
     found, _ = train(problem, NESTEROV)
     assert len(found["curve"]) == 8
     assert found["result"]["f"] == pytest.approx(sum(found["curve"][-5:]) / 5)
+    without, _ = train(problem, NESTEROV, curve=False)
+    assert without["curve"] is None and without["result"] == found["result"]
+    assert without["averages"] == found["averages"]
 
 
 def test_acceleration_acts_and_can_be_switched_off():
@@ -429,7 +432,7 @@ def test_best_base_is_the_one_with_the_lowest_mean():
 
 
 def fake_training(monkeypatch):
-    def fake(problem, base, config=None, *, observe, apart):
+    def fake(problem, base, config=None, *, observe, apart, curve):
         f = base.lr * (2.0 if base.momentum > 0.95 else 1.0) * (0.5 if config else 1.0)
         run = made_up(f * (0.8 if base.free else 1.0) + apart)
         low = made_up(0.75 * f)["result"]
@@ -441,19 +444,19 @@ def fake_training(monkeypatch):
 
 def test_rows_of_a_case(monkeypatch):
     fake_training(monkeypatch)
-    runs = Runs({"ours": AndersonConfig()}, steps=None)
+    runs = Runs({"default": AndersonConfig()}, steps=None)
     case = Case("digits_mlp-500", Base("adam", 0.1, 0.97), "made up")
     rows = table.measure(case, runs, table.Plan(seeds=2, schedules="all"))
     assert [row["row"] for row in rows] == [
         "untuned: adam0.1m0.97",
         "untuned, 1e-05 apart",
-        "untuned, ours",
-        "untuned, ours at quarter",
+        "untuned, default",
+        "untuned, default at quarter",
         "best of 48: adam0.1m0.9 at quarter",
         "best of 48, 1e-05 apart",
-        "best of 48, ours",
+        "best of 48, default",
         "last weights: adam0.1m0.9",
-        "last weights, ours",
+        "last weights, default",
         "average: adam0.1m0.9 at quarter",
         "Schedule-Free: adam0.1m0.9-free",
     ]
@@ -461,11 +464,19 @@ def test_rows_of_a_case(monkeypatch):
     over_best = {row["row"].split(":")[0]: row["f_over_best"] for row in rows}
     assert over_base["best of 48"] == over_best["best of 48"] == 1
     assert over_best["untuned"] == pytest.approx(2 / 0.75)
-    assert over_best["untuned, ours at quarter"] == pytest.approx(1)
+    assert over_best["untuned, default at quarter"] == pytest.approx(1)
     assert over_best["last weights"] == pytest.approx(1 / 0.75)
     assert over_best["Schedule-Free"] == pytest.approx(0.8 / 0.75)
-    assert over_best["best of 48, ours"] == over_base["last weights, ours"] == pytest.approx(0.5)
+    assert (
+        over_best["best of 48, default"] == over_base["last weights, default"] == pytest.approx(0.5)
+    )
     assert over_base["untuned, 1e-05 apart"] == pytest.approx(1 + APART / 0.2)
+    text = table.tuned({"made up": rows})
+    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    assert cells == [
+        "made up", "adam0.1m0.9 at quarter", "48", "2.67", "1.33", "1.00", "1.07", "1.33", "0.67",
+        "0.67", "", "", "1.00",
+    ]  # fmt: skip
     assert runs.made == 2 * (48 + 2 + 2)  # the untuned base is one of the grid
 
 
