@@ -497,13 +497,17 @@ def test_least_f_may_be_an_evaluation():
     assert table.least_of_all([2.5, 0.1], rows) == [1.0, 0.1]
 
 
-def test_least_f_belongs_to_data_and_network(monkeypatch):
+def test_least_f_belongs_to_data_and_network(monkeypatch, tmp_path):
     runs, found = Runs({}, steps=10), []
     monkeypatch.setattr(
         "benchmarks.minibatch.results.least", lambda problem, *_: found.append(problem.name) or 1.0
     )
     assert runs.floors("digits_mlp-500", NESTEROV, 2, 5) == [1.0, 1.0]
     assert runs.floors("digits_mlp-100", NESTEROV, 2, 5) == [1.0, 1.0]
+    runs.write(tmp_path / "results.json", {})
+    again = Runs({}, steps=10)
+    again.take_bases(tmp_path / "results.json")
+    assert again.floors("digits_mlp-32", NESTEROV, 2, 5) == [1.0, 1.0]
     assert found == ["digits_mlp-500"] * 2
     assert runs.floors("digits_mlp-100", Base("adamw", 1e-3), 2, 5) is None
     assert runs.floors("digits_mlp-100", NESTEROV, 2, 0) is None
