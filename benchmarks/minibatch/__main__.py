@@ -14,7 +14,7 @@ import torch
 
 from aadl_hvd import AndersonConfig, ConfigError
 from benchmarks.command import at_least
-from benchmarks.minibatch.bases import CASES, chosen
+from benchmarks.minibatch.bases import CASES, SCHEDULES, chosen
 from benchmarks.minibatch.results import BASE, Runs
 from benchmarks.minibatch.table import LEGEND, Plan, markdown, measure
 from benchmarks.report import RESULTS
@@ -61,8 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "the base alone")  # fmt: skip
     add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: each case's own")
     add("--steps", type=int, metavar="N", help="number of steps, instead of each problem's own")
-    add("--grid", choices=("none", "constant", "cosine", "both"), help="schedules of the tuning, "
-        "16 runs each (20 for plain SGD) and seed; default: constant")  # fmt: skip
+    add("--grid", choices=tuple(SCHEDULES), help="schedules of the tuning, 16 runs each (20 for "
+        "plain SGD) and seed: both is constant and cosine, all has Schedule-Free besides, 16 runs; "
+        "default: constant")  # fmt: skip
+    add("--screen", type=int, default=0, metavar="N", help="the grid with seed 0 alone, then the N "
+        "best of each kind with all seeds; default: all")  # fmt: skip
     add("--observe", action=argparse.BooleanOptionalAction, default=True,
         help="tell the accelerated optimizer the losses")  # fmt: skip
     add("--optimum", type=int, default=0, metavar="N",
@@ -79,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Measures the chosen cases; results are written after every case."""
     cases = chosen(options.names)
-    for name, low in (("seeds", 1), ("steps", 1), ("optimum", 0)):
+    for name, low in (("seeds", 1), ("steps", 1), ("optimum", 0), ("screen", 0)):
         if getattr(options, name) is not None:
             at_least(low, options, name)
     quick = options.quick
@@ -87,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     plan = Plan(
         seeds=1 if quick and options.seeds is None else options.seeds,
         schedules=options.grid or ("none" if quick else "constant"),
+        screen=options.screen,
         optimum=options.optimum,
     )
     configs = {text: parse_config(text) for text in options.configs}

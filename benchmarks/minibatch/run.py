@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
+from benchmarks.minibatch.averages import NAMES, Averages
 from benchmarks.minibatch.bases import Base
 from benchmarks.minibatch.problems import Problem
 
@@ -30,6 +31,7 @@ def train(
     *,
     observe: bool = True,
     apart: float = 0.0,
+    curve: bool = True,
 ) -> tuple[Run, nn.Module]:
     """One training. Equal arguments give equal bits on one thread.
 
@@ -41,23 +43,29 @@ def train(
         config: settings of the acceleration; None: the base optimizer alone, not wrapped.
         observe: tell the accelerated optimizer the loss of every step.
         apart: see `Problem.make_model`.
+        curve: evaluate all along. False: at the last steps alone, which the result needs.
 
     Returns:
         The run and the trained model. The run has
         "result": means of the last evaluations, of "f", "loss", "validation_loss" and
         "validation_accuracy"; infinite (accuracy 0) if f was not finite;
-        "curve": f at steps 10, 20, ...; "seconds": of training alone; "steps"; "stats": text.
+        "averages": the same at running averages of the weights, by `averages.NAMES`, if the rate
+        is constant; else empty;
+        "curve": f at steps 10, 20, ..., or None; "seconds": of training alone; "steps";
+        "stats": text.
     """
     model = problem.make_model(apart)
     optimizer = base.make(model, problem.weight_decay)
     accelerated = None if config is None else AndersonOptimizer(optimizer, anderson=config)
     optimizer = optimizer if accelerated is None else accelerated
-    found: list[dict[str, float]] = []
+    averages = Averages(model, problem.steps)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("", *NAMES)}
     seconds, done = 0.0, 0
     marks = sorted({*range(EVERY, problem.steps, EVERY), problem.steps})
-    for mark in marks:
-        started = time.perf_counter()
+    for mark in marks if curve else marks[-LAST:]:
+        base.place(optimizer, training=True)
         for step in range(done, mark):
+            started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = base.rate(step, problem.steps)
             optimizer.zero_grad()
@@ -66,14 +74,23 @@ def train(
             if observe and accelerated is not None:
                 accelerated.observe(loss)
             optimizer.step()
-        seconds += time.perf_counter() - started
+            seconds += time.perf_counter() - started
+            averages.take()
         done = mark
-        found.append(problem.evaluate(model, base.coupled))
-        if not math.isfinite(found[-1]["f"]):
+        base.place(optimizer, training=False)
+        found[""].append(problem.evaluate(model, base.coupled))
+        if not math.isfinite(found[""][-1]["f"]):
             break
+        for name in NAMES if mark in marks[-LAST:] and base.averaged else ():
+            with averages.lent(name):
+                found[name].append(problem.evaluate(model, base.coupled))
     run = {
-        "result": _result(found),
-        "curve": [evaluation["f"] for evaluation in found],
+        "result": _result(found[""]),
+        "averages": {
+            name: _result(found[name if math.isfinite(found[""][-1]["f"]) else ""])
+            for name in (NAMES if base.averaged else ())
+        },
+        "curve": [evaluation["f"] for evaluation in found[""]] if curve else None,
         "seconds": seconds,
         "steps": done,
         "stats": None if accelerated is None else str(accelerated.anderson.stats),
