@@ -22,7 +22,7 @@ PROGRAM = str(ROOT / "tests" / "hosts" / "program.py")
 BOUND = 90
 """Seconds within which every launcher ends here after a host is silent; docs/faults.md.
 
-Each of the times below is about 10 seconds, and processes need as much to end on busy cores.
+Each of the times below is about 10 seconds. On busy cores processes need much longer to end.
 """
 # Open MPI's daemons look after each other: after 5 seconds, and then 3 times every 2 seconds. It
 # takes these from the environment, as horovodrun does.

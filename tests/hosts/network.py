@@ -149,7 +149,7 @@ class Network:
         """Whether nothing has been killed."""
         return all(server.poll() is None for server in [self._all, *self._warm])
 
-    def warm(self, limit=120):
+    def warm(self, limit=300):
         """What stands for `python` on both hosts, to have programs forked; see tests/warm.py."""
         socket, words = self.folder / "here" / "socket", [sys.executable, WARM]
         if not self._warm:

@@ -1,6 +1,6 @@
 """Job scripts for torchrun on Slurm; what a request to stop becomes in the agent of a node.
 
-tests/slurm/test_torchrun.py has a real Slurm.
+tests/slurm/test_torchrun_on_slurm.py has a real Slurm.
 """
 
 import os
