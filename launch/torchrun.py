@@ -21,8 +21,9 @@ try:
 except ChildFailedError as error:
     print(error, file=sys.stderr)
     codes = {{failure.exitcode for failure in error.failures.values()}}
-    # torchrun ends the other ranks of a node when one has left.
-    stopped = {PREEMPTED} in codes and codes <= {{{PREEMPTED}, -signal.SIGTERM}}
+    # torchrun ends the other ranks of a node when one has left, at last by SIGKILL.
+    ends = {{{PREEMPTED}, -signal.SIGTERM, -signal.SIGKILL}}
+    stopped = {PREEMPTED} in codes and codes <= ends
     sys.exit({PREEMPTED} if stopped else 1)"""
 """Python code of torchrun with two differences: SIGUSR1 goes to the ranks, and ranks that have
 stopped themselves are told by the exit code. It is part of the job script, so nodes need torch

@@ -208,6 +208,7 @@ class ShardState(State):
         sharding: whose rows and columns these are.
         calls: number of the last step.
         ranks: how many ranks trained together.
+        decays: the weight decay of each parameter group in stored residuals.
         window: None where there is no moving average.
         subspace: None where the subspace method is not at work.
         trial: None where no step has yet to be confirmed.
@@ -217,6 +218,7 @@ class ShardState(State):
     sharding: Annotated[Origin, OWN, Nested(Origin)]
     calls: Annotated[int, SHARED, integer()]
     ranks: Annotated[int, OWN, integer(1)]
+    decays: Annotated[tuple[float, ...], SHARED, listed(number())]
     columns: Annotated[ColumnsState, SHARED, Nested(ColumnsState)]
     gram: Annotated[GramState, SHARED, Nested(GramState)]
     averages: Annotated[AveragesState, SHARED, Nested(AveragesState)]

@@ -21,26 +21,26 @@ _AT_ONCE = 200  # hosts that are asked at the same time: each takes an open file
 class Hosts:
     """The hosts of the ranks of a group.
 
-    A transport that loses a host says "timed out", or nothing at all. So each rank keeps a socket
-    that listens, where there are several hosts. A kernel answers for it, whatever the rank does,
-    and also when the rank has ended. Nobody ever reads from it.
+    A transport that loses a host says "timed out", or nothing at all. So each rank keeps a port for
+    itself, where there are several hosts, and others ask to connect to it. The kernel of a host
+    that is there refuses, whatever the rank does, and also when the rank has ended.
 
     Args:
         allgather: `Communicator.allgather_object` of the group. Collective.
     """
 
     def __init__(self, allgather: Callable[[Any], list[Any]]) -> None:
-        listener = _listener()
-        found = allgather((platform.node(), _address(listener)))
-        self._names = [name for name, _ in found]
-        self._addresses = {name: tuple(address) for name, address in found if address}
         self._here = platform.node()
+        self._names = allgather(self._here)
+        self._addresses: dict[str, tuple[str, int]] = {}
         self._said = False
-        close = weakref.finalize(self, listener.close if listener else bool)
         if len(set(self._names)) == 1:
-            close()
-        else:
-            _register(self)
+            return
+        held = _held_port()
+        weakref.finalize(self, held.close if held else bool)
+        found = zip(self._names, allgather(_address(held)), strict=True)
+        self._addresses = {name: tuple(address) for name, address in found if address}
+        _register(self)
 
     def place(self, rank: int) -> str:
         """Words after the name of a rank: " on host b"; none where all ranks share a host."""
@@ -80,23 +80,26 @@ class Hosts:
                 print(f"aadl_hvd: {line}", file=sys.stderr, flush=True)
 
 
-def _listener() -> socket.socket | None:
-    # No error: it would be this rank's alone, and the others would wait for it.
+def _held_port() -> socket.socket | None:
+    # It is never listened at: the kernel refuses, which is an answer, however many ask. A queue of
+    # connections that nobody takes would fill up. No error: it would be this rank's alone.
     try:
-        return socket.create_server(("", 0))
+        held = socket.socket()
+        held.bind(("", 0))
     except OSError:
         return None
+    return held
 
 
-def _address(listener: socket.socket | None) -> tuple[str, int] | None:
-    """Where others reach a socket, by this host's name; None where they cannot."""
-    if listener is None:
+def _address(held: socket.socket | None) -> tuple[str, int] | None:
+    """Where others ask for a port, by this host's name; None where they cannot."""
+    if held is None:
         return None
     try:
         address = socket.gethostbyname(platform.node())
     except OSError:
         return None
-    return None if address.startswith("127.") else (address, listener.getsockname()[1])
+    return None if address.startswith("127.") else (address, held.getsockname()[1])
 
 
 def _unreachable(addresses: dict[str, tuple[str, int]]) -> Iterable[str]:

@@ -90,7 +90,8 @@ class Accelerator(AcceleratorState):
         result = problem.advance()  # base step
         with plain_numerics(problem.device):
             with stats.timed("read"):
-                r = problem.read_residual(*shard.rows, w, r, method.decayed)  # read r
+                decays = self._decays if method.decayed else None
+                r = problem.read_residual(*shard.rows, w, r, decays)  # read r
             if schedule.confirm and self._went_back(acceptance.settle_residual_trial(problem, r)):
                 return result
             self._note_noise(problem)

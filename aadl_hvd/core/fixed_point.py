@@ -38,15 +38,20 @@ class FixedPoint(Protocol):
     def signature(self) -> Hashable:
         """What iterates and gradients depend on. The history is reset when it changes."""
 
-    def unchanged(self, lo: int, hi: int) -> bool:
-        """Whether a short look at rows [lo, hi) finds `signature` and memory as they were.
+    def unchanged(self, signature: Hashable, lo: int, hi: int) -> bool:
+        """Whether a short look finds the problem as it was when `signature` was asked for last.
 
         It does not see everything. So `signature` has to be asked again some steps later.
+
+        Args:
+            signature: that of the problem which is meant.
+            lo: first row that is looked at.
+            hi: row after the last.
         """
 
     @property
-    def decays(self) -> Hashable:
-        """The weight decays: what residuals depend on beside `signature`."""
+    def decays(self) -> tuple[float, ...]:
+        """The weight decay of each parameter group: what r depends on beside `signature`."""
 
     @property
     def n(self) -> int:
@@ -108,11 +113,16 @@ class FixedPoint(Protocol):
         """Copies rows [lo, hi) of the current weights to `out`."""
 
     def read_residual(
-        self, lo: int, hi: int, w: Tensor, out: Tensor, decayed: bool = True
+        self, lo: int, hi: int, w: Tensor, out: Tensor, decays: tuple[float, ...] | None
     ) -> Tensor:
-        """Copies rows [lo, hi) of r to `out`, after `advance`; w: these rows from before it.
+        """Copies rows [lo, hi) of r to `out`, after `advance`.
 
-        With decayed=False of minus the gradient alone, without `decay` times w.
+        Args:
+            lo: first row.
+            hi: row after the last.
+            w: these rows from before `advance`.
+            out: [hi - lo].
+            decays: the weight decays in r, as in `decays`; None: r is minus the gradient alone.
         """
 
     def decay(self, lo: int, hi: int) -> float | Tensor:

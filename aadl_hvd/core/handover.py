@@ -53,9 +53,7 @@ class Handover:
             return Schedule(True, into >= self.length, False, False, push, 1 < into < self.length)
         if calls <= self._config.warmup_steps or into % self.length or not self._config.averages:
             return None
-        return Schedule(
-            False, False, False, False, self.length, within=True
-        )  # asleep: once a block
+        return Schedule(False, False, False, False, self.length)  # asleep: once a block
 
     @property
     def asleep(self) -> bool:

@@ -49,11 +49,12 @@ class Persistence:
         self._averages, self._moving_average = averages, moving_average
         self._size, self._rank = ranks
 
-    def shard_state(self, calls: int) -> ShardState:
+    def shard_state(self, calls: int, decays: tuple[float, ...]) -> ShardState:
         """This rank's shard of the state, in host memory. Not collective.
 
         Args:
             calls: number of the last step.
+            decays: the weight decays in stored residuals.
         """
         acceptance, window = self._acceptance, self._moving_average
         at_work = self._handover.subspace
@@ -66,6 +67,7 @@ class Persistence:
             sharding=origin_of(self._shard.sharding),
             calls=calls,
             ranks=self._size,
+            decays=decays,
             columns=self._residual.history.state(),
             gram=self._residual.gram.state(),
             averages=self._averages.state(),

@@ -17,8 +17,8 @@ class Schedule(NamedTuple):
         average: the paper's moving average takes in this step.
         push: the running averages take in this step before any reduction, so many steps after the
             last time; 0: they do not.
-        within: within a block, and not its first or last step, or asleep: a short look is enough
-            to see that the problem is the same, see `FixedPoint.unchanged`.
+        within: within a block, and not its first or last step: a short look is enough to see that
+            the problem is the same, see `FixedPoint.unchanged`.
         add: the jump of the step before is added after the base step: `overlap`.
     """
 

@@ -28,6 +28,8 @@ from aadl_hvd.core.shard import WeightShard, sharding_of
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.stats import Reset, Stats
 
+DECAY_TOLERANCE = 0.1  # relative change of a weight decay that stored residuals can bear
+
 
 class AcceleratorState:
     """The modules that an accelerator is made of, on one rank. `Accelerator` adds the steps.
@@ -72,7 +74,8 @@ class AcceleratorState:
         self._pending: ShardState | None = None  # a loaded history that is not taken in yet
         self.full_state: ShardState | None = None
         self._signature: Hashable = None
-        self._decays: Hashable = None
+        self._made_for: Hashable = None  # sizes of the tensors, dtype and device
+        self._decays: tuple[float, ...] | None = None  # what stored residuals contain, by group
         self._set_up(n=0, work=torch.float32, device=torch.device("cpu"))
 
     def _set_up(self, n: int, work: torch.dtype, device: torch.device) -> None:
@@ -127,26 +130,27 @@ class AcceleratorState:
             problem: what is accelerated.
             within: see `Schedule.within`.
         """
-        if within and self._signature is not None and problem.unchanged(*self._shard.rows):
+        if within and problem.unchanged(self._signature, *self._shard.rows):
             return
         signature, decays = problem.signature, problem.decays
-        same = decays == self._decays or not self._method.decayed
-        self._decays = decays
-        if signature == self._signature and same:
+        if self._decays is None or not self._method.decayed:
+            self._decays = decays
+        if signature == self._signature and _alike(decays, self._decays):
             return
         if self._signature is not None:
             self.reset(Reset.CHANGED)
             self._subspace.drop_jump()  # its rows are those of other parameters
-        self._signature = signature
-        now = problem.n, work_dtype(problem), problem.device
-        shard = self._shard
-        if now != (shard.sharding.n, shard.dtype, shard.device):
-            self._set_up(*now)
+        self._signature, self._decays = signature, decays
+        # Of the whole: with FSDP2 the part of one rank may have changed, and not that of another.
+        now = tuple(problem.sizes), work_dtype(problem), problem.device
+        if now != self._made_for:
+            self._made_for = now
+            self._set_up(problem.n, *now[1:])
 
     def reset(self, cause: Reset = Reset.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""
         self.stats.resets[cause.value] += 1
-        self._pending = self.full_state = None
+        self._pending = self.full_state = self._decays = None
         self._acceptance.clear()
         self._method.reset()
         if self._moving_average is not None:
@@ -188,7 +192,7 @@ class AcceleratorState:
         self._prepare(problem)
         if self._pending is not None:
             return copy.deepcopy(self._pending)
-        return self._persistence.shard_state(self._calls)
+        return self._persistence.shard_state(self._calls, self._decays or ())
 
     def load_state(self, problem: FixedPoint, state: ShardState, fingerprint: int) -> None:
         """Makes a shard that fits this rank the pending history. Not collective.
@@ -215,6 +219,7 @@ class AcceleratorState:
         if continues:
             self._calls = state.calls
         self._persistence.load_state(state, continues, self._calls)
+        self._decays = state.decays or None
         self._note_method()
         self._use_kernels()
 
@@ -279,3 +284,15 @@ class AcceleratorState:
     @stepped_apart.setter
     def stepped_apart(self, apart: bool) -> None:
         self._replicas.stepped_apart = apart
+
+
+def _alike(decays: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """Whether columns of residuals with one list of weight decays still serve for the other.
+
+    A schedule may change them in every step. Stored residuals keep the decays that they began with,
+    so that their differences are right. The point that they lead to is that of decays so near.
+    """
+    if len(decays) != len(others):
+        return False
+    pairs = zip(decays, others, strict=True)
+    return all(abs(a - b) <= DECAY_TOLERANCE * max(abs(a), abs(b)) for a, b in pairs)

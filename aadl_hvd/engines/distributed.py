@@ -157,8 +157,7 @@ class DistributedAndersonOptimizer(AcceleratedOptimizer):
         saved as without this library.
 
         Args:
-            folder: a new one that all ranks see. It is complete when
-                this call returns.
+            folder: a new one that all ranks see. It is complete when this call returns.
 
         Raises:
             UnsupportedError: the parameters are not sharded; see `sharded_state_dict`.

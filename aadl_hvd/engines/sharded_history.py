@@ -57,7 +57,10 @@ class HistoryFiles:
         own = shard.own[str(comm.rank)]
         said = comm.allgather_object((shard.fingerprint(), shard.trial is not None, own.block))
         if len({fingerprint for fingerprint, _, _ in said}) > 1:
-            raise CheckpointError("Invalid history: that of each rank is of another moment.")
+            raise CheckpointError(
+                "Invalid history: that of each rank is of another moment. Must be saved by all "
+                "ranks between the same two steps."
+            )
         if not all(on_trial for _, on_trial, _ in said):
             shard = dataclasses.replace(shard, trial=None)
         block = _joined([block for _, _, block in said])
@@ -104,6 +107,8 @@ class HistoryFiles:
         about, vectors = accepted_by_all(comm, lambda: self._vectors(read["about"]))
         self._transfer("load", vectors, folder, "read from")
         accepted_by_all(comm, lambda: self._take_in(about, read.get(own), vectors))
+        accelerator = self._engine.accelerator
+        accelerator.agree(self._engine.problem)  # now, in a run that has begun as well
 
     def _vectors(self, header: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """What is the same on all ranks, and memory for this rank's part of the vectors."""
@@ -129,7 +134,7 @@ class HistoryFiles:
             history = about["history"]
             for name, (dtype, shape) in about["tensors"].items():
                 found = [vectors.pop(f"{name}.{place}", None) for place in parameters]
-                rows = [local(t).cpu().flatten(1) for t in found if t is not None]
+                rows = [_by_vectors(local(t).cpu()) for t in found if t is not None]
                 made = torch.cat(rows, 1) if rows else torch.empty(0, dtype=getattr(torch, dtype))
                 *path, last = name.split(".")
                 section = history
@@ -174,6 +179,11 @@ class HistoryFiles:
                 f"Invalid folder={os.fspath(folder)!r}: the history could not be {done} it "
                 f"({causes})."
             ) from error
+
+
+def _by_vectors(t: Tensor) -> Tensor:
+    """[k, numbers of a parameter] of [k, *shape of the parameter], which may be one number."""
+    return t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
 
 
 def _lengths(folder: Path) -> dict[str, int]:

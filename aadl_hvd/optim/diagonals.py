@@ -73,6 +73,11 @@ class Diagonals:
         """Whether from now on nothing changes that M depends on. Then it is made once."""
         self._held = {} if held else None
 
+    def forget_views(self) -> None:
+        """Lets go of memory, and of views, that are kept."""
+        self._moments, self._held = None, None
+        self._views.forget()
+
     def scaling(self, lo: int, hi: int) -> Tensor:
         """Rows [lo, hi) of M, [hi - lo]; not to be changed."""
         if self._held is None or hi - lo > _FEW:
@@ -128,7 +133,9 @@ class Diagonals:
 
         It is 0 on parameters that do not move: at rate 0, or without a gradient in the last step.
         """
-        runs = self._runs_of(self._absent, lo, hi)
+        return self._decay(self._runs_of(self._absent, lo, hi), lo, hi)
+
+    def _decay(self, runs: list[_Run], lo: int, hi: int) -> float | Tensor:
         if not any(weight_decay for _, (_, weight_decay, _), _ in runs):
             return 0.0
         if len(runs) == 1 and runs[0][0] == slice(0, hi - lo) and not runs[0][1][2]:
@@ -151,7 +158,13 @@ class Diagonals:
         return diagonal
 
     def residual(
-        self, gradient: Tensor, absent: set[int], lo: int, hi: int, w: Tensor | None
+        self,
+        gradient: Tensor,
+        absent: set[int],
+        lo: int,
+        hi: int,
+        w: Tensor,
+        decays: tuple[float, ...] | None,
     ) -> Tensor:
         """Makes the residual -(g + D w) of rows [lo, hi) of a gradient, in place.
 
@@ -160,29 +173,34 @@ class Diagonals:
             absent: indices of the parameters that meet these rows and have no gradient.
             lo: first row.
             hi: row after the last.
-            w: the iterate, [hi - lo]; None for -g.
+            w: the iterate, [hi - lo].
+            decays: the weight decay of each of the optimizer's groups in D; None for -g.
         """
         self._absent, decay = absent, None
-        for rows, (sign, weight_decay, decoupled), _ in self._runs_of(absent, lo, hi):
+        runs = self._runs_of(absent, lo, hi, decays)
+        for rows, (sign, weight_decay, decoupled), _ in runs:
             # With few rows calls are all there is: no view of what is whole already.
             own = gradient if rows == slice(0, hi - lo) else gradient[rows]
             if not sign:
                 own.zero_()
                 continue
             own.mul_(-sign)
-            if w is None or not weight_decay:
+            if decays is None or not weight_decay:
                 continue
             if not decoupled:
                 own.sub_(w[rows], alpha=weight_decay)
                 continue
-            decay = self.decay(lo, hi) if decay is None else decay
+            decay = self._decay(runs, lo, hi) if decay is None else decay
             assert isinstance(decay, Tensor)
             own.addcmul_(w[rows], decay[rows], value=-1.0)
         return gradient
 
-    def _runs_of(self, absent: set[int], lo: int, hi: int) -> list[_Run]:
+    def _runs_of(
+        self, absent: set[int], lo: int, hi: int, decays: tuple[float, ...] | None = None
+    ) -> list[_Run]:
         """Runs of rows whose gradient and weight decay enter the residual alike.
 
+        Decays are those given, by group, or else those of now.
         Parameters without a gradient are in none: optimizers leave them alone, and their weight
         decay too.
         """
@@ -190,6 +208,11 @@ class Diagonals:
             id(group): decay_of(self._optimizer, group) if learning_rate(group) else _AT_REST
             for group in self._groups
         }
+        if decays is not None:
+            for group, weight_decay in zip(self._optimizer.param_groups, decays, strict=True):
+                sign, _, decoupled = kinds.get(id(group), _AT_REST)
+                if sign:
+                    kinds[id(group)] = sign, weight_decay, decoupled
         now = lo, hi, absent, kinds
         if self._runs is None or self._runs[0] != now:
 

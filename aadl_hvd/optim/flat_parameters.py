@@ -154,6 +154,8 @@ class KeptViews:
         # last gradients no more than one is kept alive.
         again = tensors[0] is self._first
         self.forget()
+        if tensors[0].device.type != "cpu":
+            return False
         self._first = tensors[0]
         if not again or len({*map(_DTYPE, tensors)}) > 1:
             return False

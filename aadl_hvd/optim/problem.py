@@ -122,7 +122,9 @@ class OptimizerFixedPoint:
         self._last_signature = self._described, self._rates()
         return self._last_signature
 
-    def unchanged(self, lo: int, hi: int) -> bool:
+    def unchanged(self, signature: Hashable, lo: int, hi: int) -> bool:
+        if signature != self._last_signature:  # another caller has looked at other parameters
+            return False
         groups, known = self._optimizer.param_groups, self._listed
         if self._weights_before is not None or not _same(groups, [group for group, _ in known]):
             return False
@@ -147,7 +149,7 @@ class OptimizerFixedPoint:
 
     @property
     def decays(self) -> tuple[float, ...]:
-        return tuple(group.get("weight_decay", 0) for group in self._groups)
+        return tuple(float(group.get("weight_decay", 0)) for group in self._groups)
 
     @property
     def scale_free(self) -> bool:
@@ -221,7 +223,7 @@ class OptimizerFixedPoint:
         return self._flat.read(lo, hi, out, again=True, in_place=self._stays)
 
     def forget_buffers(self) -> None:
-        for views in (self._layout, self._flat, self._gradients):
+        for views in (self._layout, self._flat, self._gradients, self._diagonals):
             views.forget_views()
 
     def keep_gradient(self) -> None:
@@ -248,14 +250,14 @@ class OptimizerFixedPoint:
         return self._flat.read(lo, hi, out)
 
     def read_residual(
-        self, lo: int, hi: int, w: Tensor, out: Tensor, decayed: bool = True
+        self, lo: int, hi: int, w: Tensor, out: Tensor, decays: tuple[float, ...] | None
     ) -> Tensor:
         gradient, self._gradient, self._due = self._gradient, None, None
         if not self.moves:  # every learning rate is 0: M would be a divisor of 0
             return out.zero_()
         if self._residual == "gradient":
             found = gradient or self._gradients.read(lo, hi, out)
-            return self._diagonals.residual(*found, lo, hi, w if decayed else None)
+            return self._diagonals.residual(*found, lo, hi, w, decays)
         # The learning rate may change while the residual is stored, so it is divided out.
         scale = self.scaling(lo, hi)
         return self.read(lo, hi, out).sub_(w).div_(scale)

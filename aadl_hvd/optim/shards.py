@@ -81,11 +81,13 @@ class Parts:
         ]
 
     def _empty(self, p: Tensor) -> Tensor:
-        if id(p) not in self._nothing:
-            shape, stride = (0, *p.shape[1:]), p.stride() or (1,)
+        shape, like = (0, *p.shape[1:]), (p.dtype, p.device)
+        known, empty = self._nothing.get(id(p), (None, p))
+        if known is not p or (empty.dtype, empty.device) != like or empty.shape != shape:
+            stride = p.stride() or (1,)
             empty = torch.empty_strided(shape, stride, dtype=p.dtype, device=p.device)
             self._nothing[id(p)] = p, empty
-        return self._nothing[id(p)][1]
+        return empty
 
 
 def coordinate_in_mesh(parameters: Iterable[Tensor]) -> list[int]:

@@ -1,5 +1,7 @@
 """FSDP2 with parameters that it leaves alone: ranks have them whole, and average the gradients."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -86,6 +88,57 @@ def test_copies_of_shards_beside_whole_parameters(method, tmp_path):
         other, expected = alone(method, 2 * half)
         assert opt.anderson.stats.accelerated == other.anderson.stats.accelerated > 3
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+class Scale(torch.nn.Module):
+    """One number, which fully_shard cannot shard."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_back_to_a_history_with_a_parameter_of_one_number(method, tmp_path):
+    """In an optimizer that has gone on since: it takes the history in at once."""
+    folder, half = everywhere(tmp_path), STEPS[method] // 2 + 3
+    model = mixed().append(Scale())
+    opt = optimizer(model, CASES[method])
+    steps(model, opt, half)
+    weights = [p.detach().clone() for p in model.parameters()]
+    base = copy.deepcopy({k: v for k, v in opt.state_dict().items() if k != "anderson"})
+    opt.save_history(folder / "history")
+    found = steps(model, opt, half, half)
+    accelerated = opt.anderson.stats.accelerated
+    with torch.no_grad():
+        for p, old in zip(model.parameters(), weights, strict=True):
+            p.copy_(old)
+    opt.load_state_dict(base)
+    opt.load_history(folder / "history")
+    again = steps(model, opt, half, half)
+    assert opt.anderson.stats.accelerated == accelerated > 2
+    assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_whole_layer_is_frozen(method, tmp_path):
+    """The first rank alone has fewer rows then: all begin anew, and stay at one moment."""
+    folder = everywhere(tmp_path)
+    model = mixed()
+    opt = optimizer(model, CASES[method])
+    steps(model, opt, STEPS[method] // 2)
+    model[-1].weight.requires_grad_(False)
+    for k in range(3):
+        for _ in range(4):
+            opt.zero_grad()
+            (model(torch.ones(2, 6, dtype=torch.float64)) ** 2).mean().backward()
+            opt.step()
+        opt.save_history(folder / f"{k}")
+    resets = opt.anderson.stats.resets
+    assert resets["changed"] == 1 and resets["desynchronized"] == 0
 
 
 def test_averaged_weights():

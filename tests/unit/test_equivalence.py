@@ -210,7 +210,8 @@ def test_residual_is_what_it_is_called(kind):
         for lo in range(0, view.n, 5):
             for hi in (lo, min(lo + 1, view.n), min(lo + 9, view.n), view.n):
                 out = torch.full((hi - lo,), torch.nan, dtype=torch.float64)
-                r = view.read_residual(lo, hi, before[lo:hi], out) * view.scaling(lo, hi)
+                r = view.read_residual(lo, hi, before[lo:hi], out, view.decays)
+                r = r * view.scaling(lo, hi)
                 np.testing.assert_allclose(r, expected[lo:hi], rtol=1e-12, atol=1e-13)
         w, v = after, next_v
 

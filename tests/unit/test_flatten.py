@@ -251,19 +251,21 @@ def test_a_short_look_sees_what_a_training_may_do():
         lambda: optimizer.param_groups[1]["params"].pop(),
         lambda: optimizer.load_state_dict(optimizer.state_dict()),
     ]
-    assert not problem.unchanged(0, problem.n), "nobody has asked for the signature"
+    assert not problem.unchanged(None, 0, problem.n), "nobody has asked for the signature"
     for change in changes:
-        assert problem.signature
-        assert problem.unchanged(0, problem.n) and problem.unchanged(20, 40)
+        signature = problem.signature
+        for rows in ((0, problem.n), (20, 40)):
+            assert problem.unchanged(signature, *rows)
         with torch.no_grad():
             weights[0].add_(1.0)
         rate(2.0 * optimizer.param_groups[0]["lr"])  # the residual does not depend on it
-        assert problem.unchanged(0, problem.n)
+        assert problem.unchanged(signature, 0, problem.n)
         change()
-        assert not problem.unchanged(0, problem.n)
-    assert problem.signature
+        assert not problem.unchanged(signature, 0, problem.n)
+    signature = problem.signature
     _replaced(weights[0])
-    assert problem.unchanged(40, 48) and not problem.unchanged(10, 20), "rows of this rank"
+    assert problem.unchanged(signature, 40, 48), "rows of another rank"
+    assert not problem.unchanged(signature, 10, 20), "rows of this rank"
 
 
 class Counter(TorchDispatchMode):
@@ -294,7 +296,7 @@ def test_only_the_tensors_that_meet_the_rows_are_looked_at(make):
         with torch.no_grad():
             problem.read_before(lo, hi, w, r)
             problem.keep_gradient()
-            problem.read_residual(lo, hi, w, r)
+            problem.read_residual(lo, hi, w, r, problem.decays)
         found = problem.scaling(lo, hi), problem.decay(lo, hi)
         return w, r, *(torch.as_tensor(x).expand(hi - lo) for x in found)
 

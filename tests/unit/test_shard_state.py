@@ -50,6 +50,7 @@ def full_state():
         sharding=Origin(layout="columns", n=N, size=1, rank=0, rows=(0, N)),
         calls=7,
         ranks=1,
+        decays=(1e-4, 0.0),
         columns=ColumnsState(
             stored=4,
             count=H,

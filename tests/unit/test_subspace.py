@@ -194,6 +194,32 @@ def test_at_the_noise_floor_nothing_is_done():
     assert np.array_equal(ours.w, base.w)
 
 
+@pytest.mark.parametrize("look", ["state_dict", "averaged_weights"])
+def test_a_look_while_parameters_are_frozen(look):
+    """Frozen and trained again between two steps of a block, with a look at the rest in between."""
+
+    def run(frozen):
+        problem = Problem(SLOW, noise=0.02)
+        opt = problem.optimizer(AndersonConfig(method="subspace", averages=(0.9,)))
+        first = opt.param_groups[0]["params"][0]
+        for k in range(90):
+            problem.set_gradient(opt, problem.gradient(k, flat(opt)))
+            opt.step()
+            if frozen and k == 45:
+                first.requires_grad_(False)
+                if look == "state_dict":
+                    opt.state_dict()
+                else:
+                    with opt.averaged_weights():
+                        pass
+                first.requires_grad_(True)
+        return flat(opt), opt.anderson.stats
+
+    (w, stats), (expected, others) = run(True), run(False)
+    assert np.array_equal(w, expected)
+    assert stats.resets == others.resets and stats.jumps == others.jumps > 3
+
+
 def test_weight_decay_may_change_in_every_step():
     """The jump is that of the decay at the block's end; nothing is reset."""
     problem = Problem(SLOW, noise=0.02)

@@ -314,6 +314,7 @@ class Subspace:
     def release(self) -> None:
         """Forgets all blocks, and frees their memory."""
         self.reset()
+        self.drop_jump()
         self.blocks.release()
         self.trust.scale = 1.0
 
