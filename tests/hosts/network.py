@@ -6,7 +6,7 @@ and the wire with it. Nothing of the machine itself changes, and several network
 
 The hosts resolve each other's names, and share all files. `ssh HOST COMMAND`, which is first on
 their PATH, stands for the program of that name. The session itself does not use the wire, and so it
-survives a cut.
+survives a cut. It tells Open MPI's mpirun that its daemon has ended when the wire is back.
 """
 
 import contextlib
@@ -49,8 +49,13 @@ while :; do
     *) [ "$host" ] && break; host=$1; shift ;;
     esac
 done
-exec env -i HOME="$HOME" PATH="{folder}/bin:{path}" \\
+case "$*" in *orted*) first= ;; *) first=exec ;; esac
+$first env -i HOME="$HOME" PATH="{folder}/bin:{path}" \\
     nsenter --target "$(cat {folder}/$host.pid)" --net --uts --mount -- sh -c "$*"
+code=$?
+# mpirun must not hear through a cut wire that its daemon has ended.
+while [ -e {folder}/cut ] && kill -0 $PPID 2>/dev/null; do sleep 0.2; done
+exit $code
 """
 
 
@@ -181,10 +186,12 @@ class Network:
 
     def cut(self, host=HOSTS[1]):
         """Takes the wire out of a host."""
+        (self.folder / "cut").touch()
         self.check(host, "ip", "link", "set", "eth0", "down")
 
     def mend(self):
         """Puts the wire back."""
+        (self.folder / "cut").unlink(missing_ok=True)
         for host in HOSTS:
             self.check(host, "ip", "link", "set", "eth0", "up")
 
