@@ -30,8 +30,8 @@ class Reset(enum.Enum):
     """Why the history was forgotten."""
 
     NONFINITE = "nonfinite"
-    # Parameters, dtypes, devices, which learning rates are 0, a weight decay by more than 10 %; with
-    # residual="step" the ratio of the groups' rates.
+    # Parameters, dtypes, devices, which learning rates are 0, a weight decay by more than 10 %;
+    # with residual="step" the ratio of the groups' rates.
     CHANGED = "changed"
     # Ranks had not stored the same (one loaded a checkpoint), or did not hold the same weights.
     DESYNCHRONIZED = "desynchronized"
