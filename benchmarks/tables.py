@@ -210,6 +210,10 @@ def _ratio(row: Mapping[str, str], column: str = "over base: mean") -> str:
     return "diverged" if row[column] == DIVERGED else row[column]
 
 
+def _f_ratio(row: Mapping[str, str]) -> str:
+    return _ratio(row, "f over base")
+
+
 def _steps(row: Mapping[str, str]) -> str:
     return row["steps to base's loss"].split(" ")[0]
 
@@ -224,13 +228,14 @@ def _convergence() -> str:
             [
                 name,
                 *(_ratio(runs[contender]) for contender in ("aadl", "paper", "paper+average")),
+                *(_ratio(default, x) for x in ("f over base", "f over base: worst")),
                 *(_ratio(default, x) for x in ("over base: mean", "of means", "worst")),
                 *(_ratio(averaged, x) for x in ("over base: mean", "of means")),
                 *(runs[x]["seeds"].split(",")[0] for x in ("default", "aadl", "paper")),
             ]
         )
-    head = ["problem; base", "AADL", "paper", "with moving average", "default", "of means", "worst"]
-    head += ["at averaged weights", "of means", "seeds", "AADL", "paper"]
+    head = ["problem; base", "AADL", "paper", "with moving average", "default: f", "worst"]
+    head += ["default", "of means", "worst", "at averaged weights", "of means", "seeds", "AADL", "paper"]
     return table(head, rows)
 
 
@@ -255,6 +260,9 @@ def _digits() -> str:
         ("all: final training loss over the base optimizer's", "full", _ratio),
         ("500: the same", "500", _ratio),
         ("100: the same", "100", _ratio),
+        ("all: final f over the base optimizer's", "full", _f_ratio),
+        ("500: the same", "500", _f_ratio),
+        ("100: the same", "100", _f_ratio),
     ):
         chosen = (found[f"digits_mlp-{batch}-{base}"]["default"] for base in BASES.values())
         rows.append([name, *(cell(row) for row in chosen)])

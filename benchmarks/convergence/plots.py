@@ -23,6 +23,7 @@ IN_PAPER = ("admissions", "burgers2d", "burgers100d")
 LABELS = {
     "loss": "training loss",
     "training_loss": "training loss",
+    "objective": "f",
     "validation_loss": "validation loss",
     "validation_accuracy": "validation accuracy / %",
     "error": "error of the solution",

@@ -10,7 +10,7 @@ from typing import Any
 
 from models.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 Run = dict[str, Any]
 Key = tuple[str, str, int]
 

@@ -47,6 +47,9 @@ class Row:
             None without runs of the base.
         ratio_of_means: mean of the final training losses over the mean of the base's.
         worst_ratio: largest ratio of a seed.
+        objective_ratio: final f over the base's with the same seed, geometric mean over seeds. f is
+            the objective that is minimised, training loss and the share of weight decay.
+        worst_objective_ratio: largest of them.
         steps_to_base: steps to the base's final training loss, mean over the seeds that reached it;
             None if none did.
         reached: number of these seeds.
@@ -62,6 +65,8 @@ class Row:
     mean_of_ratios: float | None
     ratio_of_means: float | None
     worst_ratio: float | None
+    objective_ratio: float | None
+    worst_objective_ratio: float | None
     steps_to_base: float | None
     reached: int
     seconds_per_step: float
@@ -145,10 +150,10 @@ def markdown(rows: Sequence[Row], head: dict[str, Any]) -> str:
     lines = ["# Convergence", "", *_about(head), ""]
     for problem in dict.fromkeys(row.problem for row in rows):
         chosen = [row for row in rows if row.problem == problem]
-        extra = [name for name in chosen[0].final if name != "training_loss"]
+        extra = [n for n in chosen[0].final if n not in ("training_loss", "objective")]
         columns = [
             "", "seeds", "training loss", "over base: mean", "of means", "worst",
-            "steps to base's loss", *(name.replace("_", " ") for name in extra),
+            "f", "f over base", "f over base: worst", "steps to base's loss", *(name.replace("_", " ") for name in extra),
             "ms a step", "accelerated / rejected",
         ]  # fmt: skip
         lines += [f"## {problem}", "", "| " + " | ".join(columns) + " |"]
@@ -159,6 +164,8 @@ def markdown(rows: Sequence[Row], head: dict[str, Any]) -> str:
                 f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else ""),
                 _number(row.final["training_loss"]),
                 *(_ratio(r) for r in (row.mean_of_ratios, row.ratio_of_means, row.worst_ratio)),
+                _number(row.final["objective"]),
+                *(_ratio(r) for r in (row.objective_ratio, row.worst_objective_ratio)),
                 _steps(row),
                 *(_number(row.final[name], name.endswith("accuracy")) for name in extra),
                 f"{1000 * row.seconds_per_step:.2f}",
@@ -175,6 +182,7 @@ def _row(problem: str, contender: str, runs: list[Run], base: dict[Any, Run]) ->
         for name, value in run["final"].items():
             finals.setdefault(name, []).append(math.inf if value is None else value)
     paired = [(run, base[problem, run["seed"]]) for run in runs if (problem, run["seed"]) in base]
+    fs = [_over(_final(run, "objective"), _final(other, "objective")) for run, other in paired]
     ours = [_loss(run) for run, _ in paired]
     theirs = [_loss(other) for _, other in paired]
     ratios = [_over(a, b) for a, b in zip(ours, theirs, strict=True)]
@@ -189,6 +197,8 @@ def _row(problem: str, contender: str, runs: list[Run], base: dict[Any, Run]) ->
         mean_of_ratios=float(np.mean(ratios)) if ratios else None,
         ratio_of_means=_over(sum(ours), sum(theirs)) if ratios else None,
         worst_ratio=max(ratios) if ratios else None,
+        objective_ratio=float(stats.gmean(fs)) if fs else None,
+        worst_objective_ratio=max(fs) if fs else None,
         steps_to_base=float(np.mean(steps)) if steps else None,
         reached=len(steps),
         seconds_per_step=float(np.mean([run["seconds_per_step"] for run in runs])),
@@ -197,7 +207,11 @@ def _row(problem: str, contender: str, runs: list[Run], base: dict[Any, Run]) ->
 
 
 def _loss(run: Run) -> float:
-    value = run["final"]["training_loss"]
+    return _final(run, "training_loss")
+
+
+def _final(run: Run, metric: str) -> float:
+    value = run["final"][metric]
     return math.inf if value is None else value
 
 
@@ -226,8 +240,10 @@ def _about(head: dict[str, Any]) -> list[str]:
         f"torch {machine['torch']}, Python {machine['python']}; last run {head['date']}.",
         "",
         "Means over seeds ± 95 % bands. \"Over base\" is the final training loss over the base "
-        "optimizer's: mean of the seeds' ratios, ratio of the means, worst seed. Steps are means "
-        "over the seeds that got there, with their number.",
+        "optimizer's: mean of the seeds' ratios, ratio of the means, worst seed. f is the objective "
+        "that is minimised: training loss + (weight decay/2) ||w||^2; \"f over base\" is the "
+        "geometric mean of the seeds' ratios. Steps are means over the seeds that got there, with "
+        "their number.",
     ]  # fmt: skip
 
 

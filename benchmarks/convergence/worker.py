@@ -80,12 +80,12 @@ def train(problem: Problem, contender: str) -> Run:
         seconds += time.perf_counter() - started
         done = mark
         with _evaluated(made.optimizer):
-            found = problem.metrics(model)
+            found = _metrics(problem, model, made)
         for name, value in found.items():
             metrics[name].append(value)
         if made.averages:
             with made.optimizer.averaged_weights(_few_batches(problem, model, done)):
-                for name, value in problem.metrics(model).items():
+                for name, value in _metrics(problem, model, made).items():
                     averaged[name].append(value)
         if not math.isfinite(found["training_loss"]):
             diverged = mark
@@ -107,6 +107,17 @@ def train(problem: Problem, contender: str) -> Run:
         # Entry i is the mean over ranks of the loss that step i * stride saw before its update.
         "loss": {"stride": stride, "values": plain(losses[:done:stride].tolist(), 5)},
     }
+
+
+def _metrics(problem: Problem, model: nn.Module, made: Contender) -> dict[str, float]:
+    """The problem's metrics, and the objective: all base optimizers here couple weight decay."""
+    found = problem.metrics(model)
+    decay = sum(
+        0.5 * group.get("weight_decay", 0.0) * weights.detach().double().square().sum().item()
+        for group in made.optimizer.param_groups
+        for weights in group["params"]
+    )
+    return found | {"objective": found["training_loss"] + decay}
 
 
 def _few_batches(problem: Problem, model: nn.Module, done: int) -> Callable[[], float]:

@@ -142,7 +142,7 @@ def a_run(problem="quadratic", contender="base", seed=0, final=1.0, **changes):
         "full_batch": True,
         "diverged": None,
         "seconds_per_step": 0.5,
-        "final": {"training_loss": final},
+        "final": {"training_loss": final, "objective": None if final is None else final + 1.0},
         "averaged_final": None,
         "anderson": None,
         "marks": [0, 4, 8],
@@ -172,6 +172,8 @@ def test_means_bands_and_ratios():
     assert row.mean_of_ratios == pytest.approx((3 + 0.5) / 2)
     assert row.ratio_of_means == pytest.approx(4 / 3)
     assert row.worst_ratio == 3
+    assert row.objective_ratio == pytest.approx((2 * 2 / 3) ** 0.5)
+    assert row.worst_objective_ratio == 2
     assert rows["base"].mean_of_ratios == rows["base"].worst_ratio == 1
 
 
@@ -193,6 +195,7 @@ def test_what_diverged_is_not_dropped():
     row = rows["aadl"]
     assert row.seeds == 2 and row.diverged == 1
     assert row.mean_of_ratios == row.ratio_of_means == row.worst_ratio == math.inf
+    assert row.objective_ratio == row.worst_objective_ratio == math.inf
     table = summary.markdown([row], {})
     assert "2, 1 diverged" in table and "not finite" in table and "∞" in table
 
@@ -201,7 +204,7 @@ def test_averaged_weights_are_a_row_of_their_own():
     ours = a_run(
         contender="default",
         final=0.5,
-        averaged_final={"training_loss": 0.25},
+        averaged_final={"training_loss": 0.25, "objective": 1.25},
         averaged_metrics={"training_loss": [4.0, 0.9, 0.25]},
     )
     rows = rows_of(a_run(), ours)
