@@ -95,8 +95,21 @@ class _OneOfMany(OneOfMany):
         return self._weights
 
 
-class _Run:
-    """One optimizer on the problem."""
+class Run:
+    """One optimizer on the problem.
+
+    Args:
+        base: one of BASES.
+        setting: of the acceleration; None: the base optimizer alone.
+        tensors: numbers of each tensor, or how many tensors there are.
+        ranks: P.
+        device: "cpu", "cuda", or "pretended": "cuda" inside `tests.pretend_gpu.PretendGpu`.
+
+    Attributes:
+        parameters: the weights.
+        around: a context for the optimizer's part of each step.
+        optimizer: the base optimizer, accelerated or not.
+    """
 
     def __init__(
         self,
@@ -106,10 +119,11 @@ class _Run:
         ranks: int,
         device: str = "cpu",
     ) -> None:
-        generator = torch.Generator(device).manual_seed(0)
+        self._wait = torch.cuda.synchronize if device == "cuda" else None
+        generator = torch.Generator("cpu" if device == "pretended" else device).manual_seed(0)
+        device = self._device = "cuda" if device == "pretended" else device
         if isinstance(tensors, int):
             tensors = [numbers(tensors, ranks)] * tensors
-        self._device, self._wait = device, torch.cuda.synchronize if device == "cuda" else None
         self.parameters = [
             torch.nn.Parameter(torch.randn(count, generator=generator, device=device))
             for count in tensors
@@ -212,9 +226,7 @@ def measure(
         those of them that a GPU has a kernel for, mean of all steps; "parts": mean seconds of each
         part in the steps of a kind, on the host.
     """
-    plain, ours = (
-        _Run(base, setting, tensors, ranks, device) for setting in (None, SETTINGS[name])
-    )
+    plain, ours = (Run(base, setting, tensors, ranks, device) for setting in (None, SETTINGS[name]))
     stepped = ours.kinds()
     for _ in range(WARM):
         plain.step()
@@ -254,7 +266,7 @@ def measure(
     }
 
 
-def _calls(plain: _Run, ours: _Run, steps: int) -> tuple[dict[str, int], float]:
+def _calls(plain: Run, ours: Run, steps: int) -> tuple[dict[str, int], float]:
     """Operations of torch in the last step of each kind, and kernels a step, beyond the base's."""
     counted = _Calls()
     plain.around = ours.around = counted
@@ -325,7 +337,7 @@ def run(options: argparse.Namespace) -> None:
 
 def profile(base: str, name: str, tensors: int, ranks: int) -> None:
     """Prints by function where the time of the steps goes, the base optimizer's included."""
-    ours = _Run(base, SETTINGS[name], tensors, ranks)
+    ours = Run(base, SETTINGS[name], tensors, ranks)
     for _ in range(WARM):
         ours.step()
     step, profiler = ours.optimizer.step, cProfile.Profile()

@@ -35,7 +35,7 @@ def test_a_short_run(tmp_path, capsys, monkeypatch):
 ])  # fmt: skip
 def test_a_step_starts_few_operations(base, ranks, name, limits):
     """No tensor of 161 is looked at by itself: not for samples, and not for second moments."""
-    plain, ours = (host._Run(base, s, 161, ranks) for s in (None, host.SETTINGS[name]))
+    plain, ours = (host.Run(base, s, 161, ranks) for s in (None, host.SETTINGS[name]))
     plain.step()  # the first one makes the state of AdamW
     for _ in range(60):
         ours.step()
