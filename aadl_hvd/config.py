@@ -167,6 +167,11 @@ class AndersonConfig:
             at its end. So the large message has a whole step's time. The gathered jump takes n
             numbers meanwhile. It is as late on one rank as on many, which then train alike. Nothing
             is late with FSDP2, where nothing large travels, nor where a closure judges the jump.
+        cuda_graphs: True: pieces of an acceleration step's work on a GPU are captured as CUDA
+            graphs after two calls, so that the host starts each by one launch. Results are the
+            same. It pays with few rows a rank, where the host's time is what a step takes, and is
+            for the subspace method above all. A graph keeps the memory that its piece works in. On
+            a processor it does nothing. It has not run on a GPU yet.
 
     Raises:
         ConfigError: a value is not allowed; the message names parameter, value and range.
@@ -192,9 +197,10 @@ class AndersonConfig:
     history_dtype: torch.dtype | None = None
     on_desync: DesyncReaction = "error"
     overlap: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "overlap"):
+        for name in ("enabled", "overlap", "cuda_graphs"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"Invalid {name}={value!r}. Must be True or False.")
         self._check_integer("history_depth", 1, MAX_DEPTH)

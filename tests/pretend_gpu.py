@@ -7,12 +7,13 @@ wait for a GPU, the operation's name is noted. torch's own set_sync_debug_mode k
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from aadl_hvd import kernels
@@ -82,6 +83,10 @@ class _Driver:
             "memory_reserved": lambda device: 0,
             "memory_allocated": lambda device=None: 0,
             "get_device_properties": lambda device: types.SimpleNamespace(uuid="pretended"),
+            "CUDAGraph": PretendGraph,
+            "graph": capturing,
+            "Stream": lambda: None,
+            "device": lambda device: contextlib.nullcontext(),
         }
         self._patches = [
             mock.patch.multiple(torch.cuda, **answers),
@@ -103,6 +108,77 @@ class _Driver:
                     patch.stop()
 
 
+class PretendGraph:
+    """torch.cuda.CUDAGraph: the operations of a capture, on the memory that they were started on.
+
+    Attributes:
+        started: (operation, arguments, results) in order; tensors of the CPU.
+        undo: tensors that the capture wrote to, and what they held before: it does not do the work.
+    """
+
+    def __init__(self):
+        self.started, self.undo = [], []
+
+    def note(self, func, args, kwargs):
+        """Notes an operation, and does it, so that there are results; returns these."""
+        # A number on the host is copied when it is captured; its memory is not read again.
+        args, kwargs = tree_map(
+            lambda x: x.tensor.clone() if isinstance(x, _OfHost) else x, (args, kwargs)
+        )
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            self._keep(argument, given)
+        for argument in func._schema.arguments:
+            if argument.name in kwargs:
+                self._keep(argument, kwargs[argument.name])
+        found = func(*args, **kwargs)
+        self.started.append((func, args, kwargs, found))
+        return found
+
+    def _keep(self, argument, given):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            tensors = given if isinstance(given, list | tuple) else [given]
+            self.undo += [(tensor, tensor.clone()) for tensor in tensors]
+
+    def end(self):
+        for tensor, before in reversed(self.undo):
+            tensor.copy_(before)
+        self.undo.clear()
+
+    def replay(self):
+        gpu = PretendGpu.current()
+        gpu.kernels.append("graph")
+        gpu.launches += 1
+        with _disable_current_modes():
+            for func, args, kwargs, found in self.started:
+                if func.is_view:
+                    continue  # its memory is that of what it is a view of
+                again, _ = tree_flatten(func(*args, **kwargs))
+                for result, memory in zip(again, tree_flatten(found)[0], strict=True):
+                    if result is not memory:
+                        memory.copy_(result)
+
+
+class _OfHost:
+    """A tensor of the host among the arguments of an operation on the GPU."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@contextlib.contextmanager
+def capturing(graph, stream=None, capture_error_mode="global"):
+    """torch.cuda.graph."""
+    gpu = PretendGpu.current()
+    assert gpu.graph is None, "one capture at a time"
+    gpu.graph = graph
+    try:
+        yield
+    finally:
+        gpu.graph = None
+        with _disable_current_modes():
+            graph.end()
+
+
 _DRIVER = _Driver()
 
 
@@ -113,20 +189,31 @@ class PretendGpu(TorchDispatchMode):
         synchronizations: operations at which the host waits for the GPU, in order.
         kernels: operations on the GPU that are no mere views, in order.
         launches: how often the host starts something on the GPU for them.
+        graph: the graph that is captured now, or None.
     """
+
+    _users = threading.local()
+
+    @classmethod
+    def current(cls):
+        """The one that this thread is in."""
+        return cls._users.stack[-1]
 
     def __init__(self):
         super().__init__()
         self.synchronizations, self.kernels, self.launches = [], [], 0
+        self.graph = None
 
     def __enter__(self):
         _DRIVER.start()
+        self._users.stack = [*getattr(self._users, "stack", []), self]
         return super().__enter__()
 
     def __exit__(self, *exc):
         try:
             return super().__exit__(*exc)
         finally:
+            self._users.stack.pop()
             _DRIVER.stop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -136,12 +223,14 @@ class PretendGpu(TorchDispatchMode):
         flat, _ = tree_flatten((args, kwargs))
         mine = [x for x in flat if isinstance(x, OnGpu)]
         others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu)]
-        to_gpu = bool(mine)
+        to_gpu, waits = bool(mine), len(self.synchronizations)
         if kwargs.get("device") is not None:
             to_gpu = torch.device(kwargs["device"]).type in ("cuda", "meta")
             kwargs["device"] = torch.device("cpu")
         if name in ("copy_", "_to_copy", "_foreach_copy_"):
             crosses = bool(mine and others) or to_gpu != bool(mine)
+            if crosses and self.graph is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
             free = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
             if crosses and not free:
                 self.synchronizations.append(name)
@@ -156,12 +245,24 @@ class PretendGpu(TorchDispatchMode):
         elif mine and others:
             numbers = all(x.dim() == 0 for x in others)
             assert numbers and torch.Tag.pointwise in func.tags, f"{func} on two devices"
-        if to_gpu and not func.is_view and name not in ("detach", "empty", "new_empty"):
+        if self.graph is not None and len(self.synchronizations) > waits:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        captured = self.graph is not None and to_gpu
+        started = to_gpu and not func.is_view and name not in ("detach", "empty", "new_empty")
+        if started and not captured:
             self.kernels.append(name)
             self.launches += launches_of(name, args)
         wrappers = {id(x.held): x for x in mine}
         held = tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, (args, kwargs))
-        found, shape = tree_flatten(func(*held[0], **held[1]))
+        if captured:
+            ours = {id(x.held) for x in mine}
+            held = tree_map(
+                lambda x: x if not isinstance(x, torch.Tensor) or id(x) in ours else _OfHost(x),
+                held,
+            )
+            found, shape = tree_flatten(self.graph.note(func, *held))
+        else:
+            found, shape = tree_flatten(func(*held[0], **held[1]))
         return tree_unflatten([self._wrapped(x, wrappers, to_gpu) for x in found], shape)
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.checkpoint.shard_state import AveragesState
+from aadl_hvd.core.captures import none, where
 from aadl_hvd.core.chunking import chunks, part_of
 from aadl_hvd.core.solve import Vector
 
@@ -58,6 +59,7 @@ class WeightAverages:
         self._every = every
         self._means = torch.zeros((len(self.decays), 2, rows), dtype=dtype, device=device)  # w, r
         self.use_kernels = False
+        self.captures = none()
         self._gains: Vector = np.zeros(len(self.decays))
         self._measured = self.count = 0
         self.summed: Vector = np.zeros(len(self.decays))
@@ -113,7 +115,11 @@ class WeightAverages:
 
     def pending(self) -> list[Tensor]:
         """This rank's contribution to the gains, on the device."""
-        return [self.partial_gains(*self._iterate)]
+        w, r, part = self._iterate
+        if not self.captures.used or self.use_kernels or not self.count:
+            return [self.partial_gains(w, r, part)]
+        key = where(w, r, self._means), part.start, part.stop
+        return [self.captures.run(lambda: self.partial_gains(w, r, part), "gains", key)]
 
     def pack(self, numbers: list[Vector]) -> Vector:
         """[len(decays)] numbers to be summed over ranks."""
@@ -165,7 +171,12 @@ class WeightAverages:
         if weights != self._weighed[0]:
             column = torch.tensor(weights, dtype=w.dtype, device="cpu").unsqueeze(1)
             self._weighed = weights, column.to(w.device, non_blocking=True)
-        column, both = self._weighed[1], self._means.unbind(1)
+        column = self._weighed[1]
+        key = where(w, r, column, self._means) if self.captures.used else ()
+        self.captures.run(lambda: self._take(w, r, column), "take", key)
+
+    def _take(self, w: Tensor, r: Tensor, column: Tensor) -> None:
+        both = self._means.unbind(1)
         for rows in chunks(w):
             for means, new in zip(both, (w, r), strict=True):
                 part_of(means, rows).lerp_(part_of(new, rows), column)

@@ -7,16 +7,20 @@ and the variance of the noise falls with the length of the block.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.subspace_state import BlocksState, OwnBlockState
+from aadl_hvd.core import captures
 from aadl_hvd.core.chunking import chunked_dot, chunks, part_of, total
 from aadl_hvd.core.sharding import Sharding
 
 DEPTH = 10  # m, differences that are kept
 NOISES = 3  # blocks whose noise is kept
+# A number, rows of a diagonal, or a number and its reciprocal on the device.
+_Diagonal = float | Tensor | tuple[Tensor, Tensor]
 VECTORS = 8 + NOISES  # the next w and r, four of the block that runs, two means, the noises
 
 
@@ -32,6 +36,7 @@ class Blocks:
         dtype: of stored differences.
         work: of sums and means, float32 or float64.
         device: of the weights.
+        captured: runs device work; None: one operation at a time.
 
     Attributes:
         stored: blocks stored since the last reset.
@@ -40,7 +45,12 @@ class Blocks:
     """
 
     def __init__(
-        self, sharding: Sharding, dtype: torch.dtype, work: torch.dtype, device: torch.device
+        self,
+        sharding: Sharding,
+        dtype: torch.dtype,
+        work: torch.dtype,
+        device: torch.device,
+        captured: captures.Captures | None = None,
     ) -> None:
         self.sharding, self.dtype, self.work, self.device = sharding, dtype, work, device
         self.stored = self.steps = self.generation = 0
@@ -48,7 +58,9 @@ class Blocks:
         self._vectors: Tensor  # [VECTORS, rows]
         self._each: tuple[Tensor, ...] = ()  # views of them, made once
         self._gaps: deque[int] = deque(maxlen=DEPTH)
-        self._dot: Tensor | float = 0.0  # sum of <w - start, g> over the block, on own rows
+        self._dot: Tensor | None = None  # sum of <w - start, g> over the block, on own rows
+        self._scales: Tensor | None = None  # M and M^-1 where they are numbers, for graphs
+        self._captured = captured or captures.none()
 
     @property
     def columns(self) -> int:
@@ -75,6 +87,7 @@ class Blocks:
             self._columns = torch.zeros(2, DEPTH, n, dtype=self.dtype, device=self.device)
             self._vectors = torch.zeros(VECTORS, n, dtype=self.work, device=self.device)
             self._each = self._vectors.unbind()
+            self._dot = torch.zeros((), dtype=torch.float64, device=self.device)
         return self._each[0], self._each[1]
 
     @property
@@ -94,25 +107,31 @@ class Blocks:
             w: iterate, [rows].
             r: minus its gradient, without weight decay, [rows].
         """
+        first, odd = self.steps == 0, self.steps % 2
+        key = captures.where(w, r, self._vectors) if self._captured.used else ()
+        self._captured.run(lambda: self._add(w, r, first, odd), "note", first, odd, key)
+        self.steps += 1
+
+    def _add(self, w: Tensor, r: Tensor, first: bool, odd: int) -> None:
         start, moved, *sums = self._each[2:6]
-        if self.steps == 0:
+        assert self._dot is not None
+        if first:
             start.copy_(w)
             self._vectors[3:6].zero_()
-            self._dot = 0.0
+            self._dot.zero_()
             sums[0].sub_(r)
-        else:
-            counted, dots = self.sharding.counted, []
-            apart = self.sharding.groups > 1
-            for rows in chunks(w):
-                step, own = part_of(w, rows) - part_of(start, rows), part_of(r, rows)
-                part_of(moved, rows).add_(step)
-                part_of(sums[self.steps % 2], rows).sub_(own)
-                if not apart:
-                    dots.append(torch.dot(step, own))
-            if apart:
-                dots = [torch.dot(w[rows] - start[rows], r[rows]) for rows in chunks(w, counted)]
-            self._dot = self._dot - total(dots, w)
-        self.steps += 1
+            return
+        counted, dots = self.sharding.counted, []
+        apart = self.sharding.groups > 1
+        for rows in chunks(w):
+            step, own = part_of(w, rows) - part_of(start, rows), part_of(r, rows)
+            part_of(moved, rows).add_(step)
+            part_of(sums[odd], rows).sub_(own)
+            if not apart:
+                dots.append(torch.dot(step, own))
+        if apart:
+            dots = [torch.dot(w[rows] - start[rows], r[rows]) for rows in chunks(w, counted)]
+        self._dot.sub_(total(dots, w))
 
     def finish(self, decay: float | Tensor, gap: int = 1) -> Tensor:
         """Ends the block and stores its means and differences.
@@ -125,10 +144,30 @@ class Blocks:
             On own rows: the sum of <w - start, g> over the steps, and <mean w - start, mean g>;
             [2] float64.
         """
-        start, moved, even, odd, last_w, last_g = self._each[2:8]
-        first = (self.steps + 1) // 2
+        moved, even = self._each[3:5]
         self.stored += 1
         self._gaps.append(gap)
+        key = self.steps, self.stored % NOISES, self._where
+        sums: Tensor = self._captured.run(self._make_means, "means", *key)
+        means, last = self._vectors[3:5], self._vectors[6:8]
+        if self.stored > 1:
+            slot = self._own[:, (self.stored - 2) % DEPTH]
+            for rows in chunks(moved):
+                new, old, column = (part_of(both, rows) for both in (means, last, slot))
+                if column.dtype == new.dtype:
+                    torch.sub(new, old, out=column)
+                else:
+                    column.copy_(new - old)
+        last.copy_(means)
+        if isinstance(decay, Tensor) or decay:
+            even.add_(decay * moved)
+        return sums
+
+    def _make_means(self) -> Tensor:
+        """Makes means and noise of the sums; returns the two numbers of `finish`."""
+        start, moved, even, odd = self._each[2:6]
+        assert self._dot is not None
+        first = (self.steps + 1) // 2
         for rows in chunks(moved):
             mean, one, other = (part_of(vector, rows) for vector in (moved, even, odd))
             mean.div_(self.steps)
@@ -138,24 +177,57 @@ class Blocks:
             torch.sub(one, other, out=part_of(self._noise, rows)).mul_(0.5)
             one.add_(other).mul_(0.5)
         linear = chunked_dot(moved, even, self.sharding.counted)
-        dot = torch.as_tensor(self._dot, dtype=torch.float64, device=linear.device)
         moved.add_(start)
-        if self.stored > 1:
-            slots = self._own[:, (self.stored - 2) % DEPTH].unbind()
-            for column, new, last in zip(slots, (moved, even), (last_w, last_g), strict=True):
-                for rows in chunks(new):
-                    part_of(column, rows).copy_(part_of(new, rows) - part_of(last, rows))
-        last_w.copy_(moved)
-        last_g.copy_(even)
-        if isinstance(decay, Tensor) or decay:
-            even.add_(decay * moved)
-        return torch.stack([dot, linear])
+        return torch.stack([self._dot, linear])
 
-    def products(self, scaling: float | Tensor, decay: float | Tensor) -> Tensor:
+    def end_block(
+        self,
+        numbers: Tensor,
+        judged: Callable[[], Tensor],
+        scaling: float | Tensor,
+        decay: float | Tensor,
+        *key: Hashable,
+    ) -> Tensor:
+        """All sums at a block's end, in one row, float64: numbers, a judgement, `products`.
+
+        Args:
+            numbers: what `finish` returned.
+            judged: makes one number on own rows, [1], by device work alone.
+            scaling: see `products`.
+            decay: see `finish`.
+            key: what `judged` depends on, see `Captures.run`.
+        """
+        if self._captured.used and not isinstance(scaling, Tensor):
+            # A schedule changes the rate in every block: a graph reads it from the device.
+            inverse = 1.0 / scaling if scaling else 0.0
+            pair = torch.tensor([scaling, inverse], dtype=self.work, device="cpu")
+            if self._scales is None:
+                self._scales = torch.zeros(2, dtype=self.work, device=self.device)
+            self._scales.copy_(pair, non_blocking=True)
+            scales: _Diagonal = (self._scales[0], self._scales[1])
+            known = captures.where(self._scales)
+        else:
+            scales, known = scaling, captures.known_by(scaling)
+
+        def work() -> Tensor:
+            own = judged().to(numbers.device)
+            return torch.cat([numbers, own, self.products(scales, decay)])
+
+        addresses = captures.where(numbers), known, captures.known_by(decay), self._where
+        phase = "sums", self.columns, self.stored % NOISES
+        result: Tensor = self._captured.run(work, *phase, addresses, key)
+        return result
+
+    @property
+    def _where(self) -> Hashable:
+        return captures.where(self._own, self._vectors) if self._captured.used else ()
+
+    def products(self, scaling: _Diagonal, decay: float | Tensor) -> Tensor:
         """Sums over own rows that the method needs of the last blocks.
 
         Args:
             scaling: the diagonal of M: a number, or [rows]. Rows on which it is 0 are left out.
+                Or a number and its reciprocal (0 for 0), [] on the device.
             decay: see `finish`.
 
         Returns:
@@ -179,7 +251,8 @@ class Blocks:
             few = torch.cat([part_of(noises, rows), g.unsqueeze(0)])
             tables.append(torch.cat([own @ other.T, own @ few.T], dim=1).double())
             # A number is multiplied with the product, and not with all rows.
-            metric = (own * inverse) @ own.T if isinstance(m, Tensor) else (own @ own.T) * inverse
+            many = isinstance(inverse, Tensor) and inverse.dim() > 0
+            metric = (own * inverse) @ own.T if many else (own @ own.T) * inverse
             metrics.append(metric.double())
             dots = torch.dot(noise, m * noise), torch.dot(noise, noise), torch.dot(g, g)
             numbers.append(torch.stack(dots).double())
@@ -215,7 +288,7 @@ class Blocks:
     def release(self) -> None:
         """Forgets everything, and frees the memory."""
         self.clear()
-        self._columns, self._each = None, ()
+        self._columns, self._each, self._dot, self._scales = None, (), None, None
         self._vectors = torch.empty(0)
 
     @property
@@ -242,7 +315,8 @@ class Blocks:
 
     def own_state(self, losses: tuple[float, ...]) -> OwnBlockState:
         """What this rank alone knows of the block that runs; losses: its own."""
-        return OwnBlockState(dot=float(self._dot), rows=self.sharding.rows, losses=losses)
+        dot = 0.0 if self._dot is None else float(self._dot)
+        return OwnBlockState(dot=dot, rows=self.sharding.rows, losses=losses)
 
     def load_state(self, state: BlocksState, own: OwnBlockState | None) -> bool:
         """Loads what `state` of the same rows returned; the dtypes may be others.
@@ -259,14 +333,16 @@ class Blocks:
         self._vectors[2:].copy_(state.vectors)
         if own is None or own.rows != self.sharding.rows:
             return False
-        self.steps, self._dot = state.steps, own.dot
+        assert self._dot is not None
+        self.steps = state.steps
+        self._dot.fill_(own.dot)
         return True
 
 
-def _with_inverse(
-    scaling: float | Tensor, rows: slice
-) -> tuple[float, float] | tuple[Tensor, Tensor]:
-    """Rows of the diagonal of M, and of M^-1: 0 where M is."""
+def _with_inverse(scaling: _Diagonal, rows: slice) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """Rows of the diagonal of M, and of M^-1: 0 where M is. Numbers where it is a number."""
+    if isinstance(scaling, tuple):
+        return scaling
     if isinstance(scaling, Tensor):
         m = part_of(scaling, rows)
         return m, m.reciprocal().masked_fill_(m == 0.0, 0.0)

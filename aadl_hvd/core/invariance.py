@@ -42,6 +42,7 @@ class ScaleInvariance:
         self._largest: Vector = np.zeros(0)  # cos^2 over what is allowed, of all looks, [tensors]
         self._shares: Vector = np.zeros(0)
         self._ends: tuple[Sequence[int], Vector] = [], np.zeros(0)
+        self._lengths: dict[tuple[int, int, torch.device], tuple[int, Tensor]] = {}
 
     @property
     def looks(self) -> bool:
@@ -67,7 +68,7 @@ class ScaleInvariance:
             # One by one: on a GPU only sums of vectors are parallel within a segment.
             for own, product in zip(found, (x * x, x * y, y * y, x * z), strict=True):
                 sums = torch.segment_reduce(product, "sum", lengths=lengths, unsafe=True)
-                own[first : first + len(lengths)] += sums
+                own[first : first + len(lengths)].add_(sums)  # `+=` would copy it once more
         return found.reshape(-1)
 
     def look(self, sizes: Sequence[int], sums: Vector) -> bool:
@@ -128,8 +129,12 @@ class ScaleInvariance:
         begin, end = lo + rows.start, lo + rows.stop
         if self._ends[0] != sizes:
             self._ends = sizes, np.cumsum(sizes)
-        ends = self._ends[1]
+            self._lengths.clear()
+        ends, key = self._ends[1], (begin, end, device)
+        if (found := self._lengths.get(key)) is not None:  # on a GPU the host would wait for a copy
+            return found
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(ends, end, side="left"))
         lengths = np.diff(np.minimum(ends[first : last + 1], end), prepend=begin)
-        return first, torch.from_numpy(lengths).to(device)
+        self._lengths[key] = first, torch.from_numpy(lengths).to(device)
+        return self._lengths[key]

@@ -77,9 +77,11 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
         by_device.setdefault(tensor.device, []).append(i)
     found: dict[int, NDArray[np.float64]] = {}
     for own in by_device.values():
-        joined = torch.cat([tensors[i].detach().reshape(-1).double() for i in own])
+        vectors = [tensors[i].detach().reshape(-1).double() for i in own]
+        joined = torch.cat(vectors) if len(vectors) > 1 else vectors[0]
         sizes = [tensors[i].numel() for i in own]
-        found |= zip(own, _cut(joined.cpu().numpy(), sizes), strict=True)
+        # A copy also on the host: the memory of a result may be used again.
+        found |= zip(own, _cut(joined.to("cpu", copy=True).numpy(), sizes), strict=True)
     return [found[i] for i in range(len(tensors))]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.captures import none, where
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint, work_dtype
 from aadl_hvd.core.reduction import COMPARED, compared, equal, numbers_of
@@ -39,6 +40,7 @@ class Replicas:
     Attributes:
         equal: whether the last comparison found the same weights on all ranks.
         use_kernels: whether all ranks can use `kernels`, and do.
+        captures: runs pieces of work on the weights.
         stepped_apart: whether this rank's base optimizer has stepped by itself. Ranks that have
             get weights and state of those that have not.
     """
@@ -48,6 +50,7 @@ class Replicas:
     def __init__(self, config: AndersonConfig, collectives: Collectives) -> None:
         self._config, self._collectives = config, collectives
         self.equal = self.use_kernels = self.stepped_apart = False
+        self.captures = none()
         self._were_equal = False  # whether all ranks have ever held the same weights
         self._warned = False
         self._checksum: kernels.Checksum | None = None
@@ -202,7 +205,13 @@ class Replicas:
             self._share = np.zeros(COMPARED)
             self._share[: COMPARED // 2] = self._collectives.copies - 1.0 if first else -1.0
         if not (self.use_kernels and kernels.usable(problem.device)):
-            return checksum(problem.read, problem.n, work_dtype(problem), problem.device)
+            what = problem.read, problem.n, work_dtype(problem), problem.device
+            if problem.sharded or not self.captures.used:
+                return checksum(*what)
+            found: Tensor = self.captures.run(
+                lambda: checksum(*what), "checksum", where(*problem.tensors)
+            )
+            return found
         tensors = problem.tensors
         now = tuple(tensor.numel() for tensor in tensors), problem.device
         if self._checksum is None or (self._checksum.sizes, self._checksum.device) != now:

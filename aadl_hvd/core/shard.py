@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aadl_hvd.comm.base import Gathering, ShardGroup
 from aadl_hvd.config import AndersonConfig
+from aadl_hvd.core.captures import Captures
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.sharding import Sharding
@@ -22,6 +23,10 @@ class WeightShard:
         device: of the weights.
         collectives: of the group that shares the vector.
         stats: timers and bytes.
+        cuda_graphs: see `AndersonConfig`.
+
+    Attributes:
+        captures: runs pieces of work on these rows.
     """
 
     def __init__(
@@ -31,7 +36,10 @@ class WeightShard:
         device: torch.device,
         collectives: Collectives,
         stats: Stats,
+        cuda_graphs: bool = False,
     ) -> None:
+        lo, hi = sharding.rows
+        self.captures = Captures(cuda_graphs, device, hi - lo)
         self.sharding, self.dtype, self.device = sharding, dtype, device
         self._collectives, self._stats = collectives, stats
 

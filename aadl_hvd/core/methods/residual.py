@@ -175,6 +175,7 @@ class ResidualNorm:
     def release(self) -> None:
         """Forgets all pairs, and frees their memory."""
         self.reset()
+        self._shard.captures.forget()
         self.history.release()
 
     def restart_generation(self) -> None:

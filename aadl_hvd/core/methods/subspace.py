@@ -25,6 +25,7 @@ from aadl_hvd.comm.base import Gathering
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.acceptance import Acceptance, Rejected
 from aadl_hvd.core.blocks import DEPTH, NOISES, Blocks
+from aadl_hvd.core.captures import where
 from aadl_hvd.core.chunking import chunks, part_of, total
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.curvature import find_jump
@@ -75,7 +76,8 @@ class Subspace:
         self._collectives, self._stats, self._acceptance = collectives, stats, acceptance
         self._shard, self._handover = shard, handover
         dtype = config.history_dtype or shard.dtype
-        self.blocks = Blocks(shard.sharding, dtype, shard.dtype, shard.device)
+        made = shard.sharding, dtype, shard.dtype, shard.device, shard.captures
+        self.blocks = Blocks(*made)
         self.trust = Trust()
         self.invariance = ScaleInvariance(shard.sharding)
         self.fingerprint = 0
@@ -141,9 +143,13 @@ class Subspace:
         rows = blocks.sharding.rows
         decay = problem.decay(*rows)
         numbers = blocks.finish(decay, self._handover.gap)
-        judged = total(self._along_jump(), blocks.gradient).reshape(1)
-        products = blocks.products(problem.scaling(*rows), decay)
-        return [torch.cat([numbers, judged.to(numbers.device), products]), *tensors]
+        base = where(self._acceptance.base_rows()) if self.trust.judges else None
+
+        def judged() -> Tensor:
+            return total(self._along_jump(), blocks.gradient).reshape(1)
+
+        sums = blocks.end_block(numbers, judged, problem.scaling(*rows), decay, base)
+        return [sums, *tensors]
 
     def _along_jump(self) -> list[Tensor]:
         """Parts of <d, g>: d is where the block began, less the base step before the jump."""
@@ -238,7 +244,10 @@ class Subspace:
         if invariance.looks:
             with self._stats.timed("solve"):
                 sizes = [tensor.numel() for tensor in problem.tensors]
-                (sums,) = numbers_of([invariance.sums(sizes, w, r, jump)])
+                own: Tensor = self._shard.captures.run(
+                    lambda: invariance.sums(sizes, w, r, jump), "growth", where(w, r, jump)
+                )
+                (sums,) = numbers_of([own])
                 if invariance.look(problem.sizes, self._collectives.growth(sums)):
                     invariance.correct(sizes, w, jump)
         return jump
@@ -315,6 +324,7 @@ class Subspace:
         """Forgets all blocks, and frees their memory."""
         self.reset()
         self.drop_jump()
+        self._shard.captures.forget()
         self.blocks.release()
         self.trust.scale = 1.0
 
