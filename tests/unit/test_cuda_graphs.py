@@ -1,0 +1,195 @@
+"""cuda_graphs=True on the pretended GPU: fewer launches, and the same bits in all that may change.
+
+A pretended graph works on the memory that its operations were captured on. So a piece that is run
+again though something it depends on has changed gives other bits here, as on a GPU.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd.core import captures
+from tests.pretend_gpu import GPU, PretendGpu, PretendGraph
+
+SHAPES = ((6, 5), (7,), (3, 2, 2))
+STEPS = 200
+SUBSPACE = {"method": "subspace"}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.5, foreach=True)
+
+
+def decayed(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, weight_decay=1e-3, foreach=True)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, foreach=True)
+
+
+class Run:
+    """A quadratic with noise; new gradient tensors in every step."""
+
+    def __init__(self, gpu, graphs, make=sgd, **settings):
+        self.gpu, generator = gpu, torch.Generator().manual_seed(0)
+        self.generator, self.launches, self.graphs = generator, [], []
+        values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        self.weights = [torch.nn.Parameter(value.to(GPU)) for value in values]
+        self.curvature = [torch.logspace(-2, 0, w.numel()).view(w.shape).to(GPU) for w in values]
+        config = AndersonConfig(**SUBSPACE | settings, cuda_graphs=graphs)
+        self.opt = AndersonOptimizer(make(self.weights), anderson=config)
+
+    def step(self):
+        with torch.no_grad():
+            for w, curvature in zip(self.weights, self.curvature, strict=True):
+                noise = torch.randn(w.shape, generator=self.generator).to(GPU)
+                w.grad = curvature * w + 1e-3 * noise if w.requires_grad else None
+        launches, kernels = self.gpu.launches, len(self.gpu.kernels)
+        self.opt.step()
+        self.launches.append(self.gpu.launches - launches)
+        self.graphs.append(self.gpu.kernels[kernels:].count("graph"))
+
+    @property
+    def flat(self):
+        return torch.cat([w.detach().reshape(-1) for w in self.weights]).cpu()
+
+    @property
+    def captures(self):
+        return self.opt.anderson._shard.captures
+
+
+def nothing(run, step):
+    pass
+
+
+def schedule(run, step):
+    run.opt.param_groups[0]["lr"] *= 0.999
+
+
+def reset(run, step):
+    if step == 130:
+        run.opt.anderson.reset()
+
+
+def freeze(run, step):
+    if step == 130:
+        run.weights[1].requires_grad_(False)
+
+
+def new_memory(run, step):
+    if step in (125, 130, 137):
+        run.kept = [w.data for w in run.weights]  # so that nothing new lies where they lay
+        for w in run.weights:
+            w.data = w.data.clone()
+
+
+def hand_over(run, step):
+    """The other method begins, and the subspace method comes back: memory is freed in between."""
+    if step == 130:
+        run.opt.anderson._subspace.release()
+
+
+CASES = {
+    "nothing changes": (nothing, {}),
+    "schedule of rates": (schedule, {}),
+    "reset": (reset, {}),
+    "frozen parameter": (freeze, {}),
+    "new memory of weights": (new_memory, {}),
+    "freed history": (hand_over, {}),
+    "overlap": (nothing, {"overlap": True}),
+    "bfloat16": (nothing, {"history_dtype": "bfloat16"}),
+    "weight decay": (nothing, {"make": decayed}),
+    "AdamW": (schedule, {"make": adamw}),
+    "residual-norm": (schedule, {"method": "residual"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits(name):
+    change, settings = CASES[name]
+    with PretendGpu() as gpu:
+        with_graphs, without = (Run(gpu, graphs, **settings) for graphs in (True, False))
+        for step in range(STEPS):
+            for run in (with_graphs, without):
+                change(run, step)
+                run.step()
+            assert torch.equal(with_graphs.flat, without.flat), step
+        assert not any(without.graphs)
+        assert sum(with_graphs.graphs[-30:]) >= 10, "pieces are replayed to the end"
+        assert sum(with_graphs.launches[-60:]) < sum(without.launches[-60:])
+        assert with_graphs.opt.anderson.stats.accelerated == without.opt.anderson.stats.accelerated
+        assert without.opt.anderson.stats.accelerated > 5
+
+
+def test_launches_of_a_block():
+    with PretendGpu() as gpu:
+        with_graphs, without = (Run(gpu, graphs) for graphs in (True, False))
+        for run in (with_graphs, without):
+            for _ in range(STEPS):
+                run.step()
+        assert max(with_graphs.launches[-10:]) <= 40 < max(without.launches[-10:])
+        assert sum(with_graphs.launches[-10:]) < 0.7 * sum(without.launches[-10:])
+
+
+def test_the_state_is_the_same():
+    with PretendGpu() as gpu:
+        states = []
+        for graphs in (True, False):
+            run = Run(gpu, graphs)
+            for _ in range(135):
+                run.step()
+            states.append(copy.deepcopy(run.opt.sharded_state_dict()))
+        assert repr(states[0]) == repr(states[1])
+
+
+def test_falls_back_for_good_with_one_warning(monkeypatch):
+    def refuse(self, *_):
+        raise RuntimeError("no graphs today")
+
+    monkeypatch.setattr(PretendGraph, "note", refuse)
+    with PretendGpu() as gpu:
+        with_graphs, without = (Run(gpu, graphs) for graphs in (True, False))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(60):
+                with_graphs.step()
+                without.step()
+        assert [str(x.message) for x in seen if "cuda_graphs" in str(x.message)] == [
+            "cuda_graphs=True: a CUDA graph could not be captured (no graphs today). Steps go on "
+            "without graphs, with the same results. Set cuda_graphs=False to be rid of this."
+        ]
+        assert torch.equal(with_graphs.flat, without.flat)
+        assert not any(with_graphs.graphs) and not with_graphs.captures.used
+
+
+def test_memory_is_freed_with_the_history():
+    with PretendGpu() as gpu:
+        run = Run(gpu, True)
+        for _ in range(60):
+            run.step()
+        assert run.captures._known
+        run.opt.anderson._subspace.release()
+        assert not run.captures._known
+
+
+def test_few_pieces_are_remembered():
+    with PretendGpu():
+        runs, x = captures.Captures(True, GPU, 4), torch.zeros(4, device=GPU)
+        for key in range(100):
+            runs.run(lambda: x.add_(1.0), key)
+        assert len(runs._known) == runs.MOST
+        assert x.tolist() == [100.0] * 4
+
+
+def test_a_processor_and_many_rows_capture_nothing():
+    for device, rows in ((torch.device("cpu"), 4), (GPU, captures.CHUNK_GPU + 1)):
+        assert not captures.Captures(True, device, rows).used
+    x = torch.nn.Parameter(torch.ones(3))
+    opt = AndersonOptimizer(torch.optim.SGD([x], lr=0.1), anderson=AndersonConfig(cuda_graphs=True))
+    x.grad = torch.ones(3)
+    opt.step()
+    assert x.tolist() == pytest.approx([0.9] * 3)
