@@ -328,6 +328,7 @@ class OptimizerFixedPoint:
         return lines
 
     def state_tensors(self) -> list[Tensor]:
+        self._diagonals.hold(False)  # the caller may write to them
         entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
         found = (entry[key] for entry in entries for key in sorted(entry))
         return [local(value) for value in found if isinstance(value, Tensor)]
