@@ -280,7 +280,7 @@ class OptimizerFixedPoint:
             for (p, past), old in zip(remembered, before, strict=True):
                 past.add_(p - old)
 
-    def hold(self) -> Callable[[], None]:
+    def copy_weights(self) -> Callable[[], None]:
         """Copies the weights. Calling the result puts them back."""
         tensors = [*map(local, self._parameters)]
         saved = [tensor.detach().clone() for tensor in tensors]
