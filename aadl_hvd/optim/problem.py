@@ -223,7 +223,7 @@ class OptimizerFixedPoint:
         return self._flat.read(lo, hi, out, again=True, in_place=self._stays)
 
     def forget_buffers(self) -> None:
-        for views in (self._layout, self._flat, self._gradients, self._diagonals):
+        for views in (self._layout, self._flat, self._diagonals):
             views.forget_views()
 
     def keep_gradient(self) -> None:
