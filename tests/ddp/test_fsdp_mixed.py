@@ -11,7 +11,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training import assert_same_on_all, data, mine, network, sgd, train
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, ReplicaMismatchError, UnsupportedError, kernels
+from aadl_hvd import (
+    AndersonConfig,
+    AndersonOptimizer,
+    ReplicaMismatchError,
+    UnsupportedError,
+    kernels,
+)
 
 RANK, SIZE = dist.get_rank(), dist.get_world_size()
 
