@@ -242,9 +242,9 @@ def _about(head: dict[str, Any]) -> list[str]:
         "",
         "Means over seeds ± 95 % bands. \"Over base\" is the final training loss over the base "
         "optimizer's: mean of the seeds' ratios, ratio of the means, worst seed. f is the "
-        "objective that is minimised: training loss + (weight decay/2) ||w||^2; \"f over base\" is the "
-        "geometric mean of the seeds' ratios. Steps are means over the seeds that got there, with "
-        "their number.",
+        "objective that is minimised: training loss + (weight decay/2) ||w||^2; \"f over base\" "
+        "is the geometric mean of the seeds' ratios. Steps are means over the seeds that got "
+        "there, with their number.",
     ]  # fmt: skip
 
 
