@@ -343,3 +343,19 @@ def test_views_of_large_weights_are_not_kept():
     with torch.no_grad():
         flat.write(torch.zeros(2**20 + 1))
     assert not p.detach().any() and flat._views == []
+
+
+@given(LISTS, st.sampled_from([torch.float32, torch.float64]))
+def test_adds_in_the_dtype_of_what_is_added(spec, dtype):
+    """One call for all tensors where that has the same bits, else through a copy of each chunk."""
+    tensors = tensors_of(spec)
+    flat = FlatParameters(tensors, FlatLayout([t.shape for t in tensors]))
+    added = torch.randn(sum(t.numel() for t in tensors), dtype=dtype)
+    pieces = added.split([t.numel() for t in tensors])
+    expected = [
+        (t.to(dtype) + piece.view(t.shape)).to(t.dtype)
+        for t, piece in zip(tensors, pieces, strict=True)
+    ]
+    flat.add(added)
+    for t, own in zip(tensors, expected, strict=True):
+        assert torch.equal(t, own)
