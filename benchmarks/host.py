@@ -97,8 +97,22 @@ class _OneOfMany(OneOfMany):
         return self._weights
 
 
-class _Run:
-    """One optimizer on the problem."""
+class Run:
+    """One optimizer on the problem.
+
+    Args:
+        base: one of BASES.
+        setting: of the acceleration; None: the base optimizer alone.
+        shapes: of the tensors.
+        ranks: P.
+        device: "cpu", "cuda", or "pretended": "cuda" inside `tests.pretend_gpu.PretendGpu`.
+        new_gradients: new tensors in each step, as after `zero_grad()`.
+
+    Attributes:
+        parameters: the weights.
+        around: a context for the optimizer's part of each step.
+        optimizer: the base optimizer, accelerated or not.
+    """
 
     def __init__(
         self,
@@ -109,9 +123,10 @@ class _Run:
         device: str = "cpu",
         new_gradients: bool = True,
     ) -> None:
-        generator = torch.Generator(device).manual_seed(0)
         self._new_gradients = new_gradients
-        self._device, self._wait = device, torch.cuda.synchronize if device == "cuda" else None
+        self._wait = torch.cuda.synchronize if device == "cuda" else None
+        generator = torch.Generator("cpu" if device == "pretended" else device).manual_seed(0)
+        device = self._device = "cuda" if device == "pretended" else device
         self.parameters = [
             torch.nn.Parameter(torch.randn(shape, generator=generator, device=device))
             for shape in shapes
@@ -232,7 +247,7 @@ def measure(
         part in the steps of a kind, on the host.
     """
     plain, ours = (
-        _Run(base, setting, shapes, ranks, device, new_gradients)
+        Run(base, setting, shapes, ranks, device, new_gradients)
         for setting in (None, SETTINGS[name])
     )
     stepped = ours.kinds()
@@ -274,7 +289,7 @@ def measure(
     }
 
 
-def _calls(plain: _Run, ours: _Run, steps: int) -> tuple[dict[str, int], float]:
+def _calls(plain: Run, ours: Run, steps: int) -> tuple[dict[str, int], float]:
     """Operations of torch in the last step of each kind, and kernels a step, beyond the base's."""
     counted = _Calls()
     plain.around = ours.around = counted
@@ -349,7 +364,7 @@ def profile(
     base: str, name: str, shapes: Sequence[torch.Size], ranks: int, new_gradients: bool
 ) -> None:
     """Prints by function where the time of the steps goes, the base optimizer's included."""
-    ours = _Run(base, SETTINGS[name], shapes, ranks, new_gradients=new_gradients)
+    ours = Run(base, SETTINGS[name], shapes, ranks, new_gradients=new_gradients)
     for _ in range(WARM):
         ours.step()
     step, profiler = ours.optimizer.step, cProfile.Profile()

@@ -58,6 +58,19 @@ class OnGpu(torch.Tensor):
         raise AssertionError(f"{func} outside PretendGpu")
 
 
+def launches_of(name, args):
+    """How many kernels torch starts for an operation: one, but for lists of tensors.
+
+    A launch takes at most 320 pieces of 65,536 numbers, of as many tensors as fit into its
+    arguments, as in torch's MultiTensorApply.cuh.
+    """
+    if not name.startswith("_foreach"):
+        return 1
+    lists = [x for x in args if isinstance(x, list | tuple)]
+    most = {1: 110, 2: 64, 3: 48, 4: 36}[len(lists)]
+    return -(-len(lists[0]) // most) + sum(t.numel() for t in lists[0]) // (65536 * 320)
+
+
 class _Driver:
     """What torch asks the driver outside operations; shared by the threads that pretend."""
 
@@ -99,11 +112,12 @@ class PretendGpu(TorchDispatchMode):
     Attributes:
         synchronizations: operations at which the host waits for the GPU, in order.
         kernels: operations on the GPU that are no mere views, in order.
+        launches: how often the host starts something on the GPU for them.
     """
 
     def __init__(self):
         super().__init__()
-        self.synchronizations, self.kernels = [], []
+        self.synchronizations, self.kernels, self.launches = [], [], 0
 
     def __enter__(self):
         _DRIVER.start()
@@ -144,6 +158,7 @@ class PretendGpu(TorchDispatchMode):
             assert numbers and torch.Tag.pointwise in func.tags, f"{func} on two devices"
         if to_gpu and not func.is_view and name not in ("detach", "empty", "new_empty"):
             self.kernels.append(name)
+            self.launches += launches_of(name, args)
         wrappers = {id(x.held): x for x in mine}
         held = tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, (args, kwargs))
         found, shape = tree_flatten(func(*held[0], **held[1]))

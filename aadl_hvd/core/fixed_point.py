@@ -141,6 +141,9 @@ class FixedPoint(Protocol):
     def skip(self) -> Any:
         """Ends a step without an update. The user gets its return value."""
 
+    def add(self, flat: Tensor) -> None:
+        """Adds a vector [n] to the weights, computed in its dtype: float32 or float64."""
+
     def write(self, flat: Tensor, lo: int = 0) -> None:
         """Sets rows [lo, lo + k) of the weights from `flat` [k]. Rows beyond n are ignored."""
 

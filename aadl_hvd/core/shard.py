@@ -7,7 +7,6 @@ from torch import Tensor
 
 from aadl_hvd.comm.base import Gathering, ShardGroup
 from aadl_hvd.config import AndersonConfig
-from aadl_hvd.core.chunking import chunks
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint
 from aadl_hvd.core.sharding import Sharding
@@ -124,10 +123,7 @@ class WeightShard:
         with self._stats.timed("gather"):
             displacement = gathering.wait().reshape(-1)[: self.sharding.n]
         with self._stats.timed("write"), problem.followed():
-            for part in chunks(displacement):
-                added = displacement[part]
-                now = problem.read(part.start, part.stop, torch.empty_like(added))
-                problem.write(now.add_(added), part.start)
+            problem.add(displacement)
 
     def _padded(self, rows: Tensor) -> Tensor:
         """Rows in the length of a block, which all ranks' messages have."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadl_hvd.core.chunking import chunks
 from aadl_hvd.optim.flatten import FEW, FlatLayout
 from aadl_hvd.optim.shards import local
 
@@ -36,10 +37,10 @@ class FlatParameters:
         # As in channels_last.
         self._in_pieces = not plain or not all(map(Tensor.is_contiguous, tensors))
         self._views: list[Tensor] = []
-        dtypes = {p.dtype for p in tensors}
+        self._dtypes = {p.dtype for p in tensors}
         self._few = layout.n <= FEW
         host = self._few and all(p.device.type == "cpu" for p in tensors)
-        self._joined = dtypes.pop() if host and len(dtypes) == 1 else None
+        self._joined = tensors[0].dtype if host and len(self._dtypes) == 1 else None
 
     def in_place(self) -> bool:
         """Whether they lie where they lay when this was made, each in one piece.
@@ -98,6 +99,17 @@ class FlatParameters:
             torch._foreach_copy_(self._as_vectors(), self._layout.split(flat))
         else:
             self._layout.write(self._tensors, flat, lo)
+
+    def add(self, flat: Tensor) -> None:
+        """Adds a vector [n] to the parameters, computed in its dtype and rounded to theirs."""
+        n, plain = self._layout.n, not self._in_pieces and self._dtypes == {flat.dtype}
+        if plain and self.stay(0, n):
+            torch._foreach_add_(self._as_vectors(), self._layout.split(flat))
+            return
+        for part in chunks(flat):
+            added = flat[part]
+            now = self.read(part.start, part.stop, torch.empty_like(added))
+            self.write(now.add_(added), part.start)
 
     def forget_views(self) -> None:
         """Lets go of the views."""

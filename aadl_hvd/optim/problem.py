@@ -262,6 +262,9 @@ class OptimizerFixedPoint:
         scale = self.scaling(lo, hi)
         return self.read(lo, hi, out).sub_(w).div_(scale)
 
+    def add(self, flat: Tensor) -> None:
+        self._flat.add(flat)
+
     def write(self, flat: Tensor, lo: int = 0) -> None:
         self._flat.write(flat, lo)
 

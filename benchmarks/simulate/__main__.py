@@ -3,7 +3,7 @@
 It measures nothing. It reads the results of:
 python -m benchmarks.cost overhead    # the library's timers on one rank and on two
 python -m benchmarks.gpu              # kernels that a GPU starts, and the time of one
-python -m benchmarks.host             # kernels that a step of either method starts now
+python -m benchmarks.launches         # kernels that the steps of either method start now
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overhead = report.RESULTS / "overhead.json"
     add("--overhead", type=Path, default=overhead, help="default: %(default)s")
     add("--gpu", type=Path, default=GPU, help="default: %(default)s")
-    add("--host", type=Path, default=report.RESULTS / "launches.json", help="default: %(default)s")
+    counted = report.RESULTS / "launches.json"
+    add("--launches", type=Path, default=counted, help="default: %(default)s")
     add("--kernel-microseconds", type=float, help="default: as measured in the file of --gpu")
     options = parser.parse_args(arguments)
     try:
@@ -99,7 +100,7 @@ def _results(options: argparse.Namespace) -> dict[str, Any]:
     machines = [read_machine(name) for name in options.machine]
     seconds = options.kernel_microseconds
     kernels = read_kernels(options.gpu, None if seconds is None else 1e-6 * seconds)
-    timers, launches = read_timers(options.overhead), methods.read_launches(options.host)
+    timers, launches = read_timers(options.overhead), methods.read_launches(options.launches)
     n = options.parameters or timers.n
     rates = dict(zip(("float32", "mixed"), options.images_per_second, strict=True))
     both = {

@@ -1,7 +1,8 @@
 """Both methods in one table: the share of a step, from what a step starts on its host.
 
-Launches are counted by `benchmarks.host` on one simulated rank of many. Each takes as long as a
-launch took on an H100's host, with the Python around it. Messages are formulas.
+Launches are counted by `benchmarks.launches` on one simulated rank of many, in cycles that end with
+an accepted point. Each takes as long as a launch took on an H100's host, with the Python around it.
+Messages are formulas.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ SUMS = 253  # numbers of the subspace method in the reduction at a block's end, 
 IN_STEP, IN_JUMP = 4 * 10, 4 * (3 * 10 + 24)
 SLOWER = 2.0  # a host so many times as slow as that of the H100, as a V100's may be: assumed
 TARGETS = {"V100": ("float32", 0.005), "H100": ("mixed", 0.02)}
-# What is in the table: setting of `benchmarks.host`, steps between two large messages.
+# What is in the table: case of `benchmarks.launches`, steps between two large messages.
 METHODS = {
     "residual-norm, p = q = 5": 5,
     "residual-norm": 2,
     "subspace": BLOCK,
+    "subspace, overlap=True": BLOCK + 1,
 }
 
 
@@ -45,32 +47,30 @@ class Launches:
     Attributes:
         source: the file that it was read from.
         tensors: parameters of the network.
-        a_step: mean of all steps, by setting of `benchmarks.host`.
+        a_cycle: of a cycle, by case of `benchmarks.launches`.
     """
 
     source: str
     tensors: int
-    a_step: dict[str, float]
+    a_cycle: dict[str, float]
 
 
 def read_launches(path: Path) -> Launches:
-    """Reads what `python -m benchmarks.host` wrote.
+    """Reads what `python -m benchmarks.launches` wrote.
 
     Raises:
-        UserError: it cannot be read, or lacks a method with SGD and AT ranks.
+        UserError: it cannot be read, is not for AT ranks, or lacks a method.
     """
     try:
         found = json.loads(path.read_text())
-        counted = {
-            run["case"]: run["kernels_a_step"]
-            for run in found["runs"]
-            if run["ranks"] == AT and run["base_optimizer"] == "SGD"
-        }
+        if found["ranks"] != AT:
+            raise ValueError(f"it has {found['ranks']} ranks")
+        counted = {run["case"]: run["launches"] for run in found["runs"]}
         return Launches(path.name, found["tensors"], {name: counted[name] for name in METHODS})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--host is {path}, must be a file that `python -m benchmarks.host` wrote, with SGD, "
-            f"{AT} ranks and the settings {', '.join(METHODS)}: {error}"
+            f"--launches is {path}, must be a file that `python -m benchmarks.launches` wrote, "
+            f"with {AT} ranks and the cases {', '.join(METHODS)}: {error}"
         ) from None
 
 
@@ -82,9 +82,9 @@ class Cost:
         method: one of METHODS.
         node: whether the ranks of a node share the history, not all.
         steps: of the cycle.
-        seconds: by part: "host", "device", "tiny messages", "negotiation", "large message".
+        seconds: by part: "host", "device", "tiny messages", and what training waits for of
+            "negotiation" and "large message": nothing where the next step goes on meanwhile.
         launches: kernels that are started.
-        samples: those of them that Horovod's hooks start in backward passes, one a parameter.
     """
 
     method: str
@@ -92,7 +92,6 @@ class Cost:
     steps: int
     seconds: dict[str, float]
     launches: float
-    samples: int
 
     def share(self, step: float, host: float = 1.0) -> float:
         """Share of `step` seconds, on a host so many times as slow."""
@@ -123,26 +122,24 @@ def cost(
         Network(machine, AT),
     )
     rows, bandwidth = -(-n // group.ranks), machine.memory_bandwidth
-    count, samples = launches.a_step[method] * steps, 0
+    count, late = launches.a_cycle[method], method == "subspace, overlap=True"
     whole = sum(model.WHOLE_PARTS.values()) * n / bandwidth
-    if method == "subspace":
+    if method.startswith("subspace"):
         streamed = rows * (steps * IN_STEP + IN_JUMP) / bandwidth
         tiny = [FLOAT64 * (SUMS + 7 + averages), FLOAT64 * model.OBSERVED]
         broadcast = FLOAT64 * JUMP
     else:
-        # Hooks take samples of two passes a cycle one by one; `benchmarks.host` takes all at once.
-        samples = kernels.of(AT).get("backward", 0)
         streamed = rows * sum(timers.bytes_per_row.values()) / bandwidth
         tiny = [model.gram_message(timers.m, averages), FLOAT64, FLOAT64 * model.OBSERVED]
         broadcast = FLOAT64 * timers.m
     seconds = {
-        "host": kernels.seconds * (count + samples),
+        "host": kernels.seconds * count,
         "device": streamed + whole,
         "tiny messages": sum(map(everybody.reduce_and_broadcast, tiny)) + everybody.tree(broadcast),
-        "negotiation": group.negotiation(),
-        "large message": group.allgather(4 * n),
+        "negotiation": 0.0 if late else group.negotiation(),
+        "large message": 0.0 if late else group.allgather(4 * n),
     }
-    return Cost(method, node, steps, seconds, count + samples, samples)
+    return Cost(method, node, steps, seconds, count)
 
 
 def costs(machine: Machine, n: int, sources: tuple[Timers, Kernels, Launches]) -> list[Cost]:

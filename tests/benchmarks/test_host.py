@@ -37,7 +37,7 @@ def test_a_short_run(tmp_path, capsys, monkeypatch):
 def test_a_step_starts_few_operations(base, ranks, name, limits):
     """No vector of 161 is looked at by itself: not for samples, and not for second moments."""
     shapes = host.with_few_numbers([torch.Size([2])] * 161, ranks)
-    plain, ours = (host._Run(base, s, shapes, ranks) for s in (None, host.SETTINGS[name]))
+    plain, ours = (host.Run(base, s, shapes, ranks) for s in (None, host.SETTINGS[name]))
     plain.step()  # the first one makes the state of AdamW
     for _ in range(60):
         ours.step()
@@ -51,7 +51,7 @@ def test_a_step_starts_few_operations(base, ranks, name, limits):
 def test_no_tensor_has_a_kernel_of_its_own():
     """Gradients that are no vectors have a view each, which no kernel makes."""
     shapes = host.with_few_numbers([torch.Size([2, 2]), torch.Size([2])] * 80, 1)
-    plain, ours = (host._Run("SGD", s, shapes, 1) for s in (None, host.SETTINGS["subspace"]))
+    plain, ours = (host.Run("SGD", s, shapes, 1) for s in (None, host.SETTINGS["subspace"]))
     for _ in range(40):
         ours.step()
     calls, kernels = host._calls(plain, ours, 20)
@@ -60,7 +60,7 @@ def test_no_tensor_has_a_kernel_of_its_own():
 
 @pytest.mark.parametrize("new", [True, False])
 def test_gradients_are_new_in_each_step(new):
-    run = host._Run("SGD", None, [torch.Size([3, 2]), torch.Size([4])], 1, new_gradients=new)
+    run = host.Run("SGD", None, [torch.Size([3, 2]), torch.Size([4])], 1, new_gradients=new)
     before = [p.grad for p in run.parameters]
     run.step()
     for p, old in zip(run.parameters, before, strict=True):

@@ -418,15 +418,15 @@ def test_both_methods_by_what_they_start(tmp_path):
         return {(one.method, one.node): one for one in own}
 
     found = costs(kernels)
-    assert {one.steps for one in found.values()} == {2, 5, 10}
+    assert {one.steps for one in found.values()} == {2, 5, 10, 11}
     for (method, node), one in found.items():
-        count = launches.a_step[method] * one.steps + one.samples
-        assert one.samples == (0 if method == "subspace" else 220)
-        assert one.seconds["host"] == pytest.approx(kernels.seconds * count)
+        assert one.seconds["host"] == pytest.approx(kernels.seconds * launches.a_cycle[method])
+        late = "overlap=True" in method
+        assert (one.seconds["large message"] == one.seconds["negotiation"] == 0.0) == late
         assert one.share(0.1, 2.0) - one.share(0.1) == pytest.approx(
             one.seconds["host"] / (0.1 * one.steps)
         )
-        if not node:
+        if not node and not late:
             assert one.share(1.0) > found[method, True].share(1.0), "a node has fewer hops"
     faster = costs(dataclasses.replace(kernels, seconds=0.5 * kernels.seconds))
     smaller = costs(kernels, RESNET50 // 2)
@@ -434,12 +434,19 @@ def test_both_methods_by_what_they_start(tmp_path):
         assert faster[key].share(0.1) < one.share(0.1) > smaller[key].share(0.1)
     steps = predictions.steps_of(SUMMIT, 64, {"float32": 367.0, "mixed": 1200.0})
     own = {"summit": (SUMMIT, steps, list(found.values()))}
-    assert methods.verdicts(own) == ["V100, at most 0.5 % of a float32 step: missed by all."]
+    late, node = (found["subspace, overlap=True", node] for node in (False, True))
+    assert methods.verdicts(own) == [
+        "V100, at most 0.5 % of a float32 step: met by subspace, overlap=True (all) "
+        f"{100 * late.share(steps.seconds['float32']):.2f} %, subspace, overlap=True (a node) "
+        f"{100 * node.share(steps.seconds['float32']):.2f} %."
+    ]
+    slow = [dataclasses.replace(found["subspace", False], seconds={"host": 1.0})]
+    assert "missed by all" in methods.verdicts({"summit": (SUMMIT, steps, slow)})[0]
     free = [dataclasses.replace(found["subspace", False], seconds={"host": 1e-3})]
     assert "met by subspace (all)" in methods.verdicts({"summit": (SUMMIT, steps, free)})[0]
     lacking = tmp_path / "lacking.json"
-    lacking.write_text(json.dumps({"tensors": 161, "runs": []}))
-    with pytest.raises(UserError, match="--host"):
+    lacking.write_text(json.dumps({"tensors": 161, "ranks": 1536, "runs": []}))
+    with pytest.raises(UserError, match="--launches"):
         methods.read_launches(lacking)
 
 

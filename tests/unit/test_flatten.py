@@ -406,3 +406,19 @@ def test_old_gradients_are_free_after_a_step(make):
     for p in weights:
         p.grad = torch.ones_like(p)
     opt.step()
+
+
+@given(LISTS, st.sampled_from([torch.float32, torch.float64]))
+def test_adds_in_the_dtype_of_what_is_added(spec, dtype):
+    """One call for all tensors where that has the same bits, else through a copy of each chunk."""
+    tensors = tensors_of(spec)
+    flat = FlatParameters(tensors, FlatLayout([t.shape for t in tensors]))
+    added = torch.randn(sum(t.numel() for t in tensors), dtype=dtype)
+    pieces = added.split([t.numel() for t in tensors])
+    expected = [
+        (t.to(dtype) + piece.view(t.shape)).to(t.dtype)
+        for t, piece in zip(tensors, pieces, strict=True)
+    ]
+    flat.add(added)
+    for t, own in zip(tensors, expected, strict=True):
+        assert torch.equal(t, own)
