@@ -43,7 +43,7 @@ exec sleep infinity
 SSH = """\
 #!{python} -IS
 import os, subprocess, sys, threading, time
-words = sys.argv[1:]
+words, parent = sys.argv[1:], os.getppid()
 while words[0].startswith("-"):
     words = words[2 if words[0] in ("-o", "-p", "-l", "-i") else 1:]
 host, *words = words
@@ -71,7 +71,8 @@ code = session.wait()
 for thread in passing:
     thread.join()
 # mpirun must not hear through a cut wire that its daemon has ended.
-while "orted" in " ".join(words) and os.path.exists("{folder}/cut"):
+daemon = "orted" in " ".join(words)
+while daemon and os.path.exists("{folder}/cut") and os.getppid() == parent:
     time.sleep(0.2)
 sys.exit(code if code >= 0 else 128 - code)
 """
