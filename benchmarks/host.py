@@ -1,10 +1,12 @@
 """Host time of a step, with next to no arithmetic: Python, and starting torch's operations.
 
-The model has the parameter tensors of a network, with a few numbers each. Base optimizer and
-accelerated optimizer take turns, on the gradients of a quadratic, with or without noise. One rank
-of many is simulated: it does its own work, and the others answer at once. No GPU is needed: a GPU
-would have to wait for what is measured here. `--device=cuda --whole` has the tensors whole and on
-a GPU, which is waited for before and after each step.
+The model has the parameter tensors of a network, with as many axes and a few numbers each. Base
+optimizer and accelerated optimizer take turns, on the gradients of a quadratic, with or without
+noise. Gradients are new tensors in each step, as after `zero_grad()`, or, with `--same-gradients`,
+stay the same, as after `zero_grad(set_to_none=False)`. One rank of many is simulated: it does its
+own work, and the others answer at once. No GPU is needed: a GPU would have to wait for what is
+measured here. `--device=cuda --whole` has the tensors whole and on a GPU, which is waited for
+before and after each step.
 """
 
 from __future__ import annotations
@@ -101,9 +103,10 @@ class Run:
     Args:
         base: one of BASES.
         setting: of the acceleration; None: the base optimizer alone.
-        tensors: numbers of each tensor, or how many tensors there are.
+        shapes: of the tensors.
         ranks: P.
         device: "cpu", "cuda", or "pretended": "cuda" inside `tests.pretend_gpu.PretendGpu`.
+        new_gradients: new tensors in each step, as after `zero_grad()`.
 
     Attributes:
         parameters: the weights.
@@ -115,26 +118,26 @@ class Run:
         self,
         base: str,
         setting: Setting | None,
-        tensors: int | list[int],
+        shapes: Sequence[torch.Size],
         ranks: int,
         device: str = "cpu",
+        new_gradients: bool = True,
     ) -> None:
+        self._new_gradients = new_gradients
         self._wait = torch.cuda.synchronize if device == "cuda" else None
         generator = torch.Generator("cpu" if device == "pretended" else device).manual_seed(0)
         device = self._device = "cuda" if device == "pretended" else device
-        if isinstance(tensors, int):
-            tensors = [numbers(tensors, ranks)] * tensors
         self.parameters = [
-            torch.nn.Parameter(torch.randn(count, generator=generator, device=device))
-            for count in tensors
+            torch.nn.Parameter(torch.randn(shape, generator=generator, device=device))
+            for shape in shapes
         ]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
         self._curvature, self._minimum = (
-            {count: make(count) for count in dict.fromkeys(tensors)}
+            {shape: make(shape) for shape in dict.fromkeys(shapes)}
             for make in (
-                lambda count: torch.logspace(-3, 0, count, device=device),
-                lambda count: torch.zeros(count, device=device),
+                lambda shape: torch.logspace(-3, 0, shape.numel(), device=device).view(shape),
+                lambda shape: torch.zeros(shape, device=device),
             )
         )
         self._setting = setting or Setting({})
@@ -159,8 +162,13 @@ class Run:
         with torch.no_grad():
             for p in self.parameters:
                 assert p.grad is not None
-                minimum, curvature = self._minimum[p.numel()], self._curvature[p.numel()]
-                torch.sub(p, minimum, out=p.grad).mul_(curvature)
+                minimum, curvature = self._minimum[p.shape], self._curvature[p.shape]
+                if self._new_gradients:  # the old one is gone first, as in a backward pass
+                    p.grad = None
+                    p.grad = torch.sub(p, minimum)
+                else:
+                    torch.sub(p, minimum, out=p.grad)
+                p.grad.mul_(curvature)
                 if noise:
                     p.grad.add_(self._random(minimum), alpha=noise)
         if isinstance(self._comm, _OneOfMany):
@@ -176,7 +184,7 @@ class Run:
         return time.perf_counter()
 
     def _random(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(len(like), generator=self._generator, device=self._device)
+        return torch.randn(like.shape, generator=self._generator, device=self._device)
 
     def kinds(self) -> Iterator[tuple[str, float]]:
         """Steps without end: what each was, and its seconds."""
@@ -214,8 +222,20 @@ def numbers(tensors: int, ranks: int) -> int:
     return max(16, 64 * ranks // tensors)
 
 
+def with_few_numbers(shapes: Sequence[torch.Size], ranks: int) -> list[torch.Size]:
+    """Shapes with as many axes, and the same few numbers in each."""
+    count = numbers(len(shapes), ranks)
+    return [torch.Size([count, *[1] * (len(shape) - 1)]) for shape in shapes]
+
+
 def measure(
-    base: str, name: str, tensors: int | list[int], ranks: int, steps: int, device: str = "cpu"
+    base: str,
+    name: str,
+    shapes: Sequence[torch.Size],
+    ranks: int,
+    steps: int,
+    device: str = "cpu",
+    new_gradients: bool = True,
 ) -> dict[str, Any]:
     """Measures one setting on one base optimizer.
 
@@ -226,7 +246,10 @@ def measure(
         those of them that a GPU has a kernel for, mean of all steps; "parts": mean seconds of each
         part in the steps of a kind, on the host.
     """
-    plain, ours = (Run(base, setting, tensors, ranks, device) for setting in (None, SETTINGS[name]))
+    plain, ours = (
+        Run(base, setting, shapes, ranks, device, new_gradients)
+        for setting in (None, SETTINGS[name])
+    )
     stepped = ours.kinds()
     for _ in range(WARM):
         plain.step()
@@ -308,6 +331,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(map(repr, SETTINGS))}; default: all")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--whole", action="store_true", help="tensors as large as the network's")
+    add("--same-gradients", action="store_true", help="gradients stay the same tensors")
     add("--profile", action="store_true", help="print where the time goes, by function")
     add("--out", type=report.Path, default=OUT, help="default: %(default)s")
     return made
@@ -316,28 +340,31 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Measures what is asked for, and prints and writes it."""
     shapes = shapes_of(options.parameters)
-    tensors, runs = len(shapes), []
-    sizes = [shape.numel() for shape in shapes] if options.whole else tensors
+    tensors, runs, new = len(shapes), [], not options.same_gradients
     for ranks in options.ranks:
+        own = shapes if options.whole else with_few_numbers(shapes, ranks)
         for base in options.bases:
             for name in options.settings:
-                runs.append(measure(base, name, sizes, ranks, options.steps, options.device))
+                what = base, name, own, ranks
+                runs.append(measure(*what, options.steps, options.device, new))
                 print(runs[-1]["case"], end=" ", flush=True)
                 if options.profile:
-                    profile(base, name, tensors, ranks)
+                    profile(*what, new)
     few = {ranks: numbers(tensors, ranks) for ranks in options.ranks}
     each = "the network's" if options.whole else few
     print(f"\n{options.parameters}: {tensors} tensors; numbers in each, by ranks: {each}\n")
     print(markdown(runs))
     print(f"\n{parts_table(runs)}")
     found = {"parameters": options.parameters, "tensors": tensors, "numbers": each}
-    found["device"] = options.device
+    found |= {"device": options.device, "new_gradients": new}
     report.write(options.out, found | {"steps": options.steps, "runs": runs})
 
 
-def profile(base: str, name: str, tensors: int, ranks: int) -> None:
+def profile(
+    base: str, name: str, shapes: Sequence[torch.Size], ranks: int, new_gradients: bool
+) -> None:
     """Prints by function where the time of the steps goes, the base optimizer's included."""
-    ours = Run(base, SETTINGS[name], tensors, ranks)
+    ours = Run(base, SETTINGS[name], shapes, ranks, new_gradients=new_gradients)
     for _ in range(WARM):
         ours.step()
     step, profiler = ours.optimizer.step, cProfile.Profile()

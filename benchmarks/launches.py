@@ -51,15 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.at_least(0, options, "warm")
         report.prepare(options.out.parent)
         torch.set_num_threads(1)
-        sizes = [shape.numel() for shape in shapes_of(options.parameters)]
+        shapes = shapes_of(options.parameters)
         runs = []
         for name in options.cases:
-            runs.append(count(name, sizes, options.ranks, options.warm, options.cycles))
+            runs.append(count(name, shapes, options.ranks, options.warm, options.cycles))
             print(markdown(runs[-1:]), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = {"parameters": options.parameters, "tensors": len(sizes), "ranks": options.ranks}
+    found = {"parameters": options.parameters, "tensors": len(shapes), "ranks": options.ranks}
     report.write(options.out, found | {"device": "pretended", "base": "SGD", "runs": runs})
     print(f"\n{markdown(runs)}")
     return 0
@@ -92,12 +92,14 @@ class _Counter:
         self.last += self._gpu.launches
 
 
-def count(case: str, sizes: list[int], ranks: int, warm: int, cycles: int) -> dict[str, Any]:
+def count(
+    case: str, shapes: Sequence[torch.Size], ranks: int, warm: int, cycles: int
+) -> dict[str, Any]:
     """Counts the launches of whole cycles: the steps that end with an accelerated point.
 
     Args:
         case: one of CASES.
-        sizes: numbers of each tensor.
+        shapes: of the tensors.
         ranks: P.
         warm: steps before anything is counted.
         cycles: how many; cycles in which no point is accelerated do not count.
@@ -112,7 +114,7 @@ def count(case: str, sizes: list[int], ranks: int, warm: int, cycles: int) -> di
     steps, setting = CASES[case]
     with PretendGpu() as gpu:
         counter = _Counter(gpu)
-        plain, ours = (Run("SGD", s, sizes, ranks, "pretended") for s in (None, setting))
+        plain, ours = (Run("SGD", s, shapes, ranks, "pretended") for s in (None, setting))
         plain.around = ours.around = counter
         plain.step()
         base, kinds = counter.last, ours.kinds()

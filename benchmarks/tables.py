@@ -228,14 +228,19 @@ def _convergence() -> str:
             [
                 name,
                 *(_ratio(runs[contender]) for contender in ("aadl", "paper", "paper+average")),
-                *(_ratio(default, x) for x in ("f over base", "f over base: worst")),
+                # Rows that were measured before f was reported lack it.
+                *(
+                    _ratio(default, x) if x in default else ""
+                    for x in ("f over base", "f over base: worst")
+                ),
                 *(_ratio(default, x) for x in ("over base: mean", "of means", "worst")),
                 *(_ratio(averaged, x) for x in ("over base: mean", "of means")),
                 *(runs[x]["seeds"].split(",")[0] for x in ("default", "aadl", "paper")),
             ]
         )
     head = ["problem; base", "AADL", "paper", "with moving average", "default: f", "worst"]
-    head += ["default", "of means", "worst", "at averaged weights", "of means", "seeds", "AADL", "paper"]
+    head += ["training loss", "of means", "worst", "at averaged weights", "of means"]
+    head += ["seeds", "AADL", "paper"]
     return table(head, rows)
 
 

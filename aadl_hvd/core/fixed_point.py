@@ -157,7 +157,10 @@ class FixedPoint(Protocol):
         """Puts back the state that `snapshot` returned. The snapshot is used up."""
 
     def state_tensors(self) -> list[Tensor]:
-        """The base optimizer's state, in an order that is the same on all ranks."""
+        """The base optimizer's state, in an order that is the same on all ranks.
+
+        The caller may write to it until the step ends.
+        """
 
     def loss(self) -> float:
         """Evaluates this rank's loss at the current weights."""

@@ -38,8 +38,8 @@ class Products:
     ) -> tuple[Tensor, Tensor]:
         """[R_slots, v]^T R and v^T v over the rows that this rank sums up, in one pass over R.
 
-        On a processor there is one product for each slot and one for v. Each reads the same chunk
-        of R, which is in the cache after the first.
+        One product of matrices does it, whatever the number of slots. A product for each slot would
+        read R from memory once and then from the third-level cache, which takes longer.
 
         Args:
             slots: slots that this rank holds.
@@ -63,12 +63,9 @@ class Products:
         wide = self._wide(vector)
         for part, square, rows in zip(parts, squares, pieces, strict=True):
             columns, piece = _widened(part_of(r, rows), wide), part_of(vector, rows)
-            others = [*(columns[index] for index in indices), *([] if few is not None else [piece])]
-            if history.device.type == "cpu":  # BLAS copies narrow matrices, which takes longer
-                for out, other in zip(part, others, strict=False):
-                    torch.mv(columns, other, out=out)
-            elif others:
-                torch.mm(torch.stack(others), columns.T, out=part[: len(others)])
+            others = _stacked(columns, indices, piece if few is None else None)
+            if len(others):
+                torch.mm(others, columns.T, out=part[: len(others)])
             for index in few or ():
                 torch.dot(columns[index], piece, out=part[-1, index])
             torch.dot(piece, piece, out=square)
@@ -206,13 +203,29 @@ def working_bytes(
     if device.type != "cpu":
         tables = max(tables, kernels.PROGRAMS * (kernels.AT_ONCE + 1))
     widened = columns * longest if narrow else 0
-    stacked = (fresh + 1) * longest if device.type != "cpu" else 0
+    stacked = (fresh + 1) * longest
     return (widened + stacked + tables * columns) * work_dtype.itemsize
 
 
 def _widened(columns: Tensor, memory: Tensor | None) -> Tensor:
     """Columns [k, rows] in the dtype of the products, in `memory` where they are converted."""
     return columns if memory is None else memory[:, : columns.shape[1]].copy_(columns)
+
+
+def _stacked(columns: Tensor, indices: list[int], vector: Tensor | None) -> Tensor:
+    """Some of the columns [k, rows], and a vector [rows] below them: [len(indices) (+ 1), rows].
+
+    It is a view where that is possible. New columns lie one after another, unless the ring has
+    begun anew between them.
+    """
+    if vector is None:
+        first = indices[0] if indices else 0
+        if indices == list(range(first, first + len(indices))):
+            return columns[first : first + len(indices)]
+    elif not indices:
+        return vector.unsqueeze(0)
+    below = [] if vector is None else [vector]
+    return torch.stack([*(columns[index] for index in indices), *below])
 
 
 def _subtract(r: Tensor, factor: float, columns: Tensor, weights: Tensor, out: Tensor) -> None:

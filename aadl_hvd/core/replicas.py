@@ -99,7 +99,9 @@ class Replicas:
             fingerprint: of the pending history of this rank, 0 for none.
         """
         # Checksums are those of the memory, which lies on all ranks alike or is read in order.
-        layout = zlib.crc32(repr([t.stride() for t in problem.tensors]).encode())
+        # One number has no stride. Where a rank has no part of it (FSDP2), it has a vector of none.
+        strides = [t.stride() or (1,) for t in problem.tensors]
+        layout = zlib.crc32(repr(strides).encode())
         work = work_dtype(problem)
         able = kernels.usable(problem.device, work, self._config.history_dtype or work)
         sums = self._collectives.agree(

@@ -34,7 +34,7 @@ def averaged_weights(
     hash(problem.signature)  # up to date with the parameter groups
     if not accelerator.agreed:  # averages may have been loaded
         accelerator.agree(problem)
-    put_back = problem.hold()
+    put_back = problem.copy_weights()
 
     def gather_anew() -> None:
         if problem.sharded and model is not None:

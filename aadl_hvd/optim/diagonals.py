@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl_hvd.optim.flat_parameters import KeptViews
-from aadl_hvd.optim.flatten import FlatLayout
+from aadl_hvd.optim.flatten import FEW, FlatLayout
 from aadl_hvd.optim.scaling import (
     Group,
     decay_of,
@@ -30,7 +29,6 @@ _Kind = tuple[float, float, bool]
 # Rows, what they have in common, and the parameters that meet them: (index, first row, last row).
 _Run = tuple[slice, _Kind, list[tuple[int, int, int]]]
 _AT_REST = 0.0, 0.0, False  # parameters that do not move
-_FEW = 2**20  # numbers of second moments for which memory, and views of it, are kept
 
 
 class Diagonals:
@@ -58,7 +56,6 @@ class Diagonals:
         self._runs: tuple[Any, list[_Run]] | None = None
         self._absent: set[int] = set()  # in the last step
         self._moments: Tensor | None = None  # memory to read them into
-        self._views = KeptViews()  # of the moments
         self._held: dict[tuple[int, int], Tensor] | None = None
 
     @property
@@ -74,13 +71,12 @@ class Diagonals:
         self._held = {} if held else None
 
     def forget_views(self) -> None:
-        """Lets go of memory, and of views, that are kept."""
+        """Lets go of memory that is kept."""
         self._moments, self._held = None, None
-        self._views.forget()
 
     def scaling(self, lo: int, hi: int) -> Tensor:
         """Rows [lo, hi) of M, [hi - lo]; not to be changed."""
-        if self._held is None or hi - lo > _FEW:
+        if self._held is None or hi - lo > FEW:
             return self._scaling(lo, hi)
         found = self._held.get((lo, hi))
         if found is None:
@@ -103,12 +99,12 @@ class Diagonals:
             return diagonal
         # All parameters at once: with many small ones calls are all there is.
         v, steps = moments
-        into, few = diagonal, hi - lo <= _FEW
+        into, few = diagonal, hi - lo <= FEW
         if few:
             if self._moments is None or len(self._moments) != hi - lo:
                 self._moments = self._empty(hi - lo)
             into = self._moments
-        if not (hi - lo == self._layout.n and v and self._views.join(v, into)):
+        if not (hi - lo == self._layout.n and self._layout.join(v, into)):
             all_v: list[Tensor | None] = [None] * len(self._parameters)
             for index, own in zip(met, v, strict=True):
                 all_v[index] = own

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.core.chunking import chunks
-from aadl_hvd.optim.flatten import FlatLayout
+from aadl_hvd.optim.flatten import FEW, FlatLayout
 from aadl_hvd.optim.shards import local
 
-# Numbers that one call copies on a processor. With more the copies take the time, not the calls,
-# and each is better shared by all cores.
-_FEW = 2**20
 _DTYPE = operator.attrgetter("dtype")
 _GRADIENT = operator.attrgetter("grad")
 
@@ -41,7 +38,7 @@ class FlatParameters:
         self._in_pieces = not plain or not all(map(Tensor.is_contiguous, tensors))
         self._views: list[Tensor] = []
         self._dtypes = {p.dtype for p in tensors}
-        self._few = layout.n <= _FEW
+        self._few = layout.n <= FEW
         host = self._few and all(p.device.type == "cpu" for p in tensors)
         self._joined = tensors[0].dtype if host and len(self._dtypes) == 1 else None
 
@@ -129,57 +126,6 @@ class FlatParameters:
         return [*map(Tensor.data_ptr, ps)], [*map(Tensor.numel, ps)], [*map(_DTYPE, ps)]
 
 
-class KeptViews:
-    """Views of a few tensors, as long as they are the same from one call to the next."""
-
-    def __init__(self) -> None:
-        self._first: Tensor | None = None  # of the last call
-        self._kept: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._views: list[Tensor] = []
-
-    def join(self, tensors: list[Tensor], out: Tensor) -> bool:
-        """Copies tensors one after the other to `out`, if there are views of just these.
-
-        Args:
-            tensors: at least one, of the class `Tensor` itself.
-            out: as many numbers as they have.
-        """
-        if out.numel() > _FEW or not (self._are_kept(tensors) or self._keep(tensors)):
-            return False
-        if self._views[0].dtype != out.dtype:
-            return False
-        torch.cat(self._views, out=out)
-        return True
-
-    def forget(self) -> None:
-        """Lets go of the views, and of the tensors."""
-        self._first, self._kept, self._views = None, [], []
-
-    def _are_kept(self, tensors: list[Tensor]) -> bool:
-        if len(self._kept) != len(tensors) or not all(map(operator.is_, tensors, self._kept)):
-            return False
-        return self._addresses == [*map(Tensor.data_ptr, tensors)]
-
-    def _keep(self, tensors: list[Tensor]) -> bool:
-        # Most trainings make new gradients in every step: then views are worth nothing, and of the
-        # last gradients no more than one is kept alive.
-        again = tensors[0] is self._first
-        self.forget()
-        if tensors[0].device.type != "cpu":
-            return False
-        self._first = tensors[0]
-        if not again or len({*map(_DTYPE, tensors)}) > 1:
-            return False
-        plain = torch.strided
-        for t in tensors:
-            if t.layout is not plain or t.device.type != "cpu" or not t.is_contiguous():
-                return False
-        self._kept, self._views = tensors, [t.detach().view(-1) for t in tensors]
-        self._addresses = [*map(Tensor.data_ptr, tensors)]
-        return True
-
-
 class FlatGradients:
     """The gradients of some parameters.
 
@@ -190,7 +136,6 @@ class FlatGradients:
 
     def __init__(self, parameters: list[Tensor], layout: FlatLayout) -> None:
         self._parameters, self._layout = parameters, layout
-        self._kept = KeptViews()
 
     def read(self, lo: int, hi: int, out: Tensor) -> tuple[Tensor, set[int]]:
         """Copies rows [lo, hi) into `out`, [hi - lo].
@@ -202,7 +147,7 @@ class FlatGradients:
         if hi - lo == self._layout.n:
             found = [*map(_GRADIENT, self._parameters)]
             if {*map(type, found)} == {Tensor}:  # none is missing, or sharded
-                if not self._kept.join(found, out):
+                if not self._layout.join(found, out):
                     self._layout.read(found, lo, hi, out, again=True)
                 return out, set()
         gradients: list[Tensor | None] = [None] * len(self._parameters)
@@ -212,7 +157,3 @@ class FlatGradients:
             if gradient is None:
                 absent.add(index)
         return self._layout.read(gradients, lo, hi, out, again=True), absent
-
-    def forget_views(self) -> None:
-        """Lets go of views that are kept."""
-        self._kept.forget()

@@ -223,7 +223,7 @@ class OptimizerFixedPoint:
         return self._flat.read(lo, hi, out, again=True, in_place=self._stays)
 
     def forget_buffers(self) -> None:
-        for views in (self._layout, self._flat, self._gradients, self._diagonals):
+        for views in (self._layout, self._flat, self._diagonals):
             views.forget_views()
 
     def keep_gradient(self) -> None:
@@ -283,7 +283,7 @@ class OptimizerFixedPoint:
             for (p, past), old in zip(remembered, before, strict=True):
                 past.add_(p - old)
 
-    def hold(self) -> Callable[[], None]:
+    def copy_weights(self) -> Callable[[], None]:
         """Copies the weights. Calling the result puts them back."""
         tensors = [*map(local, self._parameters)]
         saved = [tensor.detach().clone() for tensor in tensors]
@@ -331,6 +331,7 @@ class OptimizerFixedPoint:
         return lines
 
     def state_tensors(self) -> list[Tensor]:
+        self._diagonals.hold(False)  # the caller may write to them
         entries = [self._optimizer.state.get(p, {}) for p in self._parameters]
         found = (entry[key] for entry in entries for key in sorted(entry))
         return [local(value) for value in found if isinstance(value, Tensor)]

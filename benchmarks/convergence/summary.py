@@ -153,7 +153,8 @@ def markdown(rows: Sequence[Row], head: dict[str, Any]) -> str:
         extra = [n for n in chosen[0].final if n not in ("training_loss", "objective")]
         columns = [
             "", "seeds", "training loss", "over base: mean", "of means", "worst",
-            "f", "f over base", "f over base: worst", "steps to base's loss", *(name.replace("_", " ") for name in extra),
+            "f", "f over base", "f over base: worst", "steps to base's loss",
+            *(name.replace("_", " ") for name in extra),
             "ms a step", "accelerated / rejected",
         ]  # fmt: skip
         lines += [f"## {problem}", "", "| " + " | ".join(columns) + " |"]
@@ -240,10 +241,10 @@ def _about(head: dict[str, Any]) -> list[str]:
         f"torch {machine['torch']}, Python {machine['python']}; last run {head['date']}.",
         "",
         "Means over seeds ± 95 % bands. \"Over base\" is the final training loss over the base "
-        "optimizer's: mean of the seeds' ratios, ratio of the means, worst seed. f is the objective "
-        "that is minimised: training loss + (weight decay/2) ||w||^2; \"f over base\" is the "
-        "geometric mean of the seeds' ratios. Steps are means over the seeds that got there, with "
-        "their number.",
+        "optimizer's: mean of the seeds' ratios, ratio of the means, worst seed. f is the "
+        "objective that is minimised: training loss + (weight decay/2) ||w||^2; \"f over base\" "
+        "is the geometric mean of the seeds' ratios. Steps are means over the seeds that got "
+        "there, with their number.",
     ]  # fmt: skip
 
 

@@ -63,6 +63,11 @@ def settings(depth: int, ranks: int) -> list[Setting]:
                 history_depth=depth, frequency=p, store_every=p, safeguard="none", **chosen
             )
             found.append(Setting(name, config, falling))
+    # The default p and q: two columns are new in each acceleration step.
+    config = AndersonConfig(
+        history_depth=depth, frequency=2, store_every=1, safeguard="none", **bare
+    )
+    found.append(Setting("p = 2, q = 1", config))
     return found
 
 

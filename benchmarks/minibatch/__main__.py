@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     if options.list:
-        for case in CASES.values():
-            print(f"{case.name}  ({case.group}, {case.seeds} seeds)")
+        lines = [f"{case.name}  ({case.group}, {case.seeds} seeds)" for case in CASES.values()]
+        try:
+            print("\n".join(lines), flush=True)
+        except BrokenPipeError:  # the reader has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         return 0
     try:
         run(options)

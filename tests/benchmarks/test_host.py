@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import host
 
@@ -34,8 +35,9 @@ def test_a_short_run(tmp_path, capsys, monkeypatch):
     ("residual-norm", {"stored": 100, "rejected": 200, "accelerated": 200}),
 ])  # fmt: skip
 def test_a_step_starts_few_operations(base, ranks, name, limits):
-    """No tensor of 161 is looked at by itself: not for samples, and not for second moments."""
-    plain, ours = (host.Run(base, s, 161, ranks) for s in (None, host.SETTINGS[name]))
+    """No vector of 161 is looked at by itself: not for samples, and not for second moments."""
+    shapes = host.with_few_numbers([torch.Size([2])] * 161, ranks)
+    plain, ours = (host.Run(base, s, shapes, ranks) for s in (None, host.SETTINGS[name]))
     plain.step()  # the first one makes the state of AdamW
     for _ in range(60):
         ours.step()
@@ -44,6 +46,26 @@ def test_a_step_starts_few_operations(base, ranks, name, limits):
     assert {"stored", "other"} & {*calls}
     for kind, found in calls.items():
         assert found <= limits[kind], kind
+
+
+def test_no_tensor_has_a_kernel_of_its_own():
+    """Gradients that are no vectors have a view each, which no kernel makes."""
+    shapes = host.with_few_numbers([torch.Size([2, 2]), torch.Size([2])] * 80, 1)
+    plain, ours = (host.Run("SGD", s, shapes, 1) for s in (None, host.SETTINGS["subspace"]))
+    for _ in range(40):
+        ours.step()
+    calls, kernels = host._calls(plain, ours, 20)
+    assert kernels < 30 and calls["other"] < 80 + 20
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_gradients_are_new_in_each_step(new):
+    run = host.Run("SGD", None, [torch.Size([3, 2]), torch.Size([4])], 1, new_gradients=new)
+    before = [p.grad for p in run.parameters]
+    run.step()
+    for p, old in zip(run.parameters, before, strict=True):
+        assert (p.grad is old) == (not new)
+        assert p.grad.any()
 
 
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--ranks", "0"], ["--parameters", "x"]])

@@ -1,8 +1,10 @@
 """The mini-batch benchmark: its problems, its runs, its numbers, and the command."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 
@@ -552,3 +554,11 @@ def test_reused_file_must_be_ours(tmp_path, capsys):
     words = ["digits_mlp-500-sgd0.5", "--quick", "--reuse", "--output", str(tmp_path)]
     assert minibatch.main(words) == 2
     assert "no results" in capsys.readouterr().err
+
+
+def test_a_list_that_is_not_read_to_its_end():
+    """As by `head`: what is left of it, also in Python's buffer, makes no error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as out, contextlib.redirect_stdout(out):
+        assert minibatch.main(["--list"]) == 0

@@ -11,7 +11,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training import assert_same_on_all, data, mine, network, sgd, train
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer, ReplicaMismatchError, UnsupportedError
+from aadl_hvd import (
+    AndersonConfig,
+    AndersonOptimizer,
+    ReplicaMismatchError,
+    UnsupportedError,
+    kernels,
+)
 
 RANK, SIZE = dist.get_rank(), dist.get_world_size()
 
@@ -121,6 +127,15 @@ def test_back_to_a_history_with_a_parameter_of_one_number(method, tmp_path):
     again = steps(model, opt, half, half)
     assert opt.anderson.stats.accelerated == accelerated > 2
     assert torch.equal(again, found)
+
+
+def test_a_parameter_of_one_number_does_not_turn_kernels_off(monkeypatch):
+    """It has no stride on the first rank, and is a vector without numbers on the others."""
+    monkeypatch.setattr(kernels, "usable", lambda *_: True)
+    opt = optimizer(mixed().append(Scale()), CASES["residual"])
+    replicas = opt.anderson._replicas
+    assert replicas.agree(opt.anderson_engine.problem, 0)
+    assert replicas.use_kernels
 
 
 @pytest.mark.parametrize("method", CASES)

@@ -24,6 +24,9 @@ BOUND = 90
 
 Each of the times below is about 10 seconds. On busy cores processes need much longer to end.
 """
+START = 200
+"""Seconds that a training may take to start, and an undisturbed one to end. It is no bound of the
+software: only a training that hangs takes so long, however busy the cores are."""
 # Open MPI's daemons look after each other: after 5 seconds, and then 3 times every 2 seconds. It
 # takes these from the environment, as horovodrun does.
 SHORT = {
@@ -32,6 +35,9 @@ SHORT = {
     "OMPI_MCA_oob_tcp_keepalive_probes": "3",
     "HOROVOD_GLOO_TIMEOUT_SECONDS": "10",
     "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+    # horovodrun starts Python on each host first, to look for networks. Busy cores need longer
+    # than its 30 seconds.
+    "HOROVOD_START_TIMEOUT": str(START),
 }
 
 
@@ -40,7 +46,8 @@ class Training:
 
     Args:
         network: the hosts.
-        launcher: "mpirun" or "torchrun", or horovodrun's "mpi" or "gloo".
+        launcher: "mpirun" or "torchrun", or horovodrun's "mpi" or "gloo"; "static": torchrun, whose
+            agents share no store after the start.
         folder: for checkpoints and weights.
         arguments: of the program.
         options: of the launcher.
@@ -50,7 +57,7 @@ class Training:
     def __init__(self, network, launcher, folder, *arguments, options=(), **environment):
         self.network, self.launcher = network, launcher
         python = network.warm()
-        engine = "torch" if launcher == "torchrun" else "horovod"
+        engine = "torch" if launcher in ("torchrun", "static") else "horovod"
         command = [*python, PROGRAM, engine, folder, "--timeout", 10, *arguments]
         variables = {
             "PATH": network.path,
@@ -61,12 +68,16 @@ class Training:
             **SHORT,
             **environment,
         }
-        if launcher == "torchrun":
+        if engine == "torch":
             # The endpoint's store is on the first host.
             meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={HOSTS[0]}:29400", "--rdzv-id=job"]
             size = [f"--nnodes={len(HOSTS)}", "--nproc-per-node=2"]
-            start = [*python, "-m", "torch.distributed.run", *size, *meet, *options, "--no-python"]
-            commands = {host: [*start, *command] for host in HOSTS}
+            start = [*python, "-m", "torch.distributed.run", *size, *options]
+            commands = {}
+            for i, host in enumerate(HOSTS):
+                if launcher == "static":
+                    meet = [f"--node-rank={i}", f"--master-addr={HOSTS[0]}", "--master-port=29400"]
+                commands[host] = [*start, *meet, "--no-python", *command]
         elif launcher == "mpirun":
             passed = [word for name in variables for word in ("-x", name)]
             where = ["-H", ",".join(f"{host}:2" for host in HOSTS), "--bind-to", "none"]
@@ -108,7 +119,16 @@ class Training:
         found = [line for host in HOSTS for line in self.network.processes(host).values()]
         return [line for line in found if "warm.py serve" not in line]
 
-    def until(self, pattern, limit=120):
+    def wait_for_ranks(self, limit):
+        """Waits until nothing is left on the hosts. The test fails where it does not end."""
+        end = time.monotonic() + limit
+        while left := self.left():
+            if time.monotonic() > end:
+                pytest.fail(f"still there: {left}\n{self.output[-8000:]}")
+            time.sleep(0.2)
+        self.ended = {host: (max(at, time.time()), code) for host, (at, code) in self.ended.items()}
+
+    def until(self, pattern, limit=START):
         """Waits for an output. The test fails where it does not come."""
         end = time.monotonic() + limit
         while not re.search(pattern, self.output):
@@ -126,7 +146,8 @@ class Training:
             thread.join(max(0.0, end - time.monotonic()))
         if len(self.ended) < len(self._threads):
             pytest.fail(
-                f"no end after {limit} s, but of {list(self.ended)}:\n{self.output[-8000:]}"
+                f"no end after {limit} s, but of {list(self.ended)}; still there: {self.left()}\n"
+                f"{self.output[-8000:]}"
             )
         return {host: code for host, (_, code) in self.ended.items()}
 

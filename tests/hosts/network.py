@@ -38,24 +38,43 @@ ip link set lo up
 echo $$ >"$1/$0.new" && mv "$1/$0.new" "$1/$0.pid"
 exec sleep infinity
 """
-# Like sshd, it hands on nothing of the caller's environment.
+# Like sshd, it hands on nothing of the caller's environment. Like ssh, it is a process of its own,
+# which passes output on: who kills it hears no more of the other host, where the command goes on.
 SSH = """\
-#!/bin/sh
-host=
-while :; do
-    case $1 in
-    -[opli]) shift 2 ;;
-    -*) shift ;;
-    *) [ "$host" ] && break; host=$1; shift ;;
-    esac
-done
-case "$*" in *orted*) first= ;; *) first=exec ;; esac
-$first env -i HOME="$HOME" PATH="{folder}/bin:{path}" \\
-    nsenter --target "$(cat {folder}/$host.pid)" --net --uts --mount -- sh -c "$*"
-code=$?
+#!{python} -IS
+import os, subprocess, sys, threading, time
+words, parent = sys.argv[1:], os.getppid()
+while words[0].startswith("-"):
+    words = words[2 if words[0] in ("-o", "-p", "-l", "-i") else 1:]
+host, *words = words
+while words and words[0].startswith("-"):
+    words = words[2 if words[0] in ("-o", "-p", "-l", "-i") else 1:]
+keeper = open("{folder}/" + host + ".pid").read().strip()
+enter = ["nsenter", "--target", keeper, "--net", "--uts", "--mount", "--", "sh", "-c"]
+session = subprocess.Popen(
+    [*enter, " ".join(words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    start_new_session=True,
+    env={{"HOME": os.environ.get("HOME", "/"), "PATH": "{folder}/bin:{path}"}},
+)
+
+def pass_on(pipe, number):
+    while data := os.read(pipe.fileno(), 65536):
+        os.write(number, data)
+
+passing = [
+    threading.Thread(target=pass_on, args=pair)
+    for pair in ((session.stdout, 1), (session.stderr, 2))
+]
+for thread in passing:
+    thread.start()
+code = session.wait()
+for thread in passing:
+    thread.join()
 # mpirun must not hear through a cut wire that its daemon has ended.
-while [ -e {folder}/cut ] && kill -0 $PPID 2>/dev/null; do sleep 0.2; done
-exit $code
+daemon = "orted" in " ".join(words)
+while daemon and os.path.exists("{folder}/cut") and os.getppid() == parent:
+    time.sleep(0.2)
+sys.exit(code if code >= 0 else 128 - code)
 """
 
 
@@ -81,10 +100,13 @@ class Network:
         delay: seconds that a packet takes from one host to the other.
         loss: the part of all packets that is lost. With either of the two a program carries the
             packets, because not every kernel can delay and lose them (netem).
+        retries: after how many tries the kernel gives a connection up (`net.ipv4.tcp_retries2`):
+            with 4 after about 10 seconds, with 15, which is its default, after 15 minutes.
     """
 
-    def __init__(self, *, delay=0.0, loss=0.0):
+    def __init__(self, *, delay=0.0, loss=0.0, retries=4):
         self._warm = []
+        self._retries = retries
         self._relay = [str(delay), str(loss)] if delay or loss else None
         self.folder = Path(tempfile.mkdtemp(prefix="hosts"))
 
@@ -102,7 +124,7 @@ class Network:
         lines = [f"{ADDRESS.format(i)} {host}\n" for i, host in enumerate(HOSTS, start=1)]
         (self.folder / "names").write_text("127.0.0.1 localhost\n" + "".join(lines))
         ssh = self.folder / "bin" / "ssh"
-        ssh.write_text(SSH.format(folder=self.folder, path=PATH))
+        ssh.write_text(SSH.format(folder=self.folder, path=PATH, python=sys.executable))
         ssh.chmod(0o755)
         # It ends with its standard input, and the kernel then ends all others in the namespace.
         self._all = subprocess.Popen(
@@ -137,8 +159,7 @@ class Network:
             ends = ["eth0", "netns", pids[0], "type", "veth", "peer", "eth0", "netns", pids[1]]
             self._run("ip", "link", "add", *ends)
         for i, host in enumerate(HOSTS, start=1):
-            # The kernel gives a connection up after about 10 seconds; else after 15 minutes.
-            self.check(host, "sysctl", "-q", "-w", "net.ipv4.tcp_retries2=4")
+            self.check(host, "sysctl", "-q", "-w", f"net.ipv4.tcp_retries2={self._retries}")
             self.check(host, "ip", "address", "add", f"{ADDRESS.format(i)}/24", "dev", "eth0")
             self.check(host, "ip", "link", "set", "eth0", "up")
 

@@ -1,11 +1,15 @@
 """Any range of the flat vector, of tensors of any layout, against torch.cat."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.optim.flat_parameters import FlatGradients, FlatParameters
 from aadl_hvd.optim.flatten import FlatLayout
 from aadl_hvd.optim.problem import OptimizerFixedPoint
@@ -215,7 +219,7 @@ def _strided(p):
 
 @pytest.mark.parametrize("change", [_others, _missing, _elsewhere, _strided])
 def test_gradients_are_read_where_they_are_now(change):
-    """Gradients that stay the same tensors are read through views, and others are not."""
+    """Whether they are the same tensors as in the step before or not."""
     weights = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4, 3))]
     gradients = FlatGradients(weights, FlatLayout([p.shape for p in weights]))
 
@@ -343,3 +347,78 @@ def test_views_of_large_weights_are_not_kept():
     with torch.no_grad():
         flat.write(torch.zeros(2**20 + 1))
     assert not p.detach().any() and flat._views == []
+
+
+JOINED = [
+    lambda: torch.randn(3),
+    lambda: torch.randn(2, 3),
+    lambda: torch.randn(()),
+    lambda: torch.randn(6)[::2],
+    lambda: torch.randn(1).expand(4),
+    lambda: torch.randn(4, 3).t(),
+    lambda: torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last),
+    lambda: torch.randn(0),
+    lambda: torch.randn(0, 3),
+    lambda: torch.randn(5).to(torch.bfloat16),
+    lambda: torch.randn(3, 2).to(torch.float16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(tensors=st.lists(st.sampled_from(JOINED), min_size=1, max_size=5))
+def test_join_is_read(dtype, tensors):
+    tensors = [make() for make in tensors]
+    layout = FlatLayout([t.shape for t in tensors])
+    out = torch.full((layout.n,), torch.nan, dtype=dtype)
+    assert layout.join(tensors, out)
+    assert torch.equal(out, layout.read(tensors, 0, layout.n, torch.empty_like(out)))
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("second", [
+    torch.ones(5).to_sparse(), torch.ones(3), torch.ones(5, 2), torch.ones(5, 1).to_sparse(),
+])  # fmt: skip
+def test_what_is_not_joined(second):
+    """The rows have their size afterwards."""
+    layout = FlatLayout([torch.Size([4]), torch.Size([5, 1][: second.dim()])])
+    out = torch.zeros(9)
+    assert not layout.join([torch.ones(4), second], out)
+    assert not layout.join([torch.ones(4)], out)
+    assert out.shape == (9,)
+    assert not FlatLayout([torch.Size([2**20 + 1])]).join([out], torch.empty(2**20 + 1))
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_old_gradients_are_free_after_a_step(make):
+    """Where they stayed the same tensors for some steps, too. They are as large as the model."""
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 4), (3,), (2, 3))]
+    config = AndersonConfig(method="subspace")
+    opt = AndersonOptimizer(make(weights, lr=0.1), anderson=config, independent=True)
+    arrays = [np.ones(p.shape, dtype=np.float32) for p in weights]
+    for p, array in zip(weights, arrays, strict=True):
+        p.grad = torch.from_numpy(array)  # its storage keeps the array alive
+    for _ in range(25):
+        opt.step()
+    watched = [weakref.ref(array) for array in arrays]
+    del arrays, array
+    opt.zero_grad()
+    assert not any(array() is not None for array in watched)
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    opt.step()
+
+
+@given(LISTS, st.sampled_from([torch.float32, torch.float64]))
+def test_adds_in_the_dtype_of_what_is_added(spec, dtype):
+    """One call for all tensors where that has the same bits, else through a copy of each chunk."""
+    tensors = tensors_of(spec)
+    flat = FlatParameters(tensors, FlatLayout([t.shape for t in tensors]))
+    added = torch.randn(sum(t.numel() for t in tensors), dtype=dtype)
+    pieces = added.split([t.numel() for t in tensors])
+    expected = [
+        (t.to(dtype) + piece.view(t.shape)).to(t.dtype)
+        for t, piece in zip(tensors, pieces, strict=True)
+    ]
+    flat.add(added)
+    for t, own in zip(tensors, expected, strict=True):
+        assert torch.equal(t, own)

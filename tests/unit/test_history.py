@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.local import LocalCommunicator
@@ -370,3 +371,34 @@ def test_length_of_the_message():
         assembly.system(torch.randn(6).double(), np.zeros(7))
     assert comm.sent == (8 * (29 + 7),) * 3
     assert assembly.stats.bytes["gram"] == sum(comm.sent)
+
+
+@pytest.mark.parametrize(
+    ("slots", "copies"), [([2], 0), ([1, 2, 3], 0), ([4, 0], 1), ([], 0)], ids=str
+)
+@pytest.mark.parametrize("anew", [False, True], ids=["carried", "anew"])
+def test_new_columns_are_multiplied_in_one_product(slots, copies, anew):
+    """A product for each new column reads R from the cache or from memory as many times."""
+    sharding = Sharding("rows", 6, 5, 1, 0)
+    held = History(sharding, torch.float32, torch.float32, torch.device("cpu"))
+    held.r.copy_(torch.randn(5, 6, generator=torch.Generator().manual_seed(0)))
+    v, called = held.r[3] - held.r[1], []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        table, square = Products(held).inner(slots, v, None if anew else slots)
+    chunks = len(list(chunking.chunks(v)))
+    left = [*slots, *(["v"] if anew else [])]
+    assert called.count("mm") == (chunks if left else 0)
+    assert not {"mv", "addmv"} & set(called)
+    copied = chunks if copies or (anew and slots) else 0
+    assert called.count("stack") + called.count("cat") == copied
+    exact = torch.stack([*held.r[slots], v]).double() @ held.r.double().T
+    known = exact[-1] if anew else exact[-1, slots]
+    assert torch.allclose(table[:-1], exact[:-1], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(table[-1] if anew else table[-1, slots], known, rtol=1e-5, atol=1e-6)
+    assert float(square) == pytest.approx(float(v.double() @ v.double()), rel=1e-5)

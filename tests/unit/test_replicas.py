@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 from problems import PLAIN, TEXTBOOK, Group, Problem, flat, parameters_of
 
 from aadl_hvd import AndersonConfig, ReplicaMismatchError
+from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import reduction, replicas
+from aadl_hvd.core.collectives import Collectives
+from aadl_hvd.optim.problem import OptimizerFixedPoint
+from aadl_hvd.stats import Stats
 
 CPU = torch.device("cpu")
 MOMENTUM = (Group(((4, 3), (5,)), lr=0.05, momentum=0.8),)
@@ -143,6 +147,36 @@ def test_resync_makes_weights_and_state_equal(residual):
         assert counters.resets["desynchronized"] == 1
         assert counters.accelerated == stats.accelerated > 4
     assert not np.array_equal(results[0][1][1], path[1])
+
+
+def test_a_resync_within_a_step_changes_the_scaling():
+    """M is made once in a step. After a resync the moments are another rank's."""
+    problem = Problem(PLAIN)
+
+    def program(comm):
+        ps = [p for group in problem.parameters() for p in group]
+        adam = torch.optim.Adam(ps, lr=0.1)
+        fixed_point = OptimizerFixedPoint(adam, "gradient")
+        fixed_point.base_step = adam.step
+        for p in ps:
+            p.grad = torch.full_like(p, 2.0 if comm.rank == 1 else 1.0)
+        collectives = Collectives(comm, ShardGroup(comm), Stats())
+        compared = replicas.Replicas(config(on_desync="resync"), collectives)
+        with torch.no_grad():
+            assert compared.compare(fixed_point)
+            fixed_point.advance()
+            before = fixed_point.scaling(0, problem.n)
+            reduction.reduce_payloads((compared.of(fixed_point),), collectives, Stats())
+            assert not compared.equal
+            compared.settle(fixed_point, step=1)
+            return before, fixed_point.scaling(0, problem.n)
+
+    with pytest.warns(UserWarning, match="rank 1 differ from those of rank 0"):
+        (expected, own), *others = run_ranks(3, program)
+    assert torch.equal(own, expected)
+    assert not torch.equal(others[0][0], expected)
+    for _, now in others:
+        assert torch.equal(now, expected)
 
 
 @pytest.mark.filterwarnings("error")
