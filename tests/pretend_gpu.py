@@ -87,6 +87,8 @@ class _Driver:
             "graph": capturing,
             "Stream": lambda: None,
             "device": lambda device: contextlib.nullcontext(),
+            "current_stream": lambda device: None,
+            "stream": lambda stream: contextlib.nullcontext(),
         }
         self._patches = [
             mock.patch.multiple(torch.cuda, **answers),

@@ -170,7 +170,11 @@ class WeightAverages:
         # One call for all averages: with few rows calls take the time.
         if weights != self._weighed[0]:
             column = torch.tensor(weights, dtype=w.dtype, device="cpu").unsqueeze(1)
-            self._weighed = weights, column.to(w.device, non_blocking=True)
+            if self.captures.used and self._weighed[1].shape == column.shape:
+                # A graph reads the weights where they lay when it was captured.
+                self._weighed = weights, self._weighed[1].copy_(column, non_blocking=True)
+            else:
+                self._weighed = weights, column.to(w.device, non_blocking=True)
         column = self._weighed[1]
         key = where(w, r, column, self._means) if self.captures.used else ()
         self.captures.run(lambda: self._take(w, r, column), "take", key)

@@ -52,6 +52,7 @@ class Captures:
         self._device = device
         self._used = wanted and device.type == "cuda" and rows <= CHUNK_GPU
         self._known: dict[Hashable, _Known] = {}
+        self._stream: Any = None  # of all captures: libraries keep memory for each stream
 
     @property
     def used(self) -> bool:
@@ -88,12 +89,15 @@ class Captures:
 
     def _capture(self, known: _Known, work: Callable[[], Tensor | None]) -> bool:
         """Captures a piece, which does not do its work yet; False: it cannot be done here."""
+        cuda: Any = torch.cuda
+        # Old versions of torch leave the stream of a capture that fails the current one. The outer
+        # context puts the stream of the training back.
         try:
-            with torch.cuda.device(self._device):
-                graph = torch.cuda.CUDAGraph()
-                stream = torch.cuda.Stream()
+            with cuda.device(self._device), cuda.stream(cuda.current_stream(self._device)):
+                graph, self._stream = cuda.CUDAGraph(), self._stream or cuda.Stream()
                 # Threads of Horovod and of NCCL may call CUDA meanwhile: only this one is watched.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                how = {"stream": self._stream, "capture_error_mode": "thread_local"}
+                with cuda.graph(graph, **how):
                     result = work()
         except RuntimeError as error:
             self._used = False

@@ -42,6 +42,7 @@ class ScaleInvariance:
         self._largest: Vector = np.zeros(0)  # cos^2 over what is allowed, of all looks, [tensors]
         self._shares: Vector = np.zeros(0)
         self._ends: tuple[Sequence[int], Vector] = [], np.zeros(0)
+        self._layouts = 0  # how often the sizes have changed
         self._lengths: dict[tuple[int, int, torch.device], tuple[int, Tensor]] = {}
 
     @property
@@ -70,6 +71,14 @@ class ScaleInvariance:
                 sums = torch.segment_reduce(product, "sum", lengths=lengths, unsafe=True)
                 own[first : first + len(lengths)].add_(sums)  # `+=` would copy it once more
         return found.reshape(-1)
+
+    def layout(self, sizes: Sequence[int]) -> int:
+        """A number that is another one whenever the sizes have changed since the last call."""
+        if self._ends[0] != sizes:
+            self._ends = sizes, np.cumsum(sizes)
+            self._lengths.clear()
+            self._layouts += 1
+        return self._layouts
 
     def look(self, sizes: Sequence[int], sums: Vector) -> bool:
         """Takes in the sums over all ranks.
@@ -127,9 +136,7 @@ class ScaleInvariance:
         """The first tensor that has numbers in own rows, and how many each from it on has there."""
         lo = self._sharding.rows[0]
         begin, end = lo + rows.start, lo + rows.stop
-        if self._ends[0] != sizes:
-            self._ends = sizes, np.cumsum(sizes)
-            self._lengths.clear()
+        self.layout(sizes)
         ends, key = self._ends[1], (begin, end, device)
         if (found := self._lengths.get(key)) is not None:  # on a GPU the host would wait for a copy
             return found

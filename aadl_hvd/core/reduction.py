@@ -81,7 +81,8 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
         joined = torch.cat(vectors) if len(vectors) > 1 else vectors[0]
         sizes = [tensors[i].numel() for i in own]
         # A copy also on the host: the memory of a result may be used again.
-        found |= zip(own, _cut(joined.to("cpu", copy=True).numpy(), sizes), strict=True)
+        numbers = joined.to("cpu", copy=len(vectors) == 1).numpy()
+        found |= zip(own, _cut(numbers, sizes), strict=True)
     return [found[i] for i in range(len(tensors))]
 
 

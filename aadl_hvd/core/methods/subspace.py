@@ -245,8 +245,9 @@ class Subspace:
             with self._stats.timed("solve"):
                 sizes = [tensor.numel() for tensor in problem.tensors]
                 own: Tensor = self._shard.captures.run(
-                    lambda: invariance.sums(sizes, w, r, jump), "growth", where(w, r, jump)
-                )
+                    lambda: invariance.sums(sizes, w, r, jump),
+                    "growth", invariance.layout(sizes), where(w, r, jump),
+                )  # fmt: skip
                 (sums,) = numbers_of([own])
                 if invariance.look(problem.sizes, self._collectives.growth(sums)):
                     invariance.correct(sizes, w, jump)
