@@ -118,7 +118,10 @@ class PretendGraph:
         undo: tensors that the capture wrote to, and what they held before: it does not do the work.
     """
 
+    made = 0  # all that were ever made
+
     def __init__(self):
+        PretendGraph.made += 1
         self.started, self.undo = [], []
 
     def note(self, func, args, kwargs):

@@ -118,6 +118,7 @@ class WeightAverages:
         w, r, part = self._iterate
         if not self.captures.used or self.use_kernels or not self.count:
             return [self.partial_gains(w, r, part)]
+        r = self.captures.steady("r", r)
         key = where(w, r, self._means), part.start, part.stop
         return [self.captures.run(lambda: self.partial_gains(w, r, part), "gains", key)]
 
@@ -176,6 +177,7 @@ class WeightAverages:
             else:
                 self._weighed = weights, column.to(w.device, non_blocking=True)
         column = self._weighed[1]
+        r = self.captures.steady("r", r)
         key = where(w, r, column, self._means) if self.captures.used else ()
         self.captures.run(lambda: self._take(w, r, column), "take", key)
 

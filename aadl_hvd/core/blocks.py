@@ -197,6 +197,10 @@ class Blocks:
             decay: see `finish`.
             key: what `judged` depends on, see `Captures.run`.
         """
+        steady = self._captured.steady
+        decay = steady("decay", decay) if isinstance(decay, Tensor) else decay
+        if isinstance(scaling, Tensor):
+            scaling = steady("scaling", scaling)
         if self._captured.used and not isinstance(scaling, Tensor):
             # A schedule changes the rate in every block: a graph reads it from the device.
             inverse = 1.0 / scaling if scaling else 0.0

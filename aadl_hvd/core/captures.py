@@ -52,6 +52,7 @@ class Captures:
         self._device = device
         self._used = wanted and device.type == "cuda" and rows <= CHUNK_GPU
         self._known: dict[Hashable, _Known] = {}
+        self._steady: dict[str, tuple[int, Tensor | None]] = {}  # see `steady`
         self._stream: Any = None  # of all captures: libraries keep memory for each stream
 
     @property
@@ -85,7 +86,25 @@ class Captures:
 
     def forget(self) -> None:
         """Frees all graphs, and their memory."""
-        self._known = {}
+        self._known, self._steady = {}, {}
+
+    def steady(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that may be a new one in every call, in memory that stays: for a key.
+
+        Args:
+            name: the same in every call for the same purpose.
+            tensor: any; it is returned itself as long as all lay in one place.
+        """
+        if not self._used:
+            return tensor
+        first, copy = self._steady.get(name, (tensor.data_ptr(), None))
+        if copy is None and tensor.data_ptr() == first:
+            self._steady[name] = first, None
+            return tensor
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        self._steady[name] = first, copy
+        return copy.copy_(tensor)
 
     def _capture(self, known: _Known, work: Callable[[], Tensor | None]) -> bool:
         """Captures a piece, which does not do its work yet; False: it cannot be done here."""

@@ -17,6 +17,8 @@ from tests.pretend_gpu import GPU, PretendGpu, PretendGraph
 SHAPES = ((6, 5), (7,), (3, 2, 2))
 STEPS = 240  # the sums over ten columns are captured at 180
 CHANGE = 195
+# The last step with a new graph, where nothing is forgotten: of the sums.
+LAST = 175
 SUBSPACE = {"method": "subspace"}
 
 
@@ -37,6 +39,7 @@ class Run:
 
     def __init__(self, gpu, graphs, make=sgd, **settings):
         self.gpu, generator = gpu, torch.Generator().manual_seed(0)
+        self.made = []
         self.generator, self.launches, self.graphs = generator, [], []
         values = [torch.randn(shape, generator=generator) for shape in SHAPES]
         self.weights = [torch.nn.Parameter(value.to(GPU)) for value in values]
@@ -44,7 +47,13 @@ class Run:
         config = AndersonConfig(**SUBSPACE | settings, cuda_graphs=graphs)
         self.opt = AndersonOptimizer(make(self.weights), anderson=config)
 
+    @property
+    def captured(self):
+        """The last step with a new graph."""
+        return max(self.made, default=-1)
+
     def step(self):
+        before = PretendGraph.made
         with torch.no_grad():
             for w, curvature in zip(self.weights, self.curvature, strict=True):
                 noise = torch.randn(w.shape, generator=self.generator).to(GPU)
@@ -53,6 +62,8 @@ class Run:
         self.opt.step()
         self.launches.append(self.gpu.launches - launches)
         self.graphs.append(self.gpu.kernels[kernels:].count("graph"))
+        if PretendGraph.made > before:
+            self.made.append(len(self.graphs) - 1)
 
     @property
     def flat(self):
@@ -127,6 +138,10 @@ def test_the_same_bits(name):
             assert torch.equal(with_graphs.flat, without.flat), step
         assert not any(without.graphs)
         assert sum(with_graphs.graphs[-30:]) >= 10, "pieces are replayed to the end"
+        if change in (nothing, schedule):
+            of_a_block = 2 if name == "residual-norm" else 4
+            assert max(with_graphs.graphs[-11:]) >= of_a_block, "those of a block's end as well"
+            assert with_graphs.captured <= LAST, "no new graphs, step by step"
         assert sum(with_graphs.launches[-60:]) < sum(without.launches[-60:])
         assert with_graphs.opt.anderson.stats.accelerated == without.opt.anderson.stats.accelerated
         assert without.opt.anderson.stats.accelerated > 5
@@ -150,6 +165,7 @@ def test_the_state_is_the_same():
             for _ in range(135):
                 run.step()
             states.append(copy.deepcopy(run.opt.sharded_state_dict()))
+            del states[-1]["anderson"]["config"]["cuda_graphs"]
         assert repr(states[0]) == repr(states[1])
 
 
