@@ -167,11 +167,13 @@ class AndersonConfig:
             at its end. So the large message has a whole step's time. The gathered jump takes n
             numbers meanwhile. It is as late on one rank as on many, which then train alike. Nothing
             is late with FSDP2, where nothing large travels, nor where a closure judges the jump.
-        cuda_graphs: True: pieces of an acceleration step's work on a GPU are captured as CUDA
-            graphs after two calls, so that the host starts each by one launch. Results are the
-            same. It pays with few rows a rank, where the host's time is what a step takes, and is
-            for the subspace method above all. A graph keeps the memory that its piece works in. On
-            a processor it does nothing. It has not run on a GPU yet.
+        cuda_graphs: True: pieces of a step's work on a GPU are captured as CUDA graphs at their
+            third call. The host then starts each piece by one launch. Weights are the same, bit for
+            bit. It is meant for few rows a rank, where starting kernels takes the time, and for the
+            subspace method above all. Each graph keeps the memory that its piece works in, which
+            the forecast of memory leaves out. If a capture fails, steps go on without graphs, with
+            one warning. With more than 2^21 rows a rank, and on a processor, it does nothing. It
+            has never run on a real GPU.
 
     Raises:
         ConfigError: a value is not allowed; the message names parameter, value and range.
