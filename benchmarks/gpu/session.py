@@ -46,15 +46,11 @@ _PARTS = "-m benchmarks.gpu --no-steps --device={device} --cycles={cycles} --dty
 _PARTS += "--parameters={network} --ranks 1 6 1536 --out={out}/parts.json"
 _HOST = "-m benchmarks.host --device={device} --whole --parameters={network} --bases SGD "
 _HOST += "--ranks 1 6 1536 --steps=60 --out={out}/host.json --settings residual-norm subspace"
-_GRAPHS = "-m benchmarks.host --device={device} --whole --parameters={network} --bases SGD "
-_GRAPHS += "--ranks 1536 --steps={longer} --out={out}/graphs.json --settings subspace"
 JOBS = (
     Job("kernels", (*PYTEST, "tests/unit/test_kernels.py"), 90),
     Job("training on a GPU", (*PYTEST, "tests/gpu"), 90),
     Job("parts, residual-norm method", (*_PARTS.split(),), 90),
-    Job("both methods by kind of step", (*_HOST.split(),), 120),
-    # Graphs of a full history are captured at about step 200.
-    Job("CUDA graphs", (*_GRAPHS.split(), "subspace, cuda_graphs=True"), 90),
+    Job("both methods by kind of step", (*_HOST.split(), "subspace, cuda_graphs=True"), 120),
     _steps(64, "subspace", 60),
     _steps(64, "residual", 60),
     _steps(256, "subspace", 45),
@@ -71,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     values = {"out": str(options.out), "device": "cuda", "cycles": "10", "network": "resnet50"}
-    values |= {"pixels": "224", "longer": "400"}
+    values["pixels"] = "224"
     if options.trial:
         values |= {
             "device": "cpu",

@@ -440,7 +440,9 @@ def test_both_methods_by_what_they_start(tmp_path):
         f"{100 * late.share(steps.seconds['float32']):.2f} %, subspace, overlap=True (a node) "
         f"{100 * node.share(steps.seconds['float32']):.2f} %."
     ]
-    pretended = [dataclasses.replace(found["subspace, cuda_graphs=True", False], seconds={"host": 0.0})]
+    pretended = [
+        dataclasses.replace(found["subspace, cuda_graphs=True", False], seconds={"host": 0.0})
+    ]
     assert "missed by all" in methods.verdicts({"summit": (SUMMIT, steps, pretended)})[0]
     slow = [dataclasses.replace(found["subspace", False], seconds={"host": 1.0})]
     assert "missed by all" in methods.verdicts({"summit": (SUMMIT, steps, slow)})[0]
