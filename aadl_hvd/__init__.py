@@ -41,7 +41,7 @@ __all__ = [
     "checkpoint",
     "recalibrate_batch_norm",
 ]
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 
 def __getattr__(name: str) -> Any:
