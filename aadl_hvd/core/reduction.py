@@ -80,9 +80,10 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
         vectors = [tensors[i].detach().reshape(-1).double() for i in own]
         joined = torch.cat(vectors) if len(vectors) > 1 else vectors[0]
         sizes = [tensors[i].numel() for i in own]
-        # A copy also on the host: the memory of a result may be used again.
-        numbers = joined.to("cpu", copy=len(vectors) == 1).numpy()
-        found |= zip(own, _cut(numbers, sizes), strict=True)
+        host = joined.cpu()
+        if host is joined and len(vectors) == 1:  # a copy here too: its memory may be used again
+            host = host.clone()
+        found |= zip(own, _cut(host.numpy(), sizes), strict=True)
     return [found[i] for i in range(len(tensors))]
 
 

@@ -12,6 +12,8 @@ import torch
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.core import captures
+from aadl_hvd.core.invariance import ScaleInvariance
+from aadl_hvd.core.sharding import Sharding
 from tests.pretend_gpu import GPU, PretendGpu, PretendGraph
 
 SHAPES = ((6, 5), (7,), (3, 2, 2))
@@ -216,3 +218,30 @@ def test_a_processor_and_many_rows_capture_nothing():
     x.grad = torch.ones(3)
     opt.step()
     assert x.tolist() == pytest.approx([0.9] * 3)
+
+
+def test_a_tensor_that_moves_gets_memory_that_stays():
+    with PretendGpu():
+        runs, still = captures.Captures(True, GPU, 4), torch.ones(4, device=GPU)
+        assert runs.steady("still", still) is runs.steady("still", still) is still
+        kept = [torch.full((4,), float(i), device=GPU) for i in range(4)]
+        found = [runs.steady("moves", tensor) for tensor in kept]
+        assert found[0] is kept[0], "it may never move"
+        assert found[1] is not kept[1]
+        assert len({captures.where(tensor) for tensor in found[1:]}) == 1
+        assert found[-1].tolist() == [3.0] * 4
+        assert kept[0].tolist() == [0.0] * 4, "memory of others is never written"
+        assert runs.steady("moves", torch.zeros(2, device=GPU)).shape == (2,)
+
+
+def test_sums_of_other_tensors_are_another_piece():
+    """The lengths of the segments lie on the device: a graph must not read those of before."""
+    with PretendGpu():
+        runs = captures.Captures(True, GPU, 4)
+        looked = ScaleInvariance(Sharding("rows", 4, 1, 1, 0))
+        w = torch.arange(4.0, device=GPU)
+        for sizes in ([1, 3], [1, 3], [1, 3], [3, 1], [1, 3], [3, 1], [1, 3], [1, 3]):
+            key = looked.layout(sizes), captures.where(w)
+            found = runs.run(lambda sizes=sizes: looked.sums(sizes, w, w, w), key)
+            first = sum(x * x for x in range(sizes[0]))
+            assert found.tolist() == [first, 14 - first] * 4, sizes
