@@ -216,7 +216,8 @@ def test_averaged_weights_are_a_row_of_their_own():
 def test_without_the_base_there_are_no_ratios():
     row = rows_of(a_run(contender="aadl"))["aadl"]
     assert row.mean_of_ratios is None and row.steps_to_base is None
-    assert "| - | - | - | - |" in summary.markdown([row], {})
+    assert row.objective_ratio is None
+    assert "| 1 | - | - | - | 2 | - | - | - | 500.00 | - |" in summary.markdown([row], {})
 
 
 # The file

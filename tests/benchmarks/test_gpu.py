@@ -135,6 +135,8 @@ def test_one_rank_of_many_does_all_of_its_work(p, q, layout):
     if layout == "rows":
         assert found["launches"]["store"] == 3 * p // q
     again = one_rank.share(shapes, config, 6, 1, torch.device("cpu"))
+    # New columns are copied where the ring of columns begins anew between them.
+    assert abs(again["launches"].pop("gram") - found["launches"].pop("gram")) <= 1
     assert again["launches"] == found["launches"]
 
 

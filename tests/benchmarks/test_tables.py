@@ -53,4 +53,4 @@ def test_every_result_is_shown_or_read():
 def test_convergence_is_read_by_problem():
     found = tables.convergence("convergence")
     assert set(tables.PROBLEMS.values()) == set(found)
-    assert found["quadratic"]["default"]["seeds"] == "20"
+    assert found["quadratic"]["default"]["seeds"] == "10"
