@@ -128,8 +128,8 @@ class HorovodEngine(Engine):
                 comm.poll_until(self._all_reduced())
             self.horovods["synchronize"](self._distributed)
             self._joined = False
-        except HorovodInternalError as error:  # as it is: Horovod elastic waits for it
-            comm.explain(error)
+        except HorovodInternalError as error:
+            self._explain(error)
             raise
         if not noted:
             self.note_mean_gradients()
@@ -146,12 +146,12 @@ class HorovodEngine(Engine):
         """Begins to reduce one gradient: `_allreduce_grad_async` of Horovod's class."""
         if not self._adasum:
             self.note_own_gradients([p])
-        return self.horovods["_allreduce_grad_async"](self._distributed, p)
+        return self._begin("_allreduce_grad_async", p)
 
     def reduce_group_async(self, ps: Sequence[Tensor]) -> Any:
         """Begins to reduce a group: `_grouped_allreduce_grad_async` of Horovod's class."""
         self.note_own_gradients(ps)
-        return self.horovods["_grouped_allreduce_grad_async"](self._distributed, ps)
+        return self._begin("_grouped_allreduce_grad_async", ps)
 
     def before_hooks(self, closure: Closure | None) -> None:
         """Step hooks are about to fire: ends reductions, which they must not change halfway.
@@ -184,6 +184,18 @@ class HorovodEngine(Engine):
             return comm, ShardGroup(comm)
 
     # How
+
+    def _begin(self, method: str, what: Any) -> Any:
+        try:
+            return self.horovods[method](self._distributed, what)
+        except HorovodInternalError as error:  # Horovod has ended, and nobody has waited yet
+            self._explain(error)
+            raise
+
+    def _explain(self, error: HorovodInternalError) -> None:
+        """Adds what is known of ranks that have left. The error itself stays: elastic needs it."""
+        if not getattr(error, "__notes__", None):  # not twice, where calls are within each other
+            self.accelerator.comm.explain(error)
 
     def _weights_before(self, p: Tensor) -> Tensor:
         # Adasum's hooks turn a parameter into its own update while the reduction is under way.

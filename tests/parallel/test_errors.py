@@ -3,6 +3,7 @@
 import horovod.torch as hvd
 import pytest
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from problems import TEXTBOOK
 from training import (
     NEVER,
@@ -268,3 +269,21 @@ def test_settings_in_the_place_of_the_compression(compression):
     model = layered(4)
     with pytest.raises(ConfigError, match=r"compression=.*anderson=AndersonConfig"):
         DistributedAndersonOptimizer(sgd(model), model.named_parameters(), compression)
+
+
+@pytest.mark.parametrize("settings", [{}, {"groups": 1}])
+def test_an_error_of_horovod_in_the_backward_pass_says_who_has_left(monkeypatch, settings):
+    """A rank may leave, and Horovod end, before another one begins to reduce a gradient."""
+    model = network()
+    opt = DistributedAndersonOptimizer(sgd(model), model.named_parameters(), **settings)
+    engine = opt.anderson_engine
+
+    def ended(*_):
+        raise HorovodInternalError("Horovod has been shut down")
+
+    name = "_grouped_allreduce_grad_async" if settings else "_allreduce_grad_async"
+    monkeypatch.setitem(engine.horovods, name, ended)
+    monkeypatch.setattr(engine.accelerator.comm, "explain", lambda e: e.add_note("Rank 9 has left"))
+    with pytest.raises(HorovodInternalError) as caught:
+        model(torch.ones(2, 3)).sum().backward()
+    assert caught.value.__notes__ == ["Rank 9 has left"]
