@@ -168,12 +168,14 @@ class AndersonConfig:
             numbers meanwhile. It is as late on one rank as on many, which then train alike. Nothing
             is late with FSDP2, where nothing large travels, nor where a closure judges the jump.
         cuda_graphs: True: pieces of a step's work on a GPU are captured as CUDA graphs at their
-            third call. The host then starts each piece by one launch. Weights are the same, bit for
-            bit. It is meant for few rows a rank, where starting kernels takes the time, and for the
-            subspace method above all. Each graph keeps the memory that its piece works in, which
-            the forecast of memory leaves out. If a capture fails, steps go on without graphs, with
-            one warning. With more than 2^21 rows a rank, and on a processor, it does nothing. It
-            has never run on a real GPU.
+            third call. The host then starts each piece by one launch. It is meant for few rows a
+            rank, where starting kernels takes the time, and for the subspace method above all. Each
+            graph keeps the memory that its piece works in, which the forecast of memory leaves out.
+            If a capture fails, steps go on without graphs and with a warning, but torch itself may
+            not: begin again with False then. Not together with `torch.compile(mode=
+            "reduce-overhead")`. With more than 2^21 rows a rank, and on a processor, it does
+            nothing. It has never run on a real GPU; on the tests' pretended one weights are the
+            same, bit for bit.
 
     Raises:
         ConfigError: a value is not allowed; the message names parameter, value and range.

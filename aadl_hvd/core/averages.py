@@ -116,7 +116,7 @@ class WeightAverages:
     def pending(self) -> list[Tensor]:
         """This rank's contribution to the gains, on the device."""
         w, r, part = self._iterate
-        if not self.captures.used or self.use_kernels or not self.count:
+        if not (self.captures.used and self.count and self.decays) or self.use_kernels:
             return [self.partial_gains(w, r, part)]
         r = self.captures.steady("r", r)
         key = where(w, r, self._means), part.start, part.stop

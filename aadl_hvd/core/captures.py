@@ -50,7 +50,7 @@ class Captures:
 
     def __init__(self, wanted: bool, device: torch.device, rows: int) -> None:
         self._device = device
-        self._used = wanted and device.type == "cuda" and rows <= CHUNK_GPU
+        self._used = wanted and device.type == "cuda" and 0 < rows <= CHUNK_GPU
         self._known: dict[Hashable, _Known] = {}
         self._steady: dict[str, tuple[int, Tensor | None]] = {}  # see `steady`
         self._stream: Any = None  # of all captures: libraries keep memory for each stream
@@ -123,7 +123,8 @@ class Captures:
             self.forget()
             warnings.warn(
                 f"cuda_graphs=True: a CUDA graph could not be captured ({error}). Steps go on "
-                "without graphs, with the same results. Set cuda_graphs=False to be rid of this.",
+                "without graphs. After a failed capture torch's random numbers and memory on this "
+                "GPU may be unusable: begin again with cuda_graphs=False.",
                 stacklevel=2,
             )
             return False

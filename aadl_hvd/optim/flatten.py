@@ -131,7 +131,7 @@ class FlatLayout:
 
         Returns:
             Whether it did. False: there are many numbers, they are on another device than a
-            processor, or a tensor is missing, sparse or of another size. `out` is undefined then.
+            processor, or a tensor is sparse or of another size. `out` is undefined then.
         """
         if out.numel() > FEW or out.device.type != "cpu" or len(tensors) != len(self.shapes):
             return False

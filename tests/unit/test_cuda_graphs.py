@@ -185,10 +185,21 @@ def test_falls_back_for_good_with_one_warning(monkeypatch):
                 without.step()
         assert [str(x.message) for x in seen if "cuda_graphs" in str(x.message)] == [
             "cuda_graphs=True: a CUDA graph could not be captured (no graphs today). Steps go on "
-            "without graphs, with the same results. Set cuda_graphs=False to be rid of this."
+            "without graphs. After a failed capture torch's random numbers and memory on this GPU "
+            "may be unusable: begin again with cuda_graphs=False."
         ]
         assert torch.equal(with_graphs.flat, without.flat)
         assert not any(with_graphs.graphs) and not with_graphs.captures.used
+
+
+def test_without_averages_no_empty_graph_is_captured():
+    """torch warns of graphs that have no work in them."""
+    with PretendGpu() as gpu:
+        run = Run(gpu, True, averages=())
+        for _ in range(60):
+            run.step()
+        names = {key[0] for key in run.captures._known}
+    assert names and not names & {"gains", "take"}
 
 
 def test_memory_is_freed_with_the_history():
