@@ -11,6 +11,7 @@ import pytest
 from launching import HOROVODRUN, documented, run_command
 
 ROOT = Path(__file__).parents[2]
+DEPTH = 6  # m in program.py
 TIME_LIMIT = 200  # seconds; 25 where nothing else runs
 
 
@@ -79,8 +80,11 @@ def test_the_history_is_resharded_where_its_parts_survive(phases):
     assert killed["columns"] == 0
     assert killed["resets"]["ranks"] == 1
     for before, after in ((phases[1][-1], joined), (phases[2][-1], left)):
+        # Hosts change when Horovod sees it: just before, an attempt may have been rejected.
+        assert before["columns"] >= DEPTH // 2
+        columns = min(DEPTH, before["columns"] + after["stored"] - before["stored"])
         rejected = after["descent"] > before["descent"]  # in this very step: the older half goes
-        assert after["columns"] == (3 if rejected else 6)
+        assert after["columns"] == (columns // 2 if rejected else columns)
         assert after["resets"]["ranks"] == 1
 
 
@@ -98,14 +102,14 @@ def test_replicas_are_equal_at_the_end(lines, phases):
 
 def test_the_log_says_what_became_of_the_history(output, phases):
     said = [line.split("aadl_hvd ")[1] for line in output.splitlines() if " aadl_hvd " in line]
-    steps = [phase[-1]["step"] for phase in phases]
+    first, *ends = (phase[-1] for phase in phases[:3])
     resets, *resharded = said
-    assert resets.startswith(f"elastic: 2 ranks, 3 before, after step {steps[0]}: the history")
+    assert resets.startswith(f"elastic: 2 ranks, 3 before, after step {first['step']}: the history")
     assert "is reset, the shard of rank 2 of 3 that shared it is lost" in resets
     assert resharded == [
-        f"elastic: {now} ranks, {before} before, after step {step}: the history goes on, "
-        "6 columns resharded"
-        for now, before, step in ((3, 2, steps[1]), (2, 3, steps[2]))
+        f"elastic: {now} ranks, {before} before, after step {end['step']}: the history goes on, "
+        f"{end['columns']} columns resharded"
+        for now, before, end in zip((3, 2), (2, 3), ends, strict=True)
     ]
 
 

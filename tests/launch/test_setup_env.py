@@ -334,11 +334,13 @@ def running(pid):
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_interrupted_set_up_ends_its_children_and_others_wait_for_it(checkout, tmp_path):
+def test_interrupted_set_up_ends_its_children_and_others_wait_for_it(checkout, tmp_path, request):
     """A command that never ends stands for a long download."""
     driver, pids = tmp_path / "driver.py", tmp_path / "pid"
     driver.write_text(
-        "import pathlib, sys\nfrom launch import setup_env as s\n"
+        "import pathlib, signal, sys\nfrom launch import setup_env as s\n"
+        # What `nohup make test &` starts inherits that it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "s.Setup.look = lambda self: print('begun', flush=True)\n"
         f"slow = ['sh', '-c', 'sleep 60 & echo $! > {pids}.new; mv {pids}.new {pids}; wait']\n"
         "s.Setup.install_packages = lambda self: self.run(slow, {'PATH': '/usr/bin:/bin'})\n"
@@ -347,11 +349,13 @@ def test_interrupted_set_up_ends_its_children_and_others_wait_for_it(checkout, t
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     how["env"] = dict(os.environ, PYTHONPATH=str(ROOT))
     first = subprocess.Popen([sys.executable, "-u", driver], **how)
+    request.addfinalizer(first.kill)
     while not pids.exists():
         assert first.poll() is None
         time.sleep(0.05)
     pid = int(pids.read_text())
     second = subprocess.Popen([sys.executable, "-u", driver], **how)
+    request.addfinalizer(second.kill)
     assert "after any other" in second.stdout.readline()
     time.sleep(0.5)
     assert int(pids.read_text()) == pid and running(pid)  # the second one waits
