@@ -108,7 +108,7 @@ class Run:
         setting: of the acceleration; None: the base optimizer alone.
         shapes: of the tensors.
         ranks: P.
-        device: "cpu", "cuda", or "pretended": "cuda" inside `tests.pretend_gpu.PretendGpu`.
+        device: "cpu", "cuda", or "pretended": "cuda" inside `benchmarks.pretend_gpu.PretendGpu`.
         new_gradients: new tensors in each step, as after `zero_grad()`.
 
     Attributes:

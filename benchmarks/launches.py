@@ -1,7 +1,7 @@
 """Counts what the host starts on a GPU in the steps of one rank of many, on a pretended GPU.
 
 No GPU is needed, and none has confirmed the counts: they are operations of torch on tensors of the
-pretended device of the tests (`tests/pretend_gpu.py`) that are no views. An operation on a list of
+pretended device (`benchmarks/pretend_gpu.py`) that are no views. An operation on a list of
 tensors counts as often as torch starts a kernel for it. A CUDA graph counts as one, whatever is in
 it. Nothing is timed.
 
@@ -22,9 +22,9 @@ import torch
 
 from benchmarks import command, report
 from benchmarks.host import Run, Setting
+from benchmarks.pretend_gpu import PretendGpu
 from benchmarks.workload import shapes_of
 from models.errors import UserError
-from tests.pretend_gpu import PretendGpu
 
 OUT = report.RESULTS / "launches.json"
 # In these no point of the residual-norm method is rejected: a gradient's noise is next to nothing,

@@ -112,7 +112,7 @@ class Accelerator(AcceleratorState):
                         reduce_payloads(
                             (
                                 averages.of(w, whole, shard.sharding.counted),
-                                replicas.of(problem),
+                                replicas.of(problem, shard.captures),
                                 *method.payloads(problem, r, stored),
                                 acceptance.losses,
                             ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.checkpoint.shard_state import AveragesState
-from aadl_hvd.core.captures import none, where
+from aadl_hvd.core.captures import Captures, none, where
 from aadl_hvd.core.chunking import chunks, part_of
 from aadl_hvd.core.solve import Vector
 
@@ -33,6 +33,7 @@ class WeightAverages:
         rows: number of rows of this rank.
         dtype: float32 or float64.
         device: where the parameters are.
+        captures: runs device work; None: one operation at a time.
 
     Attributes:
         decays: the decay factors.
@@ -54,12 +55,13 @@ class WeightAverages:
         rows: int,
         dtype: torch.dtype,
         device: torch.device,
+        captures: Captures | None = None,
     ) -> None:
         self.decays = tuple(decays)
         self._every = every
         self._means = torch.zeros((len(self.decays), 2, rows), dtype=dtype, device=device)  # w, r
         self.use_kernels = False
-        self.captures = none()
+        self._captures = captures or none()
         self._gains: Vector = np.zeros(len(self.decays))
         self._measured = self.count = 0
         self.summed: Vector = np.zeros(len(self.decays))
@@ -101,8 +103,7 @@ class WeightAverages:
         if self.use_kernels:
             first, end, _ = part.indices(w.numel())
             return kernels.gains(w, r, [*self._means], slice(first, end)).mul_(0.5)
-        # The loop over the averages is the inner one, so that w and r are read once.
-        sums = [self._gains_of(w, r, rows) for rows in chunks(w, part)]
+        sums = [self._gains_of(w, r, rows) for rows in chunks(w, part, vectors=len(self.decays))]
         if len(sums) == 1:
             return sums[0].mul_(0.5)
         zero = w.new_zeros(len(self.decays), dtype=torch.float64)
@@ -116,11 +117,11 @@ class WeightAverages:
     def pending(self) -> list[Tensor]:
         """This rank's contribution to the gains, on the device."""
         w, r, part = self._iterate
-        if not (self.captures.used and self.count and self.decays) or self.use_kernels:
+        if not (self._captures.used and self.count and self.decays) or self.use_kernels:
             return [self.partial_gains(w, r, part)]
-        r = self.captures.steady("r", r)
+        r = self._captures.steady("r", r)
         key = where(w, r, self._means), part.start, part.stop
-        return [self.captures.run(lambda: self.partial_gains(w, r, part), "gains", key)]
+        return [self._captures.run(lambda: self.partial_gains(w, r, part), "gains", key)]
 
     def pack(self, numbers: list[Vector]) -> Vector:
         """[len(decays)] numbers to be summed over ranks."""
@@ -171,15 +172,15 @@ class WeightAverages:
         # One call for all averages: with few rows calls take the time.
         if weights != self._weighed[0]:
             column = torch.tensor(weights, dtype=w.dtype, device="cpu").unsqueeze(1)
-            if self.captures.used and self._weighed[1].shape == column.shape:
+            if self._captures.used and self._weighed[1].shape == column.shape:
                 # A graph reads the weights where they lay when it was captured.
                 self._weighed = weights, self._weighed[1].copy_(column, non_blocking=True)
             else:
                 self._weighed = weights, column.to(w.device, non_blocking=True)
         column = self._weighed[1]
-        r = self.captures.steady("r", r)
-        key = where(w, r, column, self._means) if self.captures.used else ()
-        self.captures.run(lambda: self._take(w, r, column), "take", key)
+        r = self._captures.steady("r", r)
+        key = where(w, r, column, self._means) if self._captures.used else ()
+        self._captures.run(lambda: self._take(w, r, column), "take", key)
 
     def _take(self, w: Tensor, r: Tensor, column: Tensor) -> None:
         both = self._means.unbind(1)
@@ -229,7 +230,5 @@ class WeightAverages:
         return [max(1.0 - decay**steps, 1.0 / self.count) for decay in self.decays]
 
     def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
-        w, r = part_of(w, rows), part_of(r, rows)
-        means = part_of(self._means, rows).flatten(0, 1).unbind()
-        pairs = zip(means[::2], means[1::2], strict=True)
-        return torch.stack([torch.dot(of_r + r, of_w - w) for of_w, of_r in pairs]).double()
+        of_w, of_r = part_of(self._means, rows).unbind(1)
+        return (of_r + part_of(r, rows)).mul_(of_w - part_of(w, rows)).sum(dim=1).double()

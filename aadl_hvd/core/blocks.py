@@ -9,19 +9,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.subspace_state import BlocksState, OwnBlockState
 from aadl_hvd.core import captures
-from aadl_hvd.core.chunking import chunked_dot, chunks, part_of, total
+from aadl_hvd.core.chunking import chunks, part_of, total
 from aadl_hvd.core.sharding import Sharding
+from aadl_hvd.core.solve import Vector
 
 DEPTH = 10  # m, differences that are kept
 NOISES = 3  # blocks whose noise is kept
-# A number, rows of a diagonal, or a number and its reciprocal on the device.
-_Diagonal = float | Tensor | tuple[Tensor, Tensor]
-VECTORS = 8 + NOISES  # the next w and r, four of the block that runs, two means, the noises
+# Vectors, in this order: the next w and r; w where the block began; the last block's means of w and
+# g; three sums over steps: g in those of odd number, w - start in all, g in those of even number;
+# noises. When a block has ended, the last two sums become its means of w and g. So the mean of g,
+# the noises and the columns lie side by side, and one product has all of them.
+_START, _LAST, _ODD, _MOVED, _EVEN, _FIRST_NOISE = 2, slice(3, 5), 5, 6, 7, 8
+_SUMS, _MEANS = slice(_ODD, _EVEN + 1), slice(_MOVED, _EVEN + 1)
+VECTORS = _FIRST_NOISE + NOISES
+_FEW = 1 + NOISES  # the gradient and the noises
+_SAVED = _START, _MOVED, _EVEN, _ODD, 3, 4, *range(_FIRST_NOISE, VECTORS)  # order in checkpoints
 
 
 class Blocks:
@@ -57,9 +65,12 @@ class Blocks:
         self._columns: Tensor | None = None  # dW and dG, [2, DEPTH, rows]
         self._vectors: Tensor  # [VECTORS, rows]
         self._each: tuple[Tensor, ...] = ()  # views of them, made once
+        # The gradient, the noises, dW and dG, [_FEW + 2 DEPTH, rows]; None: columns are narrower.
+        self._joined: Tensor | None = None
         self._gaps: deque[int] = deque(maxlen=DEPTH)
-        self._dot: Tensor | None = None  # sum of <w - start, g> over the block, on own rows
-        self._scales: Tensor | None = None  # M and M^-1 where they are numbers, for graphs
+        # On own rows: sum of <w - start, g> over the block, and that product of its means; [2].
+        self._dots: Tensor | None = None
+        self._numbers: tuple[float | None, float] = 0.0, 0.0  # see `arrange`
         self._captured = captured or captures.none()
 
     @property
@@ -83,22 +94,28 @@ class Blocks:
         """Memory for the next w and r, [rows] of `work`."""
         if self._columns is None:
             lo, hi = self.sharding.rows
-            n = hi - lo
-            self._columns = torch.zeros(2, DEPTH, n, dtype=self.dtype, device=self.device)
-            self._vectors = torch.zeros(VECTORS, n, dtype=self.work, device=self.device)
+            n, joined = hi - lo, self.dtype == self.work
+            count = VECTORS + 2 * DEPTH if joined else VECTORS
+            memory = torch.zeros(count, n, dtype=self.work, device=self.device)
+            self._vectors = memory[:VECTORS]
             self._each = self._vectors.unbind()
-            self._dot = torch.zeros((), dtype=torch.float64, device=self.device)
+            if joined:
+                self._columns = memory[VECTORS:].view(2, DEPTH, n)
+                self._joined = memory[_EVEN:]
+            else:
+                self._columns = torch.zeros(2, DEPTH, n, dtype=self.dtype, device=self.device)
+            self._dots = torch.zeros(2, dtype=torch.float64, device=self.device)
         return self._each[0], self._each[1]
 
     @property
     def start(self) -> Tensor:
         """w at the beginning of the block, [rows]."""
-        return self._each[2]
+        return self._each[_START]
 
     @property
     def gradient(self) -> Tensor:
         """After `finish`: the mean gradient of the block, weight decay included, [rows]."""
-        return self._each[4]
+        return self._each[_EVEN]
 
     def note(self, w: Tensor, r: Tensor) -> None:
         """Takes a step into the block.
@@ -113,25 +130,25 @@ class Blocks:
         self.steps += 1
 
     def _add(self, w: Tensor, r: Tensor, first: bool, odd: int) -> None:
-        start, moved, *sums = self._each[2:6]
-        assert self._dot is not None
+        start, moved, own_sum = self.start, self._each[_MOVED], self._each[_ODD if odd else _EVEN]
+        assert self._dots is not None
         if first:
             start.copy_(w)
-            self._vectors[3:6].zero_()
-            self._dot.zero_()
-            sums[0].sub_(r)
+            self._vectors[_SUMS].zero_()
+            self._dots.zero_()
+            own_sum.sub_(r)
             return
         counted, dots = self.sharding.counted, []
         apart = self.sharding.groups > 1
         for rows in chunks(w):
             step, own = part_of(w, rows) - part_of(start, rows), part_of(r, rows)
             part_of(moved, rows).add_(step)
-            part_of(sums[odd], rows).sub_(own)
+            part_of(own_sum, rows).sub_(own)
             if not apart:
                 dots.append(torch.dot(step, own))
         if apart:
             dots = [torch.dot(w[rows] - start[rows], r[rows]) for rows in chunks(w, counted)]
-        self._dot.sub_(total(dots, w))
+        self._dots[0].sub_(_sum(dots, w))
 
     def finish(self, decay: float | Tensor, gap: int = 1) -> Tensor:
         """Ends the block and stores its means and differences.
@@ -144,12 +161,12 @@ class Blocks:
             On own rows: the sum of <w - start, g> over the steps, and <mean w - start, mean g>;
             [2] float64.
         """
-        moved, even = self._each[3:5]
+        moved, even = self._each[_MEANS]
         self.stored += 1
         self._gaps.append(gap)
         key = self.steps, self.stored % NOISES, self._where
-        sums: Tensor = self._captured.run(self._make_means, "means", *key)
-        means, last = self._vectors[3:5], self._vectors[6:8]
+        self._captured.run(self._make_means, "means", *key)
+        means, last = self._vectors[_MEANS], self._vectors[_LAST]
         if self.stored > 1:
             slot = self._own[:, (self.stored - 2) % DEPTH]
             for rows in chunks(moved):
@@ -159,26 +176,30 @@ class Blocks:
                 else:
                     column.copy_(new - old)
         last.copy_(means)
-        if isinstance(decay, Tensor) or decay:
-            even.add_(decay * moved)
-        return sums
+        if isinstance(decay, Tensor):
+            even.addcmul_(decay, moved)
+        elif decay:
+            even.add_(moved, alpha=decay)
+        assert self._dots is not None
+        return self._dots
 
-    def _make_means(self) -> Tensor:
-        """Makes means and noise of the sums; returns the two numbers of `finish`."""
-        start, moved, even, odd = self._each[2:6]
-        assert self._dot is not None
+    def _make_means(self) -> None:
+        """Makes means and noise of the sums, and the second number of `finish`."""
+        odd, moved, even = self._each[_SUMS]
+        assert self._dots is not None
         first = (self.steps + 1) // 2
         for rows in chunks(moved):
             mean, one, other = (part_of(vector, rows) for vector in (moved, even, odd))
             mean.div_(self.steps)
-            one.div_(first)
-            other.div_(self.steps - first)
+            one.mul_(0.5 / first)
+            other.mul_(0.5 / (self.steps - first))
             # Steps of even and of odd number share nothing but the signal.
-            torch.sub(one, other, out=part_of(self._noise, rows)).mul_(0.5)
-            one.add_(other).mul_(0.5)
-        linear = chunked_dot(moved, even, self.sharding.counted)
-        moved.add_(start)
-        return torch.stack([self._dot, linear])
+            torch.sub(one, other, out=part_of(self._noise, rows))
+            one.add_(other)
+        counted = chunks(moved, self.sharding.counted)
+        dots = [torch.dot(part_of(moved, rows), part_of(even, rows)) for rows in counted]
+        self._dots[1].copy_(_sum(dots, moved))
+        moved.add_(self.start)
 
     def end_block(
         self,
@@ -198,81 +219,92 @@ class Blocks:
             key: what `judged` depends on, see `Captures.run`.
         """
         steady = self._captured.steady
-        decay = steady("decay", decay) if isinstance(decay, Tensor) else decay
-        if isinstance(scaling, Tensor):
-            scaling = steady("scaling", scaling)
-        if self._captured.used and not isinstance(scaling, Tensor):
-            # A schedule changes the rate in every block: a graph reads it from the device.
-            inverse = 1.0 / scaling if scaling else 0.0
-            pair = torch.tensor([scaling, inverse], dtype=self.work, device="cpu")
-            if self._scales is None:
-                self._scales = torch.zeros(2, dtype=self.work, device=self.device)
-            self._scales.copy_(pair, non_blocking=True)
-            scales: _Diagonal = (self._scales[0], self._scales[1])
-            known = captures.where(self._scales)
-        else:
-            scales, known = scaling, captures.known_by(scaling)
+        m = steady("scaling", scaling) if isinstance(scaling, Tensor) else None
+        d = steady("decay", decay) if isinstance(decay, Tensor) else None
+        # Numbers enter on the host, in `arrange`: a graph does not depend on them.
+        self._numbers = (
+            None if isinstance(scaling, Tensor) else scaling,
+            0.0 if isinstance(decay, Tensor) else decay,
+        )
 
         def work() -> Tensor:
-            own = judged().to(numbers.device)
-            return torch.cat([numbers, own, self.products(scales, decay)])
+            return torch.cat([numbers, judged(), self.products(m, d)])
 
-        addresses = captures.where(numbers), known, captures.known_by(decay), self._where
         phase = "sums", self.columns, self.stored % NOISES
-        result: Tensor = self._captured.run(work, *phase, addresses, key)
+        operands = [t for t in (numbers, m, d) if t is not None]
+        given = m is not None, d is not None, captures.where(*operands), self._where
+        result: Tensor = self._captured.run(work, *phase, *given, key)
         return result
 
     @property
     def _where(self) -> Hashable:
         return captures.where(self._own, self._vectors) if self._captured.used else ()
 
-    def products(self, scaling: _Diagonal, decay: float | Tensor) -> Tensor:
-        """Sums over own rows that the method needs of the last blocks.
+    def products(self, scaling: Tensor | None = None, decay: Tensor | None = None) -> Tensor:
+        """Sums over own rows that the method needs of the last blocks, for `arrange`.
 
         Args:
-            scaling: the diagonal of M: a number, or [rows]. Rows on which it is 0 are left out.
-                Or a number and its reciprocal (0 for 0), [] on the device.
-            decay: see `finish`.
+            scaling: the diagonal of M, [rows]. Rows on which it is 0 are left out. None: it is a
+                number, which `arrange` knows.
+            decay: the diagonal D of weight decay, [rows]. None: it is a number.
 
         Returns:
-            A [k, k], then B [k, k], dW^T of each noise [k, NOISES] and dW^T g [k] in one matrix
-            [k, k + NOISES + 1], then <noise, M noise>, ||noise||^2 and ||g||^2 of the last block:
-            one row, float64.
+            One row, float64: dW^T (g, noises, dW, dG + D dW), [k, _FEW + 2 DEPTH]; (g, noises)^T of
+            themselves, [_FEW, _FEW]; with `scaling` dW^T M^-1 dW, [k, k], and <noise, M noise>.
         """
-        k, noises = self.columns, self._vectors[8:]
-        dw, dg = self._own[0, :k], self._own[1, :k]
-        tables: list[Tensor] = []
-        metrics: list[Tensor] = []
-        numbers: list[Tensor] = []
-        for rows in chunks(self.gradient, self.sharding.counted, widened=self.dtype != self.work):
-            own, other = part_of(dw, rows).to(self.work), part_of(dg, rows).to(self.work)
-            if isinstance(decay, Tensor):
-                other = other + part_of(decay, rows) * own
-            elif decay:
-                other = torch.add(other, own, alpha=decay)
-            g, noise = part_of(self.gradient, rows), part_of(self._noise, rows)
-            m, inverse = _with_inverse(scaling, rows)
-            few = torch.cat([part_of(noises, rows), g.unsqueeze(0)])
-            tables.append(torch.cat([own @ other.T, own @ few.T], dim=1).double())
-            # A number is multiplied with the product, and not with all rows.
-            many = isinstance(inverse, Tensor) and inverse.dim() > 0
-            metric = (own * inverse) @ own.T if many else (own @ own.T) * inverse
-            metrics.append(metric.double())
-            dots = torch.dot(noise, m * noise), torch.dot(noise, noise), torch.dot(g, g)
-            numbers.append(torch.stack(dots).double())
-        if not tables:
-            size = k * k + k * (k + NOISES + 1) + 3
-            return torch.zeros(size, dtype=torch.float64, device=self.device)
-        sums = [
-            found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)
-            for found in (metrics, tables, numbers)
-        ]
-        return torch.cat([found.reshape(-1) for found in sums])
+        k, few = self.columns, self._vectors[_EVEN:]
+        found: list[Tensor] = []
+        widened = self._joined is None or decay is not None
+        for rows in chunks(self.gradient, self.sharding.counted, widened=widened):
+            those = part_of(few, rows)
+            if self._joined is not None:
+                every = part_of(self._joined, rows)
+            else:
+                every = torch.cat([those, part_of(self._own, rows).flatten(0, 1).to(self.work)])
+            dw, dg = every[_FEW : _FEW + DEPTH], every[_FEW + DEPTH :]
+            if decay is not None:
+                every = torch.cat([those, dw, dg + part_of(decay, rows) * dw])
+            own = dw[:k]
+            sums = [own @ every.T, those @ those.T]
+            if scaling is not None:
+                m, noise = part_of(scaling, rows), part_of(self._noise, rows)
+                inverse = m.reciprocal().masked_fill_(m == 0.0, 0.0)
+                sums += [(own * inverse) @ own.T, torch.dot(noise, m * noise)]
+            found.append(torch.cat([each.reshape(-1) for each in sums]))
+        if len(found) == 1:
+            return found[0].double()
+        if found:
+            return torch.stack(found).sum(dim=0, dtype=torch.float64)
+        size = k * (_FEW + 2 * DEPTH) + _FEW**2 + (k * k + 1 if scaling is not None else 0)
+        return torch.zeros(size, dtype=torch.float64, device=self.device)
+
+    def arrange(self, products: Vector) -> tuple[Vector, Vector]:
+        """What `products` returned, on the host, with M and D where they are numbers.
+
+        Returns:
+            Of the last k differences: A = dW^T M^-1 dW, B = dW^T (dG + D dW), dW^T of each noise
+            and dW^T g, [k, 2 k + NOISES + 1]. Of the last block: <noise, M noise>, ||noise||^2 and
+            ||g||^2, [3].
+        """
+        k, (m, d) = self.columns, self._numbers
+        sizes = k * (_FEW + 2 * DEPTH), _FEW**2
+        table = products[: sizes[0]].reshape(k, _FEW + 2 * DEPTH)
+        few = products[sizes[0] : sum(sizes)].reshape(_FEW, _FEW).diagonal()
+        rest = products[sum(sizes) :]
+        squared = table[:, _FEW : _FEW + k]
+        b = table[:, _FEW + DEPTH : _FEW + DEPTH + k] + d * squared
+        noise = few[1 + self._newest]
+        if m is None:
+            a, metric = rest[:-1].reshape(k, k), rest[-1]
+        else:
+            a, metric = (squared / m if m else 0.0 * squared), m * noise
+        arranged = np.concatenate([a, b, table[:, 1:_FEW], table[:, :1]], axis=1)
+        return arranged, np.array([metric, noise, few[0]])
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """dW times coefficients [k], [rows], in memory that the next block uses."""
         k = self.columns
-        own, out = self._own[0, :k], self._each[3]
+        own, out = self._own[0, :k], self._each[_MOVED]
         weights = coefficients[:k].to(self.device, self.work)
         for rows in chunks(out, widened=self.dtype != self.work):
             columns = part_of(own, rows).to(self.work)
@@ -292,7 +324,7 @@ class Blocks:
     def release(self) -> None:
         """Forgets everything, and frees the memory."""
         self.clear()
-        self._columns, self._each, self._dot, self._scales = None, (), None, None
+        self._columns, self._each, self._joined, self._dots = None, (), None, None
         self._vectors = torch.empty(0)
 
     @property
@@ -304,7 +336,11 @@ class Blocks:
     @property
     def _noise(self) -> Tensor:
         """The noise of the last block stored."""
-        return self._each[8 + (self.stored - 1) % NOISES]
+        return self._each[_FIRST_NOISE + self._newest]
+
+    @property
+    def _newest(self) -> int:
+        return (self.stored - 1) % NOISES
 
     def state(self) -> BlocksState:
         """All it knows, copied to host memory, but for what `own_state` has."""
@@ -314,12 +350,12 @@ class Blocks:
             steps=self.steps,
             gaps=tuple(self._gaps),
             columns=self._own[:, : self.columns].to("cpu", copy=True) if used else None,
-            vectors=self._vectors[2:].to("cpu", copy=True) if used else None,
+            vectors=torch.stack([self._each[i].cpu() for i in _SAVED]) if used else None,
         )
 
     def own_state(self, losses: tuple[float, ...]) -> OwnBlockState:
         """What this rank alone knows of the block that runs; losses: its own."""
-        dot = 0.0 if self._dot is None else float(self._dot)
+        dot = 0.0 if self._dots is None else float(self._dots[0])
         return OwnBlockState(dot=dot, rows=self.sharding.rows, losses=losses)
 
     def load_state(self, state: BlocksState, own: OwnBlockState | None) -> bool:
@@ -334,20 +370,16 @@ class Blocks:
         self.stored = state.stored
         self._gaps.extend(state.gaps)
         self._own[:, : state.columns.shape[1]].copy_(state.columns)
-        self._vectors[2:].copy_(state.vectors)
+        for i, vector in zip(_SAVED, state.vectors, strict=True):
+            self._each[i].copy_(vector)
         if own is None or own.rows != self.sharding.rows:
             return False
-        assert self._dot is not None
+        assert self._dots is not None
         self.steps = state.steps
-        self._dot.fill_(own.dot)
+        self._dots[0].fill_(own.dot)
         return True
 
 
-def _with_inverse(scaling: _Diagonal, rows: slice) -> tuple[float, float] | tuple[Tensor, Tensor]:
-    """Rows of the diagonal of M, and of M^-1: 0 where M is. Numbers where it is a number."""
-    if isinstance(scaling, tuple):
-        return scaling
-    if isinstance(scaling, Tensor):
-        m = part_of(scaling, rows)
-        return m, m.reciprocal().masked_fill_(m == 0.0, 0.0)
-    return scaling, 1.0 / scaling if scaling else 0.0
+def _sum(numbers: list[Tensor], like: Tensor) -> Tensor:
+    """As `total`, but one number stays in its dtype: what it enters is in float64 anyway."""
+    return numbers[0] if len(numbers) == 1 else total(numbers, like)

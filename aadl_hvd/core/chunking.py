@@ -31,15 +31,18 @@ def chunk_rows(device: torch.device, widened: bool = False) -> int:
     return min(rows, CHUNK_WIDE) if widened else rows
 
 
-def chunks(vector: Tensor, part: slice = slice(None), widened: bool = False) -> Iterable[slice]:
+def chunks(
+    vector: Tensor, part: slice = slice(None), widened: bool = False, vectors: int = 1
+) -> Iterable[slice]:
     """The rows of a vector, a chunk at a time.
 
     Args:
         vector: [rows]; only its length and its device matter.
         part: only these rows.
         widened: see `chunk_rows`.
+        vectors: how many are computed at a time: together they stay in the cache.
     """
-    size = chunk_rows(vector.device, widened)
+    size = chunk_rows(vector.device, widened) // vectors
     first, end, _ = part.indices(vector.numel())
     if first < end <= first + size:  # steps with few rows ask often
         return [slice(first, end)]

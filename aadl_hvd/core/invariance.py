@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.subspace_state import InvarianceState
-from aadl_hvd.core.chunking import chunks
+from aadl_hvd.core.chunking import chunks, part_of
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.core.solve import Vector
 
@@ -65,11 +65,14 @@ class ScaleInvariance:
         found = torch.zeros(SUMS, len(sizes), dtype=torch.float64, device=w.device)
         for rows in chunks(w, self._sharding.counted, widened=True):
             first, lengths = self._met(sizes, rows, w.device)
-            x, y, z = (vector[rows].double() for vector in (w, g, d))
-            # One by one: on a GPU only sums of vectors are parallel within a segment.
-            for own, product in zip(found, (x * x, x * y, y * y, x * z), strict=True):
-                sums = torch.segment_reduce(product, "sum", lengths=lengths, unsafe=True)
-                own[first : first + len(lengths)].add_(sums)  # `+=` would copy it once more
+            x, y, z = torch.stack([part_of(vector, rows) for vector in (w, g, d)]).double()
+            products = x.new_empty(SUMS, len(x))
+            for out, (a, b) in zip(products, ((x, x), (x, y), (y, y), (x, z)), strict=True):
+                torch.mul(a, b, out=out)
+            # One vector: on a GPU only sums of vectors are parallel within a segment.
+            sums = torch.segment_reduce(products.view(-1), "sum", lengths=lengths, unsafe=True)
+            sums = sums.view(SUMS, -1)
+            found[:, first : first + sums.shape[1]].add_(sums)  # `+=` would copy it once more
         return found.reshape(-1)
 
     def layout(self, sizes: Sequence[int]) -> int:
@@ -113,8 +116,9 @@ class ScaleInvariance:
         shares = torch.from_numpy(self._shares).to(w.device, w.dtype)
         for rows in chunks(w, widened=True):
             first, lengths = self._met(sizes, rows, w.device)
-            known, count = shares[first : first + len(lengths)], rows.stop - rows.start
-            own = known.repeat_interleave(lengths, output_size=count)
+            own_lengths = lengths[: len(lengths) // SUMS]
+            known, count = shares[first : first + len(own_lengths)], rows.stop - rows.start
+            own = known.repeat_interleave(own_lengths, output_size=count)
             d[rows].addcmul_(own, w[rows], value=-1.0)
 
     def clear(self) -> None:
@@ -133,7 +137,10 @@ class ScaleInvariance:
             self._looks, self._largest = np.array(state.looks, float), np.array(state.largest)
 
     def _met(self, sizes: Sequence[int], rows: slice, device: torch.device) -> tuple[int, Tensor]:
-        """The first tensor that has numbers in own rows, and how many each from it on has there."""
+        """The first tensor that has numbers in own rows, and how many each from it on has there.
+
+        The latter SUMS times over: [SUMS * tensors met].
+        """
         lo = self._sharding.rows[0]
         begin, end = lo + rows.start, lo + rows.stop
         self.layout(sizes)
@@ -143,5 +150,5 @@ class ScaleInvariance:
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(ends, end, side="left"))
         lengths = np.diff(np.minimum(ends[first : last + 1], end), prepend=begin)
-        self._lengths[key] = first, torch.from_numpy(lengths).to(device)
+        self._lengths[key] = first, torch.from_numpy(np.tile(lengths, SUMS)).to(device)
         return self._lengths[key]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aadl_hvd import kernels
 from aadl_hvd.config import AndersonConfig
-from aadl_hvd.core.captures import none, where
+from aadl_hvd.core.captures import Captures, none, where
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.core.fixed_point import FixedPoint, work_dtype
 from aadl_hvd.core.reduction import COMPARED, compared, equal, numbers_of
@@ -40,7 +40,6 @@ class Replicas:
     Attributes:
         equal: whether the last comparison found the same weights on all ranks.
         use_kernels: whether all ranks can use `kernels`, and do.
-        captures: runs pieces of work on the weights.
         stepped_apart: whether this rank's base optimizer has stepped by itself. Ranks that have
             get weights and state of those that have not.
     """
@@ -50,7 +49,7 @@ class Replicas:
     def __init__(self, config: AndersonConfig, collectives: Collectives) -> None:
         self._config, self._collectives = config, collectives
         self.equal = self.use_kernels = self.stepped_apart = False
-        self.captures = none()
+        self._captures = none()
         self._were_equal = False  # whether all ranks have ever held the same weights
         self._warned = False
         self._checksum: kernels.Checksum | None = None
@@ -58,9 +57,14 @@ class Replicas:
         self._own = 0
         self._share: Vector | float = 1.0
 
-    def of(self, problem: FixedPoint) -> Replicas:
-        """Compares the current weights of `problem` in the next reduction."""
-        self._problem = problem
+    def of(self, problem: FixedPoint, captures: Captures) -> Replicas:
+        """Compares the current weights of `problem` in the next reduction.
+
+        Args:
+            problem: whose weights are compared.
+            captures: runs the work on them.
+        """
+        self._problem, self._captures = problem, captures
         return self
 
     def pending(self) -> list[Tensor]:
@@ -208,9 +212,9 @@ class Replicas:
             self._share[: COMPARED // 2] = self._collectives.copies - 1.0 if first else -1.0
         if not (self.use_kernels and kernels.usable(problem.device)):
             what = problem.read, problem.n, work_dtype(problem), problem.device
-            if problem.sharded or not self.captures.used:
+            if problem.sharded or not self._captures.used:
                 return checksum(*what)
-            found: Tensor = self.captures.run(
+            found: Tensor = self._captures.run(
                 lambda: checksum(*what), "checksum", where(*problem.tensors)
             )
             return found
@@ -247,7 +251,7 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
     if n == 0:
         return torch.zeros((), dtype=torch.int64, device="cpu")
     size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, n + n % 2)
-    buffer = torch.zeros(size, dtype=dtype, device=device)
+    buffer = torch.empty(size, dtype=dtype, device=device)
     sums = []
     for lo in range(0, n, size):
         hi = min(lo + size, n)
@@ -255,6 +259,8 @@ def checksum(read: Read, n: int, dtype: torch.dtype, device: torch.device) -> Te
         if (hi - lo) % 2:  # two float32 make one int64
             buffer[hi - lo] = 0.0
         sums.append(buffer[: hi - lo + (hi - lo) % 2].view(torch.int64).sum())
+    if len(sums) == 1:
+        return sums[0].remainder(PRIME)
     # Factors are odd and differ, so that chunks that change places are noticed.
     factors = torch.arange(1, 2 * len(sums), 2, device=device)
     return (torch.stack(sums) * factors).sum().remainder(PRIME)

@@ -85,13 +85,12 @@ class AcceleratorState:
         self._shard = WeightShard(
             self.share(n), work, device, self._collectives, self.stats, graphs
         )
-        self._replicas.captures = self._shard.captures
         self._acceptance.use(self._shard)
         made = config, self._shard, self._collectives, self.stats, self._acceptance
         self._residual, self._subspace = ResidualNorm(*made), Subspace(*made, self._handover)
         kinds = config.averages if config.enabled else ()
-        self._averages = WeightAverages(kinds, config.frequency, hi - lo, work, device)
-        self._averages.captures = self._shard.captures
+        rows = hi - lo, work, device, self._shard.captures
+        self._averages = WeightAverages(kinds, config.frequency, *rows)
         self._moving_average: MovingAverage | None = None
         if config.enabled and config.average_window is not None:
             self._moving_average = MovingAverage(config.average_window, hi - lo, work, device)

@@ -13,9 +13,9 @@ import torch
 from aadl_hvd import AndersonConfig
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import one_rank, parts, session, step
+from benchmarks.pretend_gpu import PretendGpu
 from benchmarks.simulate.model import history_bytes
 from benchmarks.workload import Clock, gpu_synchronizations
-from tests.pretend_gpu import PretendGpu
 
 SMALL = ["--device=cpu", "--parameters=3000", "--depth=3", "--cycles=1", "--ranks", "1", "4"]
 

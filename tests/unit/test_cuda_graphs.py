@@ -14,7 +14,7 @@ from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.core import captures
 from aadl_hvd.core.invariance import ScaleInvariance
 from aadl_hvd.core.sharding import Sharding
-from tests.pretend_gpu import GPU, PretendGpu, PretendGraph
+from benchmarks.pretend_gpu import GPU, PretendGpu, PretendGraph
 
 SHAPES = ((6, 5), (7,), (3, 2, 2))
 STEPS = 240  # the sums over ten columns are captured at 180

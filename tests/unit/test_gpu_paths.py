@@ -15,7 +15,7 @@ from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core import chunking, gram, products
 from aadl_hvd.core.accelerator import Accelerator
-from tests.pretend_gpu import GPU, PretendGpu
+from benchmarks.pretend_gpu import GPU, PretendGpu
 
 CPU = torch.device("cpu")
 SHAPES = ((30, 10), (40,), (4, 3, 3, 3), ())

@@ -10,7 +10,7 @@ from problems import PLAIN, TEXTBOOK, Group, Problem, flat, parameters_of
 from aadl_hvd import AndersonConfig, ReplicaMismatchError
 from aadl_hvd.comm.base import ShardGroup
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import reduction, replicas
+from aadl_hvd.core import captures, reduction, replicas
 from aadl_hvd.core.collectives import Collectives
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from aadl_hvd.stats import Stats
@@ -166,7 +166,8 @@ def test_a_resync_within_a_step_changes_the_scaling():
             assert compared.compare(fixed_point)
             fixed_point.advance()
             before = fixed_point.scaling(0, problem.n)
-            reduction.reduce_payloads((compared.of(fixed_point),), collectives, Stats())
+            payload = compared.of(fixed_point, captures.none())
+            reduction.reduce_payloads((payload,), collectives, Stats())
             assert not compared.equal
             compared.settle(fixed_point, step=1)
             return before, fixed_point.scaling(0, problem.n)

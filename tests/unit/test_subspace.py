@@ -297,13 +297,14 @@ def test_far_apart_block_means_do_not_open_psi():
                 if step >= 10 * (gap - 1):
                     blocks.note(torch.from_numpy(w.copy()), torch.from_numpy(-g))
                 w = w - g
-            blocks.finish(0.0, gap)
-            blocks.drop_block()
+            numbers = blocks.finish(0.0, gap)
             k = blocks.columns
             if k > 2:
-                numbers = blocks.products(1.0, 0.0)
-                metric, travelled = float(numbers[-3]), float(numbers[: k * k].sum())
-                found.append(blocks.elapsed * 100 * metric / travelled)
+                unjudged = torch.zeros(1, dtype=torch.float64)
+                sums = blocks.end_block(numbers, lambda zero=unjudged: zero, 1.0, 0.0)
+                table, (metric, *_) = blocks.arrange(sums[3:].numpy())
+                found.append(blocks.elapsed * 100 * metric / table[:, :k].sum())
+            blocks.drop_block()
         shares.append(np.mean(found))
     assert shares[0] == pytest.approx(1.0, abs=0.4)
     assert shares[1] == pytest.approx(1.0, abs=0.4)

@@ -168,12 +168,11 @@ class Subspace:
         table, scalars = np.zeros((DEPTH, _TABLE)), np.zeros(_SCALARS)
         if self._complete:
             own, *numbers = numbers
-            squared, rest = np.split(own[3:], [k * k])
-            products = rest[:-3].reshape(k, k + NOISES + 1)
-            table[:k, :k] = squared.reshape(k, k)
-            table[:k, DEPTH : DEPTH + k] = products[:, :k]
-            table[:k, 2 * DEPTH :] = products[:, k:]
-            scalars[:] = *own[:3], *rest[-3:]
+            products, squares = blocks.arrange(own[3:])
+            table[:k, :k] = products[:, :k]
+            table[:k, DEPTH : DEPTH + k] = products[:, k : 2 * k]
+            table[:k, 2 * DEPTH :] = products[:, 2 * k :]
+            scalars[:] = *own[:3], *squares
         known = iter(numbers)
         losses = [float(next(known)[0]) if isinstance(x, Tensor) else x for x in self._losses]
         self._acceptance.losses.note_losses(losses)
@@ -270,7 +269,7 @@ class Subspace:
 
     def complete(self, w: Tensor, proposal: Tensor) -> Tensor:
         """This rank's rows of the base step plus the jump, in the memory of w."""
-        return w.copy_(self._acceptance.base_rows()).add_(proposal)
+        return torch.add(self._acceptance.base_rows(), proposal, out=w)
 
     def send_jump(self, jump: Tensor) -> None:
         """Starts to gather a jump, which the next step adds. Collective.

@@ -16,8 +16,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from aadl_hvd import kernels
-
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
 # Results whose size only the GPU knows, and numbers that the host asks for.
@@ -28,7 +26,7 @@ class OnGpu(torch.Tensor):
     """A tensor "on the GPU"; usable inside `PretendGpu` only."""
 
     @staticmethod
-    def __new__(cls, held):
+    def __new__(cls, held):  # noqa: D102  (the class has the docstring)
         return torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -42,13 +40,16 @@ class OnGpu(torch.Tensor):
         self.held = held
 
     def data_ptr(self):
+        """Where it lies, on the host."""
         return self.held.data_ptr()
 
     @property
     def device(self):
+        """As far as Python can see."""
         return GPU
 
-    def tolist(self):  # torch leaves it to subclasses
+    def tolist(self):
+        """Its numbers; torch leaves it to subclasses."""
         return self.cpu().tolist()
 
     def __repr__(self, *, tensor_contents=None):
@@ -92,7 +93,7 @@ class _Driver:
         }
         self._patches = [
             mock.patch.multiple(torch.cuda, **answers),
-            mock.patch.object(kernels, "usable", lambda device, *_: False),  # not by this GPU
+            mock.patch("aadl_hvd.kernels.usable", lambda device, *_: False),  # not by this GPU
         ]
 
     def start(self):
@@ -145,11 +146,13 @@ class PretendGraph:
             self.undo += [(tensor, tensor.clone()) for tensor in tensors]
 
     def end(self):
+        """Ends the capture: memory holds what it held before."""
         for tensor, before in reversed(self.undo):
             tensor.copy_(before)
         self.undo.clear()
 
     def replay(self):
+        """Does again what was started, on the same memory."""
         gpu = PretendGpu.current()
         gpu.kernels.append("graph")
         gpu.launches += 1
