@@ -64,7 +64,9 @@ class Products:
         for part, square, rows in zip(parts, squares, pieces, strict=True):
             columns, piece = _widened(part_of(r, rows), wide), part_of(vector, rows)
             others = _stacked(columns, indices, piece if few is None else None)
-            if len(others):
+            if len(others) == 1:  # as fast as memory; some libraries' product of matrices is not
+                torch.mv(columns, others[0], out=part[0])
+            elif len(others):
                 torch.mm(others, columns.T, out=part[: len(others)])
             for index in few or ():
                 torch.dot(columns[index], piece, out=part[-1, index])
