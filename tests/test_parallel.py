@@ -1,5 +1,7 @@
 """Runs the suite in tests/parallel on real ranks: Horovod on MPI and on Gloo, 2 and 3 of them."""
 
+import re
+
 import pytest
 from launching import ROOT, start
 
@@ -83,6 +85,25 @@ def test_two_groups_of_two_ranks(controller, hosts, tests):
     code, output = launch(file, "-k", tests, ranks=4, controller=controller, limit=180, hosts=hosts)
     assert code == 0, output[-8000:]
     assert output.count("1 passed") == 4, output[-8000:]
+
+
+@pytest.mark.timeout(180)
+def test_steps_have_nothing_to_negotiate():
+    """Whatever the lengths and kinds of small vectors that they send through Horovod."""
+    code, output = start(
+        "tests/parallel/negotiations.py",
+        ranks=2,
+        controller="gloo",
+        limit=120,
+        HOROVOD_LOG_LEVEL="trace",
+    )
+    assert code == 0, output[-8000:]
+    whole = "".join(line for line in output.splitlines() if line.startswith("[1]<stdout>:"))
+    assert "messages to coordinator" in whole, "Horovod no longer says so"
+    for method, least in (("subspace", 8), ("residual", 40)):
+        steps = re.search(rf"{method} begins(.*){method} ends, accelerated [1-9]", whole)[1]
+        assert len(re.findall(r"Performing allreduce\S+\.small", steps)) >= least
+        assert "messages to coordinator" not in steps, method
 
 
 def run_suite(ranks, controller, *words):

@@ -31,10 +31,13 @@ from aadl_hvd.comm.base import (
 )
 from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
+from aadl_hvd.comm.messages import KINDS
 from aadl_hvd.comm.mpi import MpiCommunicator
 from aadl_hvd.errors import CommunicationError, ConfigError
 
 _instances = itertools.count()
+
+LENGTH = 1024  # of small vectors, or a multiple of it: all that a step of ResNet50 sends fits
 
 NAP = 1e-5
 """Seconds between two polls of Horovod on Gloo. Horovod itself waits in a loop of sched_yield. If
@@ -116,25 +119,46 @@ class HorovodCommunicator(Communicator):
         return [pickle.loads(part.numpy().tobytes()) for part in joined.split(sizes.tolist())]
 
     def _allreduce_sum(self, values: Values) -> Values:
-        return self._reduce(values, hvd.Sum)
+        return self._sum(values, "sum")
 
     def _allreduce_max(self, values: Values) -> Values:
-        return self._reduce(values, hvd.Max)
+        # Horovod's own maximum would be another kind of collective, see `_sum`.
+        own = np.zeros((self.size, len(values)))
+        own[self.rank] = values
+        return np.asarray(self._sum(own.ravel(), "maximum").reshape(own.shape).max(axis=0))
 
     def _broadcast(self, values: Values) -> Values:
-        return self._reduce(values if self.rank == 0 else np.zeros_like(values), hvd.Sum)
+        return self._sum(values if self.rank == 0 else np.zeros_like(values), "broadcast")
 
-    def _reduce(self, values: Values, op: Any) -> Values:
-        # All small vectors share one name and one kind of collective. So Horovod raises an error if
-        # ranks are in different operations. If each had its own name, Horovod would wait for ever.
+    def _sum(self, values: Values, kind: str) -> Values:
+        # Horovod keeps by name what its ranks have agreed on. Where shape or kind changes, they
+        # agree anew, in five more collectives. So all small vectors are sums of one length. If each
+        # had a name of its own, Horovod would wait for ever for ranks in different operations. Here
+        # the last three sums tell them.
+        k = len(values)
+        operation = float(k % LENGTH * len(KINDS) + KINDS.index(kind))
+        message = np.zeros(-(-(k + 3) // LENGTH) * LENGTH)
+        message[:k] = values
+        message[-3:] = 1.0, operation, operation**2
         with self._explained():
             handle = hvd.allreduce_async(
-                torch.from_numpy(values),
-                op=op,
+                torch.from_numpy(message),
+                op=hvd.Sum,
                 name=f"{self._name}.small",
                 process_set=self._process_set,
             )
-            return np.asarray(_finished(handle))
+            sums = np.asarray(_finished(handle))
+        ranks, operations, squares = sums[-3:]
+        if ranks != self.size:  # Horovod adds zeros for a rank that has joined
+            raise CommunicationError(
+                "Another rank has called hvd.join(), and this one waits for it in a step. "
+                "Acceleration needs every rank in every step. Give all ranks equally many batches."
+            )
+        if operations**2 != ranks * squares:  # their variance: integers, so it is exact
+            said = self.allgather_object(f"is in a {kind} and sends {k} numbers")
+            found = "; ".join(f"rank {said.index(what)} {what}" for what in dict.fromkeys(said))
+            raise CommunicationError(f"Ranks are in different operations: {found}. {ADVICE}")
+        return sums[:k]
 
     def gather_by_pieces(self, block: Tensor) -> Generator[tuple[int, Tensor], None, None]:
         if self.host is not None and self.host.on_one_node and block.device.type == "cpu":

@@ -36,7 +36,7 @@ ENDS = [
     ("consolidates alone", 2, "mpirun", f"Rank 0 waits for this rank, .*{ALL_MUST}", "Rank 1 has"),
     ("adds a group", 3, "mpirun", "Rank 1 waits for the gradients of a later step", "Rank 2 has"),
     ("joins", 3, "mpirun", r"Rank 2 has called hvd.join\(\)\. This rank", None),
-    ("joins", 2, "gloo", None, None),
+    ("joins", 2, "gloo", r"Another rank has called hvd.join\(\)", None),
     (
         "another rate",
         2,

@@ -8,7 +8,7 @@ from conformance import CHECKS
 from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, CommunicationError, DistributedAndersonOptimizer
-from aadl_hvd.comm.horovod import HorovodCommunicator, horovod_communicator
+from aadl_hvd.comm.horovod import LENGTH, HorovodCommunicator, horovod_communicator
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
 
@@ -90,6 +90,40 @@ def test_two_communicators_do_not_meet():
     assert first.allreduce(np.array([1.0]))[0] == hvd.size()
     assert second.allreduce(np.array([2.0]))[0] == 2 * hvd.size()
     assert first.allgather(torch.full((1,), 3.0))[-1] == 3.0
+
+
+LAST = hvd.rank() == hvd.size() - 1
+DIFFERENT = {
+    "length": lambda comm: comm.allreduce(np.ones(5 if LAST else 4)),
+    # With three ranks one of them sends as much as all do in the mean.
+    "three lengths": lambda comm: comm.allreduce(np.ones(2 + comm.rank)),
+    "long and short": lambda comm: comm.allreduce(np.ones(5 if LAST else 2000)),
+    "sum and broadcast": lambda comm: (comm.broadcast if LAST else comm.allreduce)(np.ones(4)),
+    # A maximum of three numbers and whether there is a NaN: these four, of each rank.
+    "sum and maximum": lambda comm: (
+        comm.allreduce(np.ones(3), "max") if LAST else comm.allreduce(np.ones(4 * comm.size))
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_different_operations_through_horovod(difference):
+    """An error on every rank, after which all may go on."""
+    comm = HorovodCommunicator(hvd.global_process_set)
+    for _ in range(2):
+        with pytest.raises(CommunicationError, match="Ranks are in different operations") as error:
+            DIFFERENT[difference](comm)
+        assert "All ranks must call step()" in str(error.value)
+        assert comm.allreduce(np.ones(4))[0] == hvd.size()
+
+
+def test_lengths_about_that_of_a_message():
+    comm = HorovodCommunicator(hvd.global_process_set)
+    for k in (0, LENGTH - 4, LENGTH - 3, LENGTH - 2, LENGTH, 3 * LENGTH):
+        values = np.arange(k) + 0.25
+        assert np.array_equal(comm.allreduce(values), hvd.size() * values)
+        assert np.array_equal(comm.allreduce(values + comm.rank, "max"), values + comm.size - 1)
+        assert np.array_equal(comm.broadcast(values + comm.rank), values)
 
 
 def test_training_on_a_part_of_the_ranks(all_but_rank_0):
