@@ -53,7 +53,7 @@ class HorovodCommunicator(Communicator):
     Args:
         process_set: a Horovod process set that includes this rank.
         host: a communicator of the same ranks in the same order. None: small vectors go through
-            Horovod too, which takes about a millisecond each for the negotiation of its ranks.
+            Horovod too, which takes about a millisecond each, because its ranks agree first.
     """
 
     def __init__(self, process_set: Any, host: MpiCommunicator | None = None) -> None:
