@@ -58,11 +58,13 @@ class GradientSamples:
         self.complete = sum(counts) == sum(sizes)
         double = any(p.dtype == torch.float64 for p in parameters)
         device = parameters[0].device if parameters else torch.device("cpu")
-        # This rank's own, the mean, and what the optimizer gets.
+        # This rank's own, the mean, and what the optimizer gets. Views are made once.
         self._rows = torch.zeros(
             (samples + 2, sum(counts)), dtype=torch.float64 if double else None, device=device
         )
-        self._own = [row.split_with_sizes(counts) for row in self._rows[:samples]]
+        self._first, self._mean, self._final = self._rows[0], self._rows[-2], self._rows[-1]
+        self._all_own, self._both = self._rows[:samples], self._rows[samples:]
+        self._own = [row.split_with_sizes(counts) for row in self._all_own]
         self._zero = torch.zeros(1, dtype=self._rows.dtype, device=device)
         # What is added to <mean, mean> and <final, mean>, so that they have a ratio.
         self._tiny = torch.zeros((2, 2), dtype=self._rows.dtype, device=device)
@@ -117,7 +119,7 @@ class GradientSamples:
         if self._reduced:
             self._taken, self._reduced = {}, False
         taken = self._taken
-        for key, gradient in zip(self._ids, self._read(self._rows[0]), strict=True):
+        for key, gradient in zip(self._ids, self._read(self._first), strict=True):
             if gradient is not None:
                 taken[key] = taken.get(key, 0) + 1
                 self._written.add(key)
@@ -125,7 +127,7 @@ class GradientSamples:
     def take_mean(self) -> None:
         """Reads the mean: the gradients after their reduction, before anything is done to them."""
         if self._taken:
-            self._read(self._rows[-2])
+            self._read(self._mean)
             self._reduced = True
 
     def deviations(self) -> Deviations | None:
@@ -143,7 +145,7 @@ class GradientSamples:
             return None
         if not reduced and self.samples == 1:
             return None
-        own, mean, final = self._rows[:-2], self._rows[-2], self._rows[-1]
+        own, mean, both = self._all_own, self._mean, self._both
         whole = {key for key, passes in taken.items() if passes == self.samples}
         if any(p.grad is not None and id(p) not in whole for p in self.parameters):
             return None
@@ -153,17 +155,17 @@ class GradientSamples:
         self._written &= whole
         if self.samples > 1:  # micro-batches: their sum is the mean, no reduction is needed
             mean.copy_(own[-1])
-        self._read(final)
+        self._read(self._final)
         if self._roots is not None:
             self._rows.mul_(self._roots)
-        both = self._rows[-2:]
         products = torch.addmm(self._tiny, both, both.T)
+        square, product, _, squared = products.view(-1).unbind()
         # The factor that gradients were multiplied by since the mean was read; 1 where all are 0.
-        changed = products[0, 1] / products[0, 0]
+        changed = product / square
         if self.samples > 1:  # differences of accumulated sums are the samples
             own = torch.diff(own, dim=0, prepend=torch.zeros_like(own[:1]))
         values = torch.sub(own if self.factor == 1.0 else own * self.factor, mean).mul_(changed)
-        return Deviations(values, products[1, 1])
+        return Deviations(values, squared)
 
     def _read(self, out: Tensor) -> list[Tensor | None]:
         """Reads the coordinates of all gradients, zeros where there is none; returns these."""

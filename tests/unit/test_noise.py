@@ -275,6 +275,58 @@ def test_the_coordinates_of_all_ranks_stand_for_all(monkeypatch):
     assert (np.std(found, axis=0) > 1e-3 * np.array(true)).all(), "all of them were looked at"
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_noise_of_a_table_of_which_few_rows_have_gradients(ranks):
+    """Most of the numbers are in rows without a gradient; layers differ in noise by 100."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(3000, 64), *[(40, 40)] * 20]
+    scales = [3.0, *np.logspace(-1.0, 1.0, 20)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    takers = [GradientSamples(parameters, 1, 1.0, rank, ranks) for rank in range(ranks)]
+    meters, signal = [NoiseMeter() for _ in takers], [0.5 * scale for scale in scales]
+    shares = []
+    for k in range(12):
+        own = [[scale * torch.randn(shape, generator=random) + there
+                for scale, there, shape in zip(scales, signal, shapes, strict=True)]
+               for _ in takers]  # fmt: skip
+        used = torch.zeros(3000, 1)
+        used[torch.randint(3000, (30,), generator=random)] = 1.0
+        for gradients in own:
+            gradients[0] *= used
+        for taker, gradients in zip(takers, own, strict=True):
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+                taker.take(p)
+        for p, gradients in zip(parameters, zip(*own, strict=True), strict=True):
+            p.grad = torch.stack(gradients).mean(dim=0)
+        sums, square = np.zeros(NoiseMeter.PAYLOAD), sum(p.grad.square().sum() for p in parameters)
+        for taker, meter in zip(takers, meters, strict=True):
+            taker.take_mean()
+            found = taker.deviations()
+            found.rows = square / ranks  # each has another part of the rows
+            meter.note(found, k)
+            sums += payload_of(meter)
+        if k:
+            variance, squared = NoiseMeter.variance(sums, ranks)
+            assert squared == pytest.approx(float(square), rel=1e-5)
+            shares.append(variance / squared)
+    true = (1.0 / ranks) / (1.0 / ranks + 0.25)  # in every tensor
+    assert min(shares) > true / 1.25 and max(shares) < 1.25 * true, (shares, true)
+
+
+def test_gradients_that_are_zero():
+    """They say nothing, but are numbers: other ranks' coordinates may have gradients."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    taker = GradientSamples([p])
+    p.grad = torch.full((3,), 2.0)
+    taker.take(p)
+    p.grad = torch.zeros(3)
+    taker.take_mean()
+    found = taker.deviations()
+    assert found.values.tolist() == [[2.0] * 3]
+    assert float(found.squared) == 0.0
+
+
 def test_parameters_without_gradient_count_as_zero():
     """A layer used in every other step; one never used."""
     p, q, never = (torch.nn.Parameter(torch.zeros(3, dtype=DOUBLE)) for _ in range(3))
