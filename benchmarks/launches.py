@@ -3,7 +3,7 @@
 No GPU is needed, and none has confirmed the counts: they are operations of torch on tensors of the
 pretended device (`benchmarks/pretend_gpu.py`) that are no views. An operation on a list of
 tensors counts as often as torch starts a kernel for it. A CUDA graph counts as one, whatever is in
-it. Nothing is timed.
+it. Nothing is timed. Own gradients are sampled one by one, as in the backward pass with Horovod.
 
 The weights are 400,000 numbers in as many tensors as ResNet50 has: enough for the gradient to be
 sampled, and few enough for one pass over all of them to be one chunk. With 25 million numbers and
@@ -17,9 +17,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
+from aadl_hvd.optim.gradient_samples import GradientSamples
 from benchmarks import command, report
 from benchmarks.host import Run, Setting
 from benchmarks.pretend_gpu import PretendGpu
@@ -103,6 +105,12 @@ class _Counter:
         self.last += self._gpu.launches
 
 
+def _one_by_one(samples: GradientSamples) -> None:
+    """`GradientSamples.take_all`, as Horovod's hooks do it."""
+    for p in samples.parameters:
+        samples.take(p)
+
+
 def count(
     case: str, shapes: Sequence[torch.Size], ranks: int, warm: int, cycles: int
 ) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def count(
         UserError: fewer than `cycles` points were accelerated in four times as many cycles.
     """
     steps, setting = CASES[case]
-    with PretendGpu() as gpu:
+    with PretendGpu() as gpu, mock.patch.object(GradientSamples, "take_all", _one_by_one):
         counter = _Counter(gpu)
         plain, ours = (Run("SGD", s, shapes, ranks, "pretended") for s in (None, setting))
         plain.around = ours.around = counter

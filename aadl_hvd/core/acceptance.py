@@ -135,6 +135,8 @@ class Acceptance:
     def use(self, shard: WeightShard) -> None:
         """Goes on with other rows. What was on trial is forgotten."""
         self._shard, self._base_rows = shard, None
+        sharding = shard.sharding
+        self.noise.copies = sharding.groups if sharding.layout == "rows" else sharding.size
 
     def base_rows(self) -> Tensor:
         """Memory for the rows of the base step, [rows]."""

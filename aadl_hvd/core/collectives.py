@@ -100,7 +100,7 @@ class Collectives:
         return self._sum("safeguard", values)
 
     @_listed(
-        "allreduce", "(m + 1) m + 20 + averages", "acceleration steps of the residual-norm method"
+        "allreduce", "(m + 1) m + 21 + averages", "acceleration steps of the residual-norm method"
     )
     def reduction(self, message: Vector) -> Vector:
         """The payloads of an acceleration step."""

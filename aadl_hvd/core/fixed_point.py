@@ -18,10 +18,13 @@ class Deviations:
     Attributes:
         values: [samples, coordinates]; the squared norm of a row estimates that of all n.
         squared: the square of the mean's norm, estimated in the same way; [].
+        rows: the square over all rows of the mean that this rank has read; [], or None: `squared`
+            is exact, or nothing was read.
     """
 
     values: Tensor
     squared: Tensor
+    rows: Tensor | None = None
 
 
 class FixedPoint(Protocol):

@@ -10,6 +10,10 @@ If ranks share out a full batch, d_i is large but constant, and that is not nois
 constant, because the samples also differ in their Hessians: d_i changes by (H_i - H) dw. Noise is
 new in every acceleration step, whereas that change is much like the one before. So the part that
 repeats is subtracted.
+
+Where a sample of coordinates is looked at, its noise is measured against its own square, and that
+is known exactly: sigma^2 is the ratio times ||g||^2. Tensors differ much less in this ratio than in
+either number.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ class NoiseMeter:
     """
 
     part = "noise"
-    PAYLOAD = 4  # numbers in the payload
+    PAYLOAD = 5  # numbers in the payload
     # Two changes count as alike from this squared cosine on. Independent noise has 1 over its
     # effective dimension on average, measured 0.05 to 0.1. Full batches have 0.4 to 0.8.
     ALIKE = 0.6
@@ -42,6 +46,7 @@ class NoiseMeter:
     GUESSES = NoiseState.GUESSES
 
     def __init__(self) -> None:
+        self.copies = 1  # ranks that read the same rows of the gradient
         self._sums: tuple[Vector, int] | None = None  # of the last reduction
         self._share: float | None = None
         self._open = 0
@@ -62,7 +67,7 @@ class NoiseMeter:
         self._now, self._call = deviations, call
 
     def pending(self) -> list[Tensor]:
-        """[2] float64 on the device; [0] if this rank cannot say."""
+        """[2] or [3] float64 on the device; [0] if this rank cannot say."""
         deviations, last = self._now, self._last
         if deviations is None or last is None or last.values.shape != deviations.values.shape:
             return [torch.empty(0, device="cpu")]
@@ -76,15 +81,18 @@ class NoiseMeter:
             alike = (change * before).sum(dim=1, dtype=torch.float64).square()
             alike /= squares * before.square().sum(dim=1, dtype=torch.float64)
             squares = torch.where(alike > self.ALIKE, squares * (1.0 - alike), squares)
-        return [torch.stack([squares.sum(), deviations.squared.double()])]
+        found = [squares.sum(), deviations.squared.double()]
+        if deviations.rows is not None:
+            found.append(deviations.rows.double())
+        return [torch.stack(found)]
 
     def pack(self, numbers: list[Vector]) -> Vector:
         """[PAYLOAD] numbers to be summed over ranks; zeros if this rank cannot say."""
         if self._now is None or not len(numbers[0]):
             return np.zeros(self.PAYLOAD)
-        changed, squared = numbers[0]
-        samples = len(self._now.values)
-        return np.array([changed, samples, samples**2, squared], dtype=np.float64)
+        changed, squared, *rows = numbers[0]
+        samples, exact = len(self._now.values), sum(rows) / self.copies
+        return np.array([changed, samples, samples**2, squared, exact], dtype=np.float64)
 
     def unpack(self, sums: Vector, size: int) -> None:
         """Takes in their sums."""
@@ -104,12 +112,16 @@ class NoiseMeter:
             size: number of ranks.
 
         Returns:
-            None if a rank could not say, or if there is one sample only.
+            None if a rank could not say, if there is one sample only, or if the coordinates that
+            were looked at have no gradient while others have.
         """
-        changed, samples, squares, squared = (float(x) for x in sums)
+        changed, samples, squares, squared, exact = (float(x) for x in sums)
         if samples < 2 or squares * size != samples**2:
             return None
-        return changed / samples**2 / (2.0 * (1.0 - 1.0 / samples)), squared / size
+        variance, squared = changed / samples**2 / (2.0 * (1.0 - 1.0 / samples)), squared / size
+        if exact == 0.0:  # all coordinates were looked at
+            return variance, squared
+        return None if squared == 0.0 else (variance / squared * exact, exact)
 
     def steadied(self, variance: float, squared: float) -> float:
         """sigma^2, but not less than its recent share of ||r||^2.

@@ -133,19 +133,6 @@ def add_to_means(
         tl.store(means, before + weight * (new - before), mask=both)
 
 
-@triton.jit(do_not_specialize=["k"])
-def gather(addresses, tensors, offsets, out, k, like, BLOCK: tl.constexpr):
-    """A block of chosen numbers."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < k
-    tensor = tl.load(tensors + i, mask=inside, other=0)
-    address = tl.load(addresses + tensor, mask=inside, other=0)
-    at = address.to(tl.pointer_type(like.dtype.element_ty))
-    at += tl.load(offsets + i, mask=inside, other=0)
-    found = tl.load(at, mask=inside & (address != 0), other=0.0)
-    tl.store(out + i, found.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["blocks"])
 def sum_bits(
     addresses, table, sums, blocks, like,

@@ -208,16 +208,17 @@ class Engine:
     def _sample_gradients(self) -> None:
         """Has the noise measured from the ranks, or from one rank's micro-batches."""
         problem, config = self.problem, self.accelerator.config
-        ranks, passes = self.accelerator.comm.size, self.passes
+        comm, passes = self.accelerator.comm, self.passes
         problem.sample_no_gradients()
         if not config.enabled or config.noise_gate is None or not self.reduces_gradients:
             return
-        if ranks > 1:
-            problem.sample_gradients(1, ranks if self.summed else 1)
+        if comm.size > 1:
+            factor = comm.size if self.summed else 1
+            problem.sample_gradients(1, factor, comm.rank, comm.size)
         elif passes > 1:
             # A strong reference would keep the optimizer alive as long as the model.
             here = weakref.ref(self)
-            problem.sample_gradients(passes, passes, lambda: _measures_noise(here()))
+            problem.sample_gradients(passes, passes, wanted=lambda: _measures_noise(here()))
 
 
 def _measures_noise(engine: Engine | None) -> bool:

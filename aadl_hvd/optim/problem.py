@@ -74,7 +74,7 @@ class OptimizerFixedPoint:
         self.skip_step: Callable[[], Any]
         self.evaluate: Callable[[], float]
         self.samples: GradientSamples | None = None
-        self._sampling: tuple[int, float, Callable[[], bool] | None] | None = None
+        self._sampling: tuple[tuple[Any, ...], Callable[[], bool] | None] | None = None
         self._last_rates: tuple[float, ...] = ()
         self._due: tuple[int, int, Tensor] | None = None
         self._gradient: _Gradient | None = None
@@ -96,18 +96,15 @@ class OptimizerFixedPoint:
         check_parameters(optimizer, residual, sharded)
         self._refresh()
 
-    def sample_gradients(
-        self, samples: int, factor: float, wanted: Callable[[], bool] | None = None
-    ) -> None:
+    def sample_gradients(self, *what: Any, wanted: Callable[[], bool] | None = None) -> None:
         """Starts to sample gradients, so that their noise can be measured.
 
         Args:
-            samples: see `GradientSamples`.
-            factor: see `GradientSamples`.
+            what: arguments of `GradientSamples`, all but the parameters.
             wanted: hooks take a sample after every backward pass in which it returns True. None:
                 no hooks, the caller takes the samples.
         """
-        self._sampling = samples, factor, wanted
+        self._sampling = what, wanted
         self._make_samples()
 
     def sample_no_gradients(self) -> None:
@@ -240,6 +237,9 @@ class OptimizerFixedPoint:
                 self._gradient = self._gradients.read(*self._due)
             if self.samples is not None:
                 self._deviations = self.samples.deviations()
+                if self._deviations and self._gradient and not self.samples.complete:
+                    rows, _ = self._gradient
+                    self._deviations.rows = torch.dot(rows, rows)
 
     def forget_gradient(self) -> None:
         """Ends a step, even if it raised an error before its residual was read."""
@@ -388,10 +388,10 @@ class OptimizerFixedPoint:
         """Makes the samples anew, for the parameters there are now."""
         if self._sampling is None:
             return
-        samples, factor, wanted = self._sampling
+        what, wanted = self._sampling
         if self.samples is not None:
             self.samples.remove_hooks()
-        self.samples = GradientSamples(self._parameters, samples, factor)
+        self.samples = GradientSamples(self._parameters, *what)
         if wanted is not None:
             self.samples.take_by_hooks(wanted)
 

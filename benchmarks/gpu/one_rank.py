@@ -127,7 +127,7 @@ class _TimedSamples:
 
     def __init__(self, samples: GradientSamples, timers: _Timers) -> None:
         self._samples, self._timers = samples, timers
-        self.samples = samples.samples
+        self.samples, self.complete = samples.samples, samples.complete
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._samples, name)

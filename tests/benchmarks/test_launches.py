@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from aadl_hvd.optim.problem import OptimizerFixedPoint
 from benchmarks import launches
+from benchmarks.workload import shapes_of
+from tests.pretend_gpu import PretendGpu
 
 WORDS = ["--parameters", "2000", "--ranks", "8", "--warm", "25", "--cycles", "2"]
 
@@ -36,3 +40,29 @@ def test_a_cycle_without_an_accepted_point_is_none(tmp_path, capsys, monkeypatch
 def test_bad_arguments(words, capsys, tmp_path):
     assert launches.main([*words, f"--out={tmp_path / 'x.json'}"]) == 2
     assert words[0] in capsys.readouterr().err
+
+
+def test_samples_of_the_gradient_start_little():
+    """Of ResNet50's 161 tensors, in a step: in the backward pass, of the mean, before the step."""
+    shapes, started = shapes_of("400000"), []
+    for sampled in (True, False):
+        with PretendGpu() as gpu, torch.no_grad():
+            weights = [torch.nn.Parameter(torch.ones(shape, device="cuda")) for shape in shapes]
+            problem = OptimizerFixedPoint(torch.optim.SGD(weights, lr=0.1), "gradient")
+            problem.sample_gradients(1, 1.0)
+            w, r = (torch.empty(1000, device="cuda") for _ in range(2))
+            problem.read_before(0, 1000, w, r)
+            for p in weights:
+                p.grad = torch.ones_like(p)
+            taker, gpu.launches = problem.samples, 0
+            if sampled:
+                for p in weights:
+                    taker.take(p)
+                taker.take_mean()
+            else:
+                problem.samples = None
+            problem.keep_gradient()
+            started.append(gpu.launches)
+            assert (problem.deviations() is not None) == sampled
+    with_samples, without = started
+    assert 0 < with_samples - without <= 16

@@ -122,7 +122,7 @@ def test_within_a_node_the_network_does_not_count():
 
 
 def test_messages():
-    assert model.gram_message(20, 4) == 8 * (21 * 20 + 20 + 4)
+    assert model.gram_message(20, 4) == 8 * (21 * 20 + 21 + 4)
     network = model.Network(SUMMIT, 1536)
     found = model.talk(network, RESNET50, 20, 4)
     assert set(found) == set(predictions.MESSAGES)

@@ -1,6 +1,7 @@
 """The noise of the mean gradient as real ranks measure it; also on one rank with micro-batches."""
 
 import contextlib
+import dataclasses
 
 import horovod.torch as hvd
 import numpy as np
@@ -11,6 +12,7 @@ from training import assert_replicas_equal, unless_brief
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 from aadl_hvd.core.noise import NoiseMeter
+from aadl_hvd.optim import coordinates
 
 DOUBLE = torch.float64
 # Measures in every step and accelerates in none.
@@ -178,6 +180,47 @@ def test_formula(measured, case):
          for p in problem.model.parameters()]
     )  # fmt: skip
     assert measured[-1][1] == pytest.approx(float(final.double().square().sum()), rel=near)
+    assert_replicas_equal(problem.model)
+
+
+@pytest.mark.skipif(ALONE, reason="about the gradients of several ranks")
+@pytest.mark.parametrize("layout", ["rows", "columns", "groups"])
+def test_formula_of_a_sample_of_coordinates(measured, layout, shard_groups, monkeypatch):
+    """sigma^2 of each rank's own coordinates, over their square, times that of all."""
+    monkeypatch.setattr(coordinates, "TENSORS", 2)
+    monkeypatch.setattr(coordinates, "NUMBERS", 20)
+    problem, size, settings = Regression(), hvd.size(), {"layout": layout}
+    if layout == "groups":
+        settings = {"shard_group": next(group for group in shard_groups if group.included())}
+    opt = wrapped(problem, rate=1e-2, config=dataclasses.replace(MEASURE, **settings))
+    sizes = [p.numel() for p in problem.model.parameters()]
+    firsts = np.cumsum([0, *sizes])
+    draws = [coordinates.draw(sizes, i, size) for i in range(size)]
+    assert all(0 < sum(piece.count for piece in own) < sum(sizes) for own in draws)
+
+    def weighted(vector, own):
+        """The square of a vector, as it is estimated from some pieces."""
+        parts = [vector[firsts[p.index] : firsts[p.index + 1]][p.start :: p.stride] for p in own]
+        return sum(p.weight * part.square().sum() for p, part in zip(own, parts, strict=True))
+
+    deviations, expected, squares = [], [], []
+    for _ in range(6):
+        chosen = problem.batch()
+        everybody = torch.from_numpy(
+            np.stack(hvd.allgather_object(problem.own_gradient([chosen]).numpy()))
+        )
+        opt.zero_grad()
+        problem.loss(chosen).backward()
+        opt.step()
+        mean = everybody.mean(dim=0)
+        deviations.append(everybody - mean)
+        if len(deviations) > 1:
+            changes = deviations[-1] - deviations[-2]
+            of_sample = sum(map(weighted, changes, draws)) / size**2 / (2 * (1 - 1 / size))
+            its_square = sum(weighted(mean, own) for own in draws) / size
+            squares.append(float(mean.square().sum()))
+            expected.append(float(of_sample / its_square) * squares[-1])
+    np.testing.assert_allclose(measured, np.transpose([expected, squares]), rtol=1e-8)
     assert_replicas_equal(problem.model)
 
 

@@ -21,7 +21,7 @@ NUMBERS = {
     "agree": {9},
     "loss_verdict": {4},
     "residual_verdict": {2},
-    "reduction": {(M + 1) * M + 20},
+    "reduction": {(M + 1) * M + 21},
     "block": {260},
     "jump": {12},
     "growth": {16},

@@ -1,94 +1,98 @@
-"""Chosen coordinates, against a read of one tensor after the other."""
+"""Numbers of a few tensors: which are drawn, what they stand for, and where they lie."""
 
+import math
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aadl_hvd.optim import coordinates
-from aadl_hvd.optim.coordinates import Coordinates
+from aadl_hvd.optim.coordinates import Piece, draw
 
-SHAPES = (7,), (3, 4, 2, 2), (), (40, 25), (5, 1, 3, 3), (0,), (2, 150), (11,)
-
-
-def one_by_one(tensors, chosen, dtype):
-    """All of the flat vector in the order of memory, and of it what is chosen."""
-    rows = []
-    for shape, tensor in zip(SHAPES, tensors, strict=True):
-        if tensor is None:
-            rows.append(torch.zeros(torch.Size(shape).numel()))
-            continue
-        dense = tensor.to_dense()
-        if dense.dim() == 4 and dense.is_contiguous(memory_format=torch.channels_last):
-            dense = dense.permute(0, 2, 3, 1)
-        rows.append(dense.reshape(-1))
-    return torch.cat([row.to(dtype) for row in rows])[chosen]
+SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=15)
 
 
-def random(shape, kind):
-    """A tensor of this shape, and how it lies in memory."""
-    tensor = torch.randn(shape, dtype=torch.float64)
-    if kind == "channels_last" and tensor.dim() == 4:
-        return tensor.float().contiguous(memory_format=torch.channels_last)
-    if kind == "transposed" and tensor.dim() == 2:
-        return torch.randn(*reversed(shape)).T
-    if kind == "sparse" and tensor.dim() == 2:
-        return tensor.float().to_sparse()
-    if kind == "mixed":
-        return tensor.to((torch.float64, torch.float32, torch.bfloat16)[tensor.numel() % 3])
-    if kind == "none":
-        return None if tensor.numel() % 2 else tensor.float()
-    return tensor.to(getattr(torch, kind) if kind in KINDS[:3] else torch.float32)
+@given(SIZES, st.integers(1, 9), st.integers(0, 8), st.integers(0, 99))
+def test_each_piece_lies_in_one_tensor(sizes, ranks, rank, seed):
+    rank %= ranks
+    with mock.patch.multiple(coordinates, TENSORS=3, NUMBERS=90):
+        pieces = draw(sizes, rank, ranks, seed)
+        assert pieces == draw(sizes, rank, ranks, seed)
+    met = [piece.index for piece in pieces]
+    assert met == sorted(set(met)) and len(met) <= 3
+    assert bool(met) == any(sizes)
+    for piece in pieces:
+        places = range(piece.start, sizes[piece.index], piece.stride)
+        assert piece.count == len(places)
+        assert piece.stride == 1 or math.gcd(piece.stride, sizes[piece.index]) == 1
+    assert sum(piece.count for piece in pieces) <= 90
+    few = sum(size > 0 for size in sizes) <= 3
+    if few:
+        assert met == [i for i, size in enumerate(sizes) if size]
+    if few and sum(sizes) <= 90:
+        assert [(p.start, p.stride, p.weight) for p in pieces] == [(0, 1, 1.0)] * len(met)
 
 
-KINDS = "float32", "float64", "bfloat16", "mixed", "channels_last", "transposed", "sparse", "none"
+@settings(max_examples=25)
+@given(SIZES, st.integers(1, 4), st.integers(0, 3), st.integers(0, 9))
+def test_sums_over_the_draws_are_unbiased(sizes, ranks, rank, seed):
+    """That of each tensor, for each rank: numbers that grow along the memory, and from tensor to
+    tensor."""
+    rank %= ranks
+    values = [(1 + i) * (1.0 + np.arange(size)) for i, size in enumerate(sizes)]
+    draws = 1500
+    sums = np.zeros((draws, len(sizes)))
+    with mock.patch.multiple(coordinates, TENSORS=3, NUMBERS=60):
+        for k in range(draws):
+            for p in draw(sizes, rank, ranks, 1000 * seed + k):
+                sums[k, p.index] = p.weight * values[p.index][p.start :: p.stride].sum()
+    wanted = np.array([own.sum() for own in values])
+    # A tensor that is met once in 30 draws, by luck a third less often.
+    error = 5.0 * sums.std(axis=0) / math.sqrt(draws) + 0.02 * wanted
+    assert (abs(sums.mean(axis=0) - wanted) <= error).all(), (sums.mean(axis=0) / wanted, error)
 
 
-@pytest.mark.parametrize("whole", [0, 30, 400, 2**18])  # numbers that are copied at most
-@pytest.mark.parametrize("count", [1, 200, None])
-def test_same_bits_as_one_tensor_after_the_other(monkeypatch, whole, count):
-    """Whatever lies in the buffer, and whatever the gradients become from one step to the next."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(coordinates, "_WHOLE", whole)
-    sizes = [torch.Size(shape).numel() for shape in SHAPES]
-    n = sum(sizes)
-    chosen = torch.arange(n) if count is None else torch.randint(n, (count,)).unique()
-    for dtype in (torch.float32, torch.float64):
-        found = Coordinates(sizes, chosen, torch.device("cpu"))
-        out = torch.full((len(chosen),), torch.nan, dtype=dtype)
-        for kind in (*KINDS, *KINDS[::-1]):
-            tensors = [random(shape, kind) for shape in SHAPES]
-            right = one_by_one(tensors, chosen, dtype)
-            met = [tensors[i] for i in found.met]
-            assert torch.equal(found.read(met, out), right), kind
-            for i, (tensor, part) in enumerate(zip(met, found.parts, strict=True)):
-                one = torch.full((part.stop - part.start,), torch.nan, dtype=dtype)
-                assert torch.equal(found.read_one(i, tensor, one), right[part]), kind
-        assert not found.read([None] * len(found.met), out).any()
+def test_all_ranks_together_meet_more_tensors():
+    sizes = [10_000 + i for i in range(60)]
+    alone = {piece.index for piece in draw(sizes)}
+    assert len(alone) == coordinates.TENSORS
+    met = [piece.index for rank in range(4) for piece in draw(sizes, rank, 4)]
+    assert len(set(met)) == len(met) == 4 * coordinates.TENSORS
+    assert max(np.diff(sorted(met))) <= 3, "they are at equal distances"
 
 
-def test_a_gradient_that_is_given_another_shape():
-    """As after `p.data = ...`: the view that it was copied into does not fit any more."""
-    found = Coordinates([6], torch.tensor([1, 4]), torch.device("cpu"))
-    out = torch.empty(2)
-    for shape in ((6,), (2, 3), (3, 2), (6,)):
-        assert found.read([torch.arange(6.0).view(shape)], out).tolist() == [1.0, 4.0]
-    with pytest.raises(RuntimeError):
-        found.read([torch.zeros(7)], out)
+def test_no_generator_of_the_program_is_touched():
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    draw([5000] * 100)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
 
 
-def test_few_calls(monkeypatch):
-    """Of a network's tensors, most of them small. To copy the large ones would take longer."""
-    sizes = [64] * 100 + [2**14] * 3 + [64] * 100
-    chosen = torch.randint(sum(sizes), (2**12,)).unique()
-    found = Coordinates(sizes, chosen, torch.device("cpu"))
-    tensors = [torch.randn(sizes[i]) for i in found.met]
-    out = torch.empty(len(chosen))
-    found.read(tensors, out)
-    with torch.profiler.profile() as profile:
-        found.read(tensors, out)
-    called = [event.name for event in profile.events() if event.cpu_parent is None]
-    assert len(called) <= 12, called
-    assert found._buffer.numel() <= 200 * 64
-    monkeypatch.setattr(coordinates, "_WHOLE", 1000)
-    found = Coordinates(sizes, chosen, torch.device("cpu"))
-    found.read(tensors, out)
-    assert 900 < found._buffer.numel() <= 1000, "memory is not bounded"
+def stored(kind):
+    """A tensor [3, 4, 2, 5], and its numbers in the order of the memory."""
+    whole = torch.arange(120.0).view(3, 4, 2, 5)
+    if kind == "channels last":
+        whole = whole.to(memory_format=torch.channels_last)
+        return whole, whole.permute(0, 2, 3, 1).reshape(-1)
+    if kind == "a part of another":
+        return torch.arange(-7.0, 130.0)[7:127].view(3, 4, 2, 5), whole.reshape(-1)
+    if kind == "transposed":
+        return whole.transpose(0, 3).contiguous().transpose(0, 3), whole.reshape(-1)
+    if kind == "with gaps":
+        return torch.arange(240.0)[::2].view(3, 4, 2, 5), 2 * whole.reshape(-1)
+    return whole.to_sparse() if kind == "sparse" else whole, whole.reshape(-1)
+
+
+KINDS = "plain", "channels last", "a part of another", "transposed", "with gaps", "sparse"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("start", "stride"), [(0, 1), (5, 7), (6, 7)])
+def test_what_a_piece_reads(kind, start, stride):
+    tensor, flat = stored(kind)
+    expected = flat[start::stride]
+    piece = Piece(0, start, stride, len(expected), 1.0)
+    assert torch.equal(piece.of(tensor), expected)

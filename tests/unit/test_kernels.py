@@ -134,24 +134,6 @@ def test_averages(work, count, rows, lo, seed):
         close(after, mean + weight * (pair - mean), EPS[work])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_chosen_numbers_are_those_of_the_memory(dtype):
-    whole, last = drawn(0, 300, dtype=dtype), drawn(1, 3, 4, 5, 6, dtype=dtype)
-    last = last.to(memory_format=torch.channels_last)
-    single = drawn(2, dtype=dtype)
-    tensors, offsets = torch.tensor([0, 1, 1, 2, 3, 3]), torch.tensor([0, 5, 299, 7, 0, 359])
-    chosen = kernels.Gather(tensors, offsets, DEVICE)
-    out = torch.full((6,), math.nan, dtype=torch.float32, device=DEVICE)
-    assert chosen.read([single, whole, None, last], out)
-    in_memory = last.permute(0, 2, 3, 1).reshape(-1)
-    zero = whole.new_zeros(())
-    wanted = torch.stack([single, whole[5], whole[299], zero, in_memory[0], in_memory[359]])
-    assert torch.equal(out, wanted.float())
-    assert chosen.read([None] * 4, out) and not out.any()
-    for odd in (whole[::2], whole.to(torch.bfloat16), whole.to_sparse()):
-        assert not chosen.read([single, odd, None, last], out)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_any_bit_changes_the_checksum(dtype):
     """And two blocks that change places do."""

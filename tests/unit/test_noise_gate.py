@@ -187,11 +187,11 @@ def test_frozen_and_added_parameters(digits):
     try:
         run(6)
         assert None not in measured and len(measured) == 3
-        assert opt.anderson_engine.problem.samples._own.shape[1] == 16 + 160
+        assert opt.anderson_engine.problem.samples._rows.shape[1] == 16 + 160
         opt.add_param_group({"params": [model[2].bias]})
         model[0].weight.requires_grad_(True)
         run(4)
-        assert opt.anderson_engine.problem.samples._own.shape[1] == 16 + 160 + 10 + 1024
+        assert opt.anderson_engine.problem.samples._rows.shape[1] == 16 + 160 + 10 + 1024
         model[0].weight.requires_grad_(False)
         run(4)
         assert sum(found is not None for found in measured) >= len(measured) - 2
@@ -243,7 +243,7 @@ def test_columns_of_noise_are_left_out(safeguard):
     collectives = Collectives(LocalCommunicator(), ShardGroup(LocalCommunicator()), Stats())
     acceptance = Acceptance(config, collectives, Stats())
     gram, b = np.diag([1.0, 5.0, 3.0, 9.0]), np.ones(4)
-    sums = np.array([2.0 * 2 * 2 * 0.5 * 2, 2.0, 2.0, 2 * 50.0])  # sigma^2 = 2 of two samples
+    sums = np.array([2.0 * 2 * 2 * 0.5 * 2, 2.0, 2.0, 2 * 50.0, 0.0])  # sigma^2 = 2 of two samples
     acceptance.noise.unpack(sums, 2)
     assert acceptance.noise.measurement == (2.0, 50.0)
     acceptance.begin()
