@@ -58,6 +58,7 @@ FROM_INSIDE = {
     },
     "benchmarks/host.py": {"aadl_hvd.comm.base", "aadl_hvd.comm.local", "aadl_hvd.optim.local"},
     "benchmarks/latency.py": {"aadl_hvd.comm.horovod"},
+    "benchmarks/launches.py": {"aadl_hvd.optim.gradient_samples"},
     # The options of the training program come from the fields of AndersonConfig.
     "models/anderson_options.py": {"aadl_hvd.config"},
     "models/options.py": {"aadl_hvd.config"},

@@ -189,6 +189,7 @@ def test_formula_of_a_sample_of_coordinates(measured, layout, shard_groups, monk
     """sigma^2 of each rank's own coordinates, over their square, times that of all."""
     monkeypatch.setattr(coordinates, "TENSORS", 2)
     monkeypatch.setattr(coordinates, "NUMBERS", 20)
+    monkeypatch.setattr(NoiseMeter, "ALIKE", 1.1)  # so few numbers may be alike by chance
     problem, size, settings = Regression(), hvd.size(), {"layout": layout}
     if layout == "groups":
         settings = {"shard_group": next(group for group in shard_groups if group.included())}
