@@ -20,7 +20,7 @@ from aadl_hvd.core.fixed_point import work_dtype
 from aadl_hvd.core.history import History
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.core.state import AcceleratorState
-from aadl_hvd.optim import diagonals
+from aadl_hvd.optim import diagonals, flatten
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 
 STEPS = 40
@@ -197,3 +197,27 @@ def test_no_vector_beside_history_pair_and_averages(base, p, q, averages, ranks,
         assert allocations.most <= allowed, allocations.found
 
     run_ranks(ranks, program)
+
+
+def test_a_history_that_is_made_anew_leaves_nothing_behind(monkeypatch):
+    """Views that r is read through would keep all columns alive."""
+    monkeypatch.setattr(history, "FEW_ROWS", 0)
+    monkeypatch.setattr(flatten, "FEW", 0)
+    weights = [torch.nn.Parameter(torch.ones(5)) for _ in "ab"]
+    config = AndersonConfig(method="residual", noise_gate=None, history_depth=3)
+    opt = AndersonOptimizer(torch.optim.SGD(weights, lr=0.1), anderson=config)
+
+    def step():
+        for w in weights:
+            w.grad = w.detach().clone()
+        opt.step()
+
+    for _ in range(4):
+        step()
+    kept = opt.anderson_engine.problem._layout._views.values()
+    views = [weakref.ref(view) for each in kept for view in each]
+    for w in weights:
+        w.data = w.data.double()
+        w.grad = None
+    step()
+    assert views and not any(view() is not None for view in views)
