@@ -85,7 +85,7 @@ class Accelerator(AcceleratorState):
         with no_graph(problem.device), stats.timed("read"):
             self._prepare(problem, schedule.within)
             shard, method, averages = self._shard, self._method, self._averages
-            w, r = method.staging_buffer(schedule.store)
+            w, r = method.staging_buffer(schedule.store and problem.moves)
             w = problem.read_before(*shard.rows, w, r)  # read w
         result = problem.advance()  # base step
         with plain_numerics(problem.device):

@@ -134,8 +134,8 @@ class History:
         """Memory for the next w and r, [rows] of `work_dtype`. `push` takes it without a copy.
 
         Args:
-            stores: whether this step may call `push`; the same on every rank. Then the column that
-                `push` overwrites is forgotten: with many rows the next r lies in its memory.
+            stores: whether this step is to call `push`; the same on every rank. Then the column
+                that `push` overwrites is forgotten: with many rows the next r lies in its memory.
         """
         if self._y is None:
             self._allocate()
@@ -149,7 +149,7 @@ class History:
             if self._spare is None:
                 self._spare = torch.empty_like(r)
             return w, self._spare
-        self._staged = self._index[self._next_slot]
+        self._spare, self._staged = None, self._index[self._next_slot]
         return w, self._r[self._staged]
 
     def scratch(self, *in_use: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def test_the_same_path_to_rounding(case, ranks, monkeypatch):
         np.testing.assert_allclose(path, was, rtol=0, atol=1e-12)  # vectors lie elsewhere
         assert counted == others[0] and gains == pytest.approx(others[1])
         assert counted["stored"] > 5 and counted["accelerated"] > 2
-        assert taken == said <= others[2] == others[3]
-        fewer += taken < others[2]
+        assert taken <= said <= others[2] == others[3]
+        fewer += said < others[2]
     stays = case in ("columns", "bfloat16", "p < q", "p is no multiple of q", "residual, q = 3")
     assert fewer == (0 if stays else ranks)
 
