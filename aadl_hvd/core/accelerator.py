@@ -85,7 +85,7 @@ class Accelerator(AcceleratorState):
         with no_graph(problem.device), stats.timed("read"):
             self._prepare(problem, schedule.within)
             shard, method, averages = self._shard, self._method, self._averages
-            w, r = method.staging_buffer(schedule.store and problem.moves)
+            w, r = method.staging_buffer()
             w = problem.read_before(*shard.rows, w, r)  # read w
         result = problem.advance()  # base step
         with plain_numerics(problem.device):
@@ -98,7 +98,7 @@ class Accelerator(AcceleratorState):
             stored = schedule.store and problem.moves  # at learning rate 0 r says nothing
             if stored:
                 with stats.timed("store"):
-                    r = method.note(w, r, problem)  # store
+                    method.note(w, r, problem)  # store
             whole = self._decayed(problem, w, r) if schedule.push or schedule.accelerate else r
             if schedule.push:
                 with stats.timed("average"):

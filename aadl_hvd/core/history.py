@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.checkpoint.history_state import ColumnsState
-from aadl_hvd.core.chunking import CHUNK_GPU, chunk_rows, chunks, part_of
+from aadl_hvd.core.chunking import chunks, part_of
 from aadl_hvd.core.sharding import Sharding
-
-# Rows up to which the next r has memory of its own. In steps with few rows calls of torch take the
-# time, not passes over memory, and CUDA graphs need vectors that stay where they are.
-FEW_ROWS = CHUNK_GPU
 
 
 class History:
@@ -30,9 +26,7 @@ class History:
 
     Memory on this rank: 2 * len(sharding.slots) * rows numbers of `dtype` for the columns, and
     4 * rows numbers of `work_dtype` for the last pair and the next one. It is allocated when it is
-    first needed. With many rows the 4 are 3: the next r of a step that stores is read into the
-    slot of R that it will fill (`shares_slots`). In a step that does not store it has memory of
-    its own.
+    first needed.
 
     Args:
         sharding: which rows and slots are this rank's.
@@ -68,13 +62,9 @@ class History:
         self._weights = [0.0] * len(self._index)  # c_j
         self._y: Tensor | None = None
         self._r: Tensor
-        self._shares = shares_slots(sharding, dtype, work_dtype)
-        self._pairs: Tensor  # [4, rows]: w, w, r, r; where slots are shared [3, rows]: w, w, r
-        # The w and r of two pairs, views of them that are made once. Shared slots: one r for both.
-        self._vectors: list[tuple[Tensor, Tensor]] = []
+        self._pairs: Tensor  # [2, 2, rows], each (w, r)
+        self._vectors: list[tuple[Tensor, ...]] = []  # views of them, made once
         self._last = 0  # which of the two pairs was stored last; the other one is free
-        self._spare: Tensor | None = None  # the next r of a step that does not store
-        self._staged: int | None = None  # index of the slot that the next r was read into
 
     @property
     def live(self) -> list[int]:
@@ -91,8 +81,7 @@ class History:
         """Bytes allocated on this rank."""
         if self._y is None:
             return 0
-        held = [self._y, self._r, self._pairs, *([] if self._spare is None else [self._spare])]
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.numel() * t.element_size() for t in (self._y, self._r, self._pairs))
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -130,53 +119,28 @@ class History:
         """c_j of each column in `y`, see the class. Not to be changed."""
         return self._weights
 
-    def staging_buffer(self, stores: bool = True) -> tuple[Tensor, Tensor]:
-        """Memory for the next w and r, [rows] of `work_dtype`. `push` takes it without a copy.
-
-        Args:
-            stores: whether this step is to call `push`; the same on every rank. Then the column
-                that `push` overwrites is forgotten: with many rows the next r lies in its memory.
-        """
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
+        """Memory for the next w and r, [rows] of `work_dtype`. `push` takes it without a copy."""
         if self._y is None:
             self._allocate()
         w, r = self._vectors[1 - self._last]
-        if stores:
-            self.keep(self.sharding.depth - 1)
-        if not self._shares:
-            return w, r
-        self._clean()  # where the step before did not store
-        if not stores:
-            if self._spare is None:
-                self._spare = torch.empty_like(r)
-            return w, self._spare
-        self._spare, self._staged = None, self._index[self._next_slot]
-        return w, self._r[self._staged]
+        return w, r
 
     def scratch(self, *in_use: Tensor) -> Tensor:
         """Memory [rows] of `work_dtype` that overlaps none of the vectors in use.
 
-        It is the next w's, or new memory if one of the vectors lies there.
+        It is part of the staging buffer, or new memory if one of the vectors lies there.
         """
-        staged, _ = self._vectors[1 - self._last]
+        staged, _ = self.staging_buffer()
         taken = any(tensor.data_ptr() == staged.data_ptr() for tensor in in_use)
         return torch.empty_like(staged) if taken else staged
-
-    @property
-    def _next_slot(self) -> int:
-        """The slot that the next pair fills, if it is not the very first one."""
-        return (self.stored - 1) % self.sharding.depth
-
-    @property
-    def newest_r(self) -> Tensor:
-        """The r of the pair that was stored last, [rows]. Not to be changed."""
-        return self._vectors[self._last][1]
 
     def push(self, w: Tensor, r: Tensor, weight: float = 0.0) -> tuple[int, Tensor | None] | None:
         """Stores a pair.
 
         Args:
             w: iterate, [rows] of `work_dtype`.
-            r: its residual, likewise. If it is that of `staging_buffer`, it may be overwritten.
+            r: its residual, likewise.
             weight: c, the weight of residuals in updates; 0 if it is not the same for all rows.
 
         Returns:
@@ -184,29 +148,23 @@ class History:
             column of R as it was rounded for storage, [rows] of `work_dtype`. None for the very
             first pair: there is no pair before it.
         """
-        if self._y is None:
-            self._allocate()
+        next_w, next_r = self.staging_buffer()
         assert self._y is not None
-        next_w, next_r = self._vectors[1 - self._last]
-        last_w, last_r = self._vectors[self._last]
         if w.data_ptr() != next_w.data_ptr():
             next_w.copy_(w)
-        if self._shares:
-            next_r = r
-        elif r.data_ptr() != next_r.data_ptr():
+        if r.data_ptr() != next_r.data_ptr():
             next_r.copy_(r)
+        last_w, last_r = self._vectors[self._last]
+        self._last = 1 - self._last
         slot = column = None
         if self.stored > 0:
-            slot = self._next_slot
+            slot = (self.stored - 1) % self.sharding.depth
             self.columns = min(self.columns + 1, self.sharding.depth)
             if self.sharding.layout == "columns":
                 column = torch.empty_like(last_r)
             index = self.index(slot)
             if index is not None:
                 self._weights[index] = weight
-        aside = None  # memory for a chunk of the next r, where its own becomes that of a column
-        if self._shares:
-            aside = torch.empty_like(r[: chunk_rows(r.device)])
         for rows in chunks(r) if slot is not None else ():
             # Results go straight into the columns if the dtypes agree. Otherwise they go into the
             # memory of the pair before, which is not needed any more, and are converted from there.
@@ -214,12 +172,7 @@ class History:
             before_w, before_r = part_of(last_w, rows), part_of(last_r, rows)
             to_r = part_of(self._r[index], rows) if direct else before_r
             to_y = part_of(self._y[index], rows) if direct else before_w
-            new_r = part_of(next_r, rows)
-            if aside is not None:
-                new_r = aside[: len(new_r)].copy_(new_r)
-            dr = torch.sub(new_r, before_r, out=to_r)
-            if aside is not None:
-                before_r.copy_(new_r)
+            dr = torch.sub(part_of(next_r, rows), before_r, out=to_r)
             if index is not None:
                 dw = torch.sub(part_of(next_w, rows), before_w, out=to_y)
                 if weight:
@@ -229,19 +182,8 @@ class History:
                 self._r[index, rows].copy_(dr)
             if column is not None:
                 column[rows] = dr.to(self.dtype)
-        if self._shares and slot is None:
-            last_r.copy_(r)
-            self._clean()
-        self._staged = None
-        self._last = 1 - self._last
         self.stored += 1
         return None if slot is None else (slot, column)
-
-    def _clean(self) -> None:
-        """Forgets the next r where it was read into a slot that no pair has filled."""
-        if self._staged is not None:
-            self._r[self._staged].zero_()  # products with unused columns must be finite
-            self._staged = None
 
     def clear(self) -> None:
         """Forgets all pairs; the memory stays allocated."""
@@ -250,16 +192,14 @@ class History:
         self._weights = [0.0] * len(self._weights)
         if self._y is not None:
             self._y.zero_()
-            for i, r in enumerate(self._r):
-                if i != self._staged:  # a step that runs has read its r into it
-                    r.zero_()
+            self._r.zero_()
 
     def release(self) -> None:
         """Forgets all pairs, and frees their memory."""
         self.clear()
         self._last, self._y = 0, None
         self._r = self._pairs = torch.empty(0, device=self.device)
-        self._vectors, self._spare, self._staged = [], None, None
+        self._vectors = []
 
     def state(self) -> ColumnsState:
         """The columns in use that are held here, and the last pair, copied to host memory."""
@@ -277,7 +217,7 @@ class History:
             count=self.columns,
             last=self._last,
             index=tuple(i for i, _ in own),
-            pair=torch.stack([x.cpu() for x in self._vectors[self._last]]) if self.stored else None,
+            pair=self._pairs[self._last].cpu().clone() if self.stored else None,
             y=y,
             r=r,
             weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
@@ -289,15 +229,14 @@ class History:
         The dtypes may be others.
         """
         self.clear()
-        self._last, self._staged = state.last, None
+        self._last = state.last
         self.stored, self.columns = state.stored, state.count
         if state.pair is None:
             return
         if self._y is None:
             self._allocate()
         assert self._y is not None
-        for vector, loaded in zip(self._vectors[self._last], state.pair, strict=True):
-            vector.copy_(loaded)
+        self._pairs[self._last].copy_(state.pair)
         for row, index in enumerate(state.index):
             own = self._index[self.live[index]]
             self._weights[own] = float(state.weights[row])
@@ -309,19 +248,6 @@ class History:
         shape = (len(self.sharding.slots), hi - lo)
         self._y = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._r = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        vectors = 3 if self._shares else 4, hi - lo
-        self._pairs = torch.zeros(vectors, dtype=self.work_dtype, device=self.device)
-        each = self._pairs.unbind()
-        self._vectors = [(each[0], each[2]), (each[1], each[-1])]
-
-
-def shares_slots(sharding: Sharding, dtype: torch.dtype, work_dtype: torch.dtype) -> bool:
-    """Whether the next r of a step that stores lies in the slot of R that it fills.
-
-    Args:
-        sharding: which rows and slots are this rank's. A slot must be there, of all rows.
-        dtype: of the stored columns. It must be that of r.
-        work_dtype: of pairs.
-    """
-    lo, hi = sharding.rows
-    return sharding.layout == "rows" and dtype == work_dtype and hi - lo > FEW_ROWS
+        pairs = 2, 2, hi - lo
+        self._pairs = torch.zeros(pairs, dtype=self.work_dtype, device=self.device)
+        self._vectors = [pair.unbind() for pair in self._pairs]

@@ -12,9 +12,7 @@ from aadl_hvd.comm.base import Communicator
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.blocks import DEPTH, VECTORS
 from aadl_hvd.core.gram import matrix_bytes
-from aadl_hvd.core.history import shares_slots
 from aadl_hvd.core.products import working_bytes
-from aadl_hvd.core.schedule import only_stores
 from aadl_hvd.core.sharding import Sharding
 from aadl_hvd.errors import HistoryMemoryError
 
@@ -48,14 +46,11 @@ def history_bytes(config: AndersonConfig, sharding: Sharding, work: torch.dtype)
     if not config.enabled:
         return 0
     lo, hi = sharding.rows
-    dtype = config.history_dtype or work
     stored, pairs = 2 * len(sharding.slots), 4
-    if shares_slots(sharding, dtype, work) and only_stores(config):
-        pairs = 3
     if config.hands_over or config.method == "subspace":  # one method's memory at a time
         stored, pairs = max(stored, 2 * DEPTH), VECTORS + 1
     others = pairs + (config.average_window or 0) + 2 * len(config.averages)
-    column = stored * dtype.itemsize
+    column = stored * (config.history_dtype or work).itemsize
     return (hi - lo) * (column + others * work.itemsize)
 
 

@@ -47,13 +47,6 @@ class Schedule(NamedTuple):
         return Schedule(store, accelerate, confirm, average)
 
 
-def only_stores(config: AndersonConfig) -> bool:
-    """Whether each step of the residual-norm method that reads r stores it."""
-    p, q = config.frequency, config.store_every
-    others = config.safeguard == "residual" or config.average_window is not None
-    return p % q == 0 and (q == 1 or not others)
-
-
 def measures_noise(config: AndersonConfig, calls: int) -> bool:
     """Whether step number `calls` needs the gradients before they are averaged over ranks.
 

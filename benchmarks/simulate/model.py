@@ -18,7 +18,6 @@ FLOAT64 = 8
 # Numbers sent along in the allreduce of the Gram matrix: noise 4, loss 3, checksum of the
 # weights 4, r^T r 1, and 8 that say whether ranks have stored the same.
 PAYLOAD = 20
-FEW_ROWS = 2**21  # rows of a rank up to which the next r has memory of its own
 OBSERVED = 4  # numbers in the verdict on an observed loss
 
 
@@ -166,13 +165,12 @@ def history_bytes(
         ranks: P.
         layout: "rows": 2 m n/P numbers of the history; "columns": 2 n ceil(m/P).
         itemsize: bytes of a number of the history.
-        work: bytes of a number of averages and pairs: 4 n/P, or 3 n/P with many rows of one dtype.
+        work: bytes of a number of pairs (4 n/P) and averages.
         averages: number of averages, of 2 n/P numbers each.
     """
     rows = -(-n // ranks) if layout == "rows" else n
     columns = m if layout == "rows" else -(-m // ranks)
-    pairs = 3 if layout == "rows" and itemsize == work and rows > FEW_ROWS else 4
-    return rows * (2 * columns * itemsize + (pairs + 2 * averages) * work)
+    return rows * (2 * columns * itemsize + (4 + 2 * averages) * work)
 
 
 # Passes over this rank's rows.

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import history
 from aadl_hvd.core.accelerator import Accelerator
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from benchmarks.cost import overhead
@@ -158,11 +157,7 @@ def _bytes_on_ranks(n, m, ranks, config):
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize(("dtype", "itemsize"), [(None, 4), ("bfloat16", 2), ("float64", 8)])
 @pytest.mark.parametrize("averages", [(), (0.9, 0.99)])
-@pytest.mark.parametrize("few_rows", [0, 10**6])
-def test_bytes_are_those_of_the_library(layout, dtype, itemsize, averages, few_rows, monkeypatch):
-    assert model.FEW_ROWS == history.FEW_ROWS
-    for module in (history, model):
-        monkeypatch.setattr(module, "FEW_ROWS", few_rows)
+def test_bytes_are_those_of_the_library(layout, dtype, itemsize, averages):
     for n, m, ranks in ((1000, 5, 3), (997, 4, 4), (6, 3, 4)):
         config = AndersonConfig(
             history_depth=m, layout=layout, history_dtype=dtype, averages=averages

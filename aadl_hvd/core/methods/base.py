@@ -55,19 +55,16 @@ class Method(Protocol):
     def norm(self) -> float:
         """After the reduction: the norm of the residual."""
 
-    def staging_buffer(self, stores: bool) -> tuple[Tensor, Tensor]:
-        """Memory for the next w and r; stores: whether `note` may follow."""
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
+        """Memory for the next w and r."""
 
-    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> Tensor:
+    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
         """Takes in a step that its schedule says to store.
 
         Args:
             w: iterate.
-            r: its residual; it may be overwritten.
+            r: its residual.
             problem: after the base step.
-
-        Returns:
-            r, where it lies now.
         """
 
     def payloads(self, problem: FixedPoint, r: Tensor, stored: bool) -> Sequence[Payload]:

@@ -35,7 +35,7 @@ class ResidualNorm:
 
     Memory on this rank, in numbers of `history_dtype`: 2 m n/P, or 2 n ceil(m/P) with the column
     layout; and 4 n/P, or 4 n, in float32 (float64 where a weight is) for the last pair and the
-    next. 3 in place of 4 with many rows, see `History`.
+    next.
     """
 
     keeps_base_step = False
@@ -76,18 +76,17 @@ class ResidualNorm:
         """Bytes of history allocated on this rank."""
         return self.history.nbytes
 
-    def staging_buffer(self, stores: bool) -> tuple[Tensor, Tensor]:
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
         """Memory for the next w and r."""
-        return self.history.staging_buffer(stores)
+        return self.history.staging_buffer()
 
-    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> Tensor:
+    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
         """Stores a pair of one step as one more column."""
         scaling = 0.0 if problem.scale_free else problem.uniform_scaling or 0.0
         new = self.history.push(w, r, self._config.mixing * scaling)
         if new is not None:
             self.gram.stored(*new)
         self._stats.stored += 1
-        return self.history.newest_r
 
     def payloads(self, problem: FixedPoint, r: Tensor, stored: bool) -> Sequence[Payload]:
         """The noise of the gradients; new rows of R^T R, R^T r and r^T r."""

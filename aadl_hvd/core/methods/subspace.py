@@ -112,18 +112,17 @@ class Subspace:
         """The norm of the last block's mean gradient."""
         return math.sqrt(self.squared)
 
-    def staging_buffer(self, stores: bool) -> tuple[Tensor, Tensor]:
+    def staging_buffer(self) -> tuple[Tensor, Tensor]:
         """Memory for the next w and r."""
         return self.blocks.staging_buffer()
 
-    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> Tensor:
+    def note(self, w: Tensor, r: Tensor, problem: FixedPoint) -> None:
         """Takes a step into the block."""
         if not self.blocks.steps:
             self._losses = []
         self.blocks.note(w, r)
         if (loss := self._acceptance.losses.current) is not None:
             self._losses.append(loss)
-        return r
 
     def payloads(self, problem: FixedPoint, r: Tensor, stored: bool) -> Sequence[Payload]:
         """What the reduction at a block's end carries; it stores the block."""

@@ -1,96 +1,23 @@
-"""With many rows: what a step takes in memory, and that it does the same as with few."""
+"""With many rows: what a step of the residual-norm method takes in memory for a moment."""
 
 import contextlib
 import functools
 import threading
 import weakref
 
-import numpy as np
 import pytest
 import torch
-from checkpointing import Run, assert_same
-from problems import SEVERAL, Problem, counts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer
 from aadl_hvd.comm.simulated import run_ranks
-from aadl_hvd.core import chunking, history, memory, replicas
+from aadl_hvd.core import chunking, replicas
 from aadl_hvd.core.accelerator import Accelerator
-from aadl_hvd.core.fixed_point import work_dtype
 from aadl_hvd.core.history import History
 from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.core.state import AcceleratorState
 from aadl_hvd.optim import diagonals, flatten
 from aadl_hvd.optim.problem import OptimizerFixedPoint
-
-STEPS = 40
-# q = p; steps that store and do not accelerate, and the other way round; steps that go back.
-CASES = {
-    "p = q": {"frequency": 2, "store_every": 2},
-    "p > q": {"frequency": 3},
-    "p < q": {"frequency": 2, "store_every": 5},
-    "p is no multiple of q": {"frequency": 3, "store_every": 2},
-    "m = 1": {"history_depth": 1, "frequency": 2},
-    "descent": {"frequency": 2, "safeguard": "descent"},
-    "residual": {"frequency": 2, "safeguard": "residual"},
-    "residual, q = 3": {"frequency": 2, "store_every": 3, "safeguard": "residual"},
-    "average": {"frequency": 3, "average_window": 3, "average_threshold": 0.5},
-    "step": {"frequency": 2, "residual": "step"},
-    "columns": {"frequency": 2, "layout": "columns"},
-    "bfloat16": {"frequency": 2, "history_dtype": "bfloat16"},
-    "averages": {"frequency": 2, "averages": (0.5, 0.9)},
-}
-
-
-def config_of(case):
-    plain = {"method": "residual", "history_depth": 4, "noise_gate": None, "safeguard": "none"}
-    return AndersonConfig(**plain | {"averages": ()} | CASES[case])
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("case", CASES)
-def test_the_same_path_to_rounding(case, ranks, monkeypatch):
-    """Where r is read into a slot; with steps at rate 0, which store nothing."""
-    config = config_of(case)
-    problem = Problem(SEVERAL)
-
-    def program(comm):
-        path, opt = problem.run(config, STEPS, comm, factor=lambda k: float(k not in (11, 12, 30)))
-        bytes_taken = opt.anderson.history_bytes
-        said = memory.history_bytes(
-            config, opt.anderson.share(problem.n), work_dtype(opt.anderson_engine.problem)
-        )
-        return path, counts(opt), opt.anderson.average_gains, bytes_taken, said
-
-    expected = run_ranks(ranks, program)
-    monkeypatch.setattr(history, "FEW_ROWS", 0)
-    found = run_ranks(ranks, program)
-    fewer = 0
-    for (path, counted, gains, taken, said), (was, *others) in zip(found, expected, strict=True):
-        np.testing.assert_allclose(path, was, rtol=0, atol=1e-12)  # vectors lie elsewhere
-        assert counted == others[0] and gains == pytest.approx(others[1])
-        assert counted["stored"] > 5 and counted["accelerated"] > 2
-        assert taken <= said <= others[2] == others[3]
-        fewer += said < others[2]
-    stays = case in ("columns", "bfloat16", "p < q", "p is no multiple of q", "residual, q = 3")
-    assert fewer == (0 if stays else ranks)
-
-
-@pytest.mark.parametrize("before", [history.FEW_ROWS, 0], ids=["before: few", "before: many"])
-@pytest.mark.parametrize("after", [history.FEW_ROWS, 0], ids=["after: few", "after: many"])
-def test_checkpoints_hold_the_same(before, after, monkeypatch):
-    config = {"method": "residual", "history_depth": 5, "averages": (0.9,), "safeguard": "residual"}
-
-    def whole(until):
-        return Run(None, config).train(until)
-
-    monkeypatch.setattr(history, "FEW_ROWS", before)
-    first = whole(20)
-    state, weights = first.opt.consolidate_state_dict(), first.model.state_dict()
-    monkeypatch.setattr(history, "FEW_ROWS", after)
-    resumed = Run(None, config).resumed(weights, state)
-    resumed.k = 20
-    assert_same(resumed.train(STEPS).outcome(), whole(STEPS).outcome())
 
 
 class Allocations(TorchDispatchMode):
@@ -161,7 +88,6 @@ BASES = {
 @pytest.mark.parametrize("base", BASES)
 def test_no_vector_beside_history_pair_and_averages(base, p, q, averages, ranks, monkeypatch):
     """In all steps from the first one on; apart from the base step and from gathering."""
-    monkeypatch.setattr(history, "FEW_ROWS", 0)
     monkeypatch.setattr(diagonals, "FEW", 0)
     for module in (chunking, replicas):
         monkeypatch.setattr(module, "CHUNK", 64)
@@ -201,7 +127,6 @@ def test_no_vector_beside_history_pair_and_averages(base, p, q, averages, ranks,
 
 def test_a_history_that_is_made_anew_leaves_nothing_behind(monkeypatch):
     """Views that r is read through would keep all columns alive."""
-    monkeypatch.setattr(history, "FEW_ROWS", 0)
     monkeypatch.setattr(flatten, "FEW", 0)
     weights = [torch.nn.Parameter(torch.ones(5)) for _ in "ab"]
     config = AndersonConfig(method="residual", noise_gate=None, history_depth=3)
