@@ -192,7 +192,7 @@ class AndersonConfig:
     regularization: float = 0.0
     average_window: int | None = None
     average_threshold: float = 0.1
-    averages: tuple[float, ...] = (0.9, 0.97, 0.99, 0.997)
+    averages: tuple[float, ...] = (0.95, 0.99, 0.997)
     noise_gate: float | None = 10.0
     safeguard: Safeguard = "descent"
     residual: Residual = "gradient"

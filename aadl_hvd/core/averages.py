@@ -97,8 +97,10 @@ class WeightAverages:
         if not self.decays:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         if not self.count:  # `push` needs to know whether w is finite
-            largest = w.abs().max() if w.numel() else w.new_zeros(())
-            return (0.0 * largest).double().expand(len(self.decays))
+            if not w.numel():
+                return w.new_zeros(len(self.decays), dtype=torch.float64)
+            least, largest = torch.aminmax(w)  # unlike w.abs() it takes no memory
+            return (0.0 * least + 0.0 * largest).double().expand(len(self.decays))
         # 1/2 <r + avg r, avg w - w>
         if self.use_kernels:
             first, end, _ = part.indices(w.numel())

@@ -150,6 +150,7 @@ class AcceleratorState:
         if now != self._made_for:
             self._made_for = now
             self._set_up(problem.n, *now[1:])
+            problem.forget_buffers()  # views of the memory before would keep it alive
 
     def reset(self, cause: Reset = Reset.REQUESTED) -> None:
         """Forgets the history; it rebuilds itself in the next steps. On all ranks or none."""

@@ -120,7 +120,7 @@ class Diagonals:
             part = slice(first - lo, (others[-1][2] if others else last) - lo)
             group = self._group_of[index]
             t = torch.tensor(step_of[index], dtype=torch.float64, device="cpu")
-            inverse = of_second_moment(group, t, into[part])
+            inverse = of_second_moment(group, t, into[part], out=into[part])
             torch.mul(inverse, rates[id(group)], out=diagonal[part])
         return diagonal
 

@@ -136,11 +136,19 @@ def preconditioner_of(
     return found
 
 
-def of_second_moment(group: Group, steps: float | Tensor, v: Tensor) -> Tensor:
-    """1 / (sqrt(v / (1 - beta^t)) + eps), as in Adam; v [rows] is not changed."""
-    v = v / (1.0 - group["betas"][1] ** steps)
-    found: Tensor = 1.0 / (v.sqrt_() + group["eps"])
-    return found
+def of_second_moment(
+    group: Group, steps: float | Tensor, v: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """1 / (sqrt(v / (1 - beta^t)) + eps), as in Adam.
+
+    Args:
+        group: with "betas" and "eps".
+        steps: t.
+        v: [rows]; it is not changed, unless it is `out`.
+        out: memory for the result, [rows]; None: new memory. No more is taken.
+    """
+    v = torch.div(v, 1.0 - group["betas"][1] ** steps, out=out)
+    return v.sqrt_().add_(group["eps"]).reciprocal_()
 
 
 def second_moments(

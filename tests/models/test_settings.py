@@ -170,7 +170,7 @@ def test_options_have_the_words_types_and_defaults_of_the_fields():
     assert gate.kind is float and gate.takes_none
     assert dtype.choices == ("float64", "float32", "bfloat16") and dtype.takes_none
     assert OPTIONS["anderson_averages"].help.endswith(
-        "(default: 0.9 0.97 0.99 0.997; with --anderson paper: none)"
+        "(default: 0.95 0.99 0.997; with --anderson paper: none)"
     )
     assert "closure" not in OPTIONS["anderson_safeguard"].help, "the program has none"
 

@@ -56,7 +56,7 @@ def test_default_settings_with_noise_gate_averages_and_observe(own_group):
             opt.observe(loss)
             opt.step()
         weights = flat(model)
-        with opt.averaged_weights(which=0.9):
+        with opt.averaged_weights(which=0.95):
             both = torch.stack([weights, flat(model)]).numpy()
         assert_same_on_all_ranks(both, counts(opt), "default")
         stats = opt.anderson.stats

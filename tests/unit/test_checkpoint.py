@@ -206,6 +206,28 @@ def test_resharding(layouts, sizes, dtype):
         torch.testing.assert_close(path, expected, **near)
 
 
+def test_averages_of_before_go_on_where_all_are_there():
+    """As in a checkpoint of four, the default before; else all begin anew, without an error."""
+    before = 0.9, 0.97, 0.99, 0.997
+    run = Run(None, {"averages": before}).train(20)
+    weights, state = copy.deepcopy((run.model.state_dict(), run.opt.consolidate_state_dict()))
+    means = state["anderson"]["history"]["averages"]["means"]
+    expected = run.train(30).outcome()[1]
+    for averages in ((0.9, 0.99, 0.997), (0.997,), AndersonConfig().averages):
+        new = Run(None, {"averages": averages}).resumed(weights, state)
+        new.k = 20
+        found = new.opt.sharded_state_dict()["anderson"]["history"]["averages"]
+        if set(averages) <= set(before):
+            kept = [before.index(decay) for decay in averages]
+            assert found["count"] == 20 // P and torch.equal(found["means"], means[kept])
+            for decay, mean in new.train(30).outcome()[1].items():
+                torch.testing.assert_close(mean, expected[decay])
+        else:
+            assert found["count"] == 0 and found["means"] is None
+            assert set(new.train(30).outcome()[1]) == set(averages)
+        assert new.opt.anderson.stats.accelerated
+
+
 def test_another_depth_keeps_the_newest_columns():
     run = Run(None, {"history_depth": 6, "average_window": 5, "averages": (0.9, 0.8)}).train(25)
     state = run.opt.consolidate_state_dict()

@@ -61,7 +61,7 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch):
     problem = Problem(PLAIN)
     config = AndersonConfig(history_depth=5, method="residual")
     here = threading.local()
-    most = 8 * 8 * (2 * 5 + 4 + 8)  # 8 of 23 rows
+    most = 8 * 8 * (2 * 5 + 4 + 6)  # 8 of 23 rows
     monkeypatch.setattr(memory, "place", lambda device: here.node)
     monkeypatch.setattr(memory, "free_bytes", lambda device: here.free)
 
