@@ -7,8 +7,8 @@ import torch
 
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 from benchmarks import launches
+from benchmarks.pretend_gpu import PretendGpu
 from benchmarks.workload import shapes_of
-from tests.pretend_gpu import PretendGpu
 
 WORDS = ["--parameters", "2000", "--ranks", "8", "--warm", "25", "--cycles", "2"]
 
