@@ -65,8 +65,9 @@ class Blocks:
         self._columns: Tensor | None = None  # dW and dG, [2, DEPTH, rows]
         self._vectors: Tensor  # [VECTORS, rows]
         self._each: tuple[Tensor, ...] = ()  # views of them, made once
-        # The gradient, the noises, dW and dG, [_FEW + 2 DEPTH, rows]; None: columns are narrower.
-        self._joined: Tensor | None = None
+        # One view: the gradient, the noises, dW and dG, [_FEW + 2 DEPTH, rows]. None where columns
+        # are narrower.
+        self._joined: tuple[Tensor, ...] = ()
         self._gaps: deque[int] = deque(maxlen=DEPTH)
         # On own rows: sum of <w - start, g> over the block, and that product of its means; [2].
         self._dots: Tensor | None = None
@@ -101,7 +102,7 @@ class Blocks:
             self._each = self._vectors.unbind()
             if joined:
                 self._columns = memory[VECTORS:].view(2, DEPTH, n)
-                self._joined = memory[_EVEN:]
+                self._joined = (memory[_EVEN:],)
             else:
                 self._columns = torch.zeros(2, DEPTH, n, dtype=self.dtype, device=self.device)
             self._dots = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -254,11 +255,11 @@ class Blocks:
         """
         k, few = self.columns, self._vectors[_EVEN:]
         found: list[Tensor] = []
-        widened = self._joined is None or decay is not None
+        widened = not self._joined or decay is not None
         for rows in chunks(self.gradient, self.sharding.counted, widened=widened):
             those = part_of(few, rows)
-            if self._joined is not None:
-                every = part_of(self._joined, rows)
+            if self._joined:
+                every = part_of(self._joined[0], rows)
             else:
                 every = torch.cat([those, part_of(self._own, rows).flatten(0, 1).to(self.work)])
             dw, dg = every[_FEW : _FEW + DEPTH], every[_FEW + DEPTH :]
@@ -298,7 +299,9 @@ class Blocks:
             a, metric = rest[:-1].reshape(k, k), rest[-1]
         else:
             a, metric = (squared / m if m else 0.0 * squared), m * noise
-        arranged = np.concatenate([a, b, table[:, 1:_FEW], table[:, :1]], axis=1)
+        noises = table[:, 1:_FEW].copy()
+        noises[:, self.stored :] = 0.0  # those of before the last reset, which may not be finite
+        arranged = np.concatenate([a, b, noises, table[:, :1]], axis=1)
         return arranged, np.array([metric, noise, few[0]])
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -324,7 +327,7 @@ class Blocks:
     def release(self) -> None:
         """Forgets everything, and frees the memory."""
         self.clear()
-        self._columns, self._each, self._joined, self._dots = None, (), None, None
+        self._columns, self._each, self._joined, self._dots = None, (), (), None
         self._vectors = torch.empty(0)
 
     @property

@@ -137,11 +137,6 @@ def where(*tensors: Tensor) -> Hashable:
     return tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
 
 
-def known_by(value: float | Tensor) -> Hashable:
-    """A key for a number or a tensor."""
-    return where(value) if isinstance(value, Tensor) else value
-
-
 def none() -> Captures:
     """Captures nothing."""
     return Captures(False, torch.device("cpu"), 0)

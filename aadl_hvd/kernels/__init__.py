@@ -1,9 +1,9 @@
 """Kernels for a GPU: one pass over memory where torch's own operations take several.
 
 They compute products with the columns of R, the update, running averages, and the checksum of the
-weights. torch's matrix products reach a fifth and a half of the
-memory bandwidth at the shapes of the first two. For the others torch starts a kernel for each
-parameter or chunk, and each start costs the host more time than the GPU needs for the work.
+weights. torch's matrix products reach a fifth and a half of the memory bandwidth at the shapes of
+the first two. For the others torch starts a kernel for each parameter or chunk, and each start
+costs the host more time than the GPU needs for the work.
 
 The kernels are written in Triton, see `source`. Where there is no Triton, or where it cannot
 compile (it needs a C compiler), `usable` says so and the callers use torch's operations.

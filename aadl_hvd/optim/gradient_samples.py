@@ -60,7 +60,9 @@ class GradientSamples:
         device = parameters[0].device if parameters else torch.device("cpu")
         # This rank's own, the mean, and what the optimizer gets. Views are made once.
         self._rows = torch.zeros(
-            (samples + 2, sum(counts)), dtype=torch.float64 if double else None, device=device
+            (samples + 2, sum(counts)),
+            dtype=torch.float64 if double else torch.float32,  # whatever torch's default is
+            device=device,
         )
         self._first, self._mean, self._final = self._rows[0], self._rows[-2], self._rows[-1]
         self._all_own, self._both = self._rows[:samples], self._rows[samples:]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from aadl_hvd.core.fixed_point import Deviations
-from aadl_hvd.core.numerics import no_graph
+from aadl_hvd.core.numerics import plain_numerics
 from aadl_hvd.errors import UnsupportedError
 from aadl_hvd.optim.checks import check_parameters
 from aadl_hvd.optim.diagonals import Diagonals
@@ -232,7 +232,7 @@ class OptimizerFixedPoint:
         """
         if self._due is None and self.samples is None:
             return
-        with no_graph(self.device):
+        with plain_numerics(self.device):
             if self._due is not None:
                 self._gradient = self._gradients.read(*self._due)
             if self.samples is not None:

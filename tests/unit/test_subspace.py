@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PLAIN, Group, Problem, flat
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aadl_hvd import AndersonConfig
 from aadl_hvd.comm.simulated import run_ranks
@@ -308,6 +309,50 @@ def test_far_apart_block_means_do_not_open_psi():
         shares.append(np.mean(found))
     assert shares[0] == pytest.approx(1.0, abs=0.4)
     assert shares[1] == pytest.approx(1.0, abs=0.4)
+
+
+def test_a_nan_of_before_a_reset_does_not_come_back():
+    """A slot for a noise that was NaN is not used again before the third block."""
+    blocks = Blocks(
+        Sharding("rows", 6, 10, 1, 0), torch.float32, torch.float32, torch.device("cpu")
+    )
+    unjudged = torch.zeros(1, dtype=torch.float64)
+
+    def block(g):
+        for _ in range(10):
+            w, r = blocks.staging_buffer()
+            blocks.note(w.normal_(), r.copy_(g + 0.1 * torch.randn(6)))
+        sums = blocks.end_block(blocks.finish(0.0), lambda: unjudged, 0.1, 0.0)
+        table, squares = blocks.arrange(sums[3:].numpy())
+        blocks.drop_block()
+        return np.isfinite(table).all() and np.isfinite(squares).all()
+
+    torch.manual_seed(0)
+    assert [block(g) for g in (1.0, 1.0, float("nan"))] == [True, True, False]
+    blocks.clear()
+    assert all(block(1.0) for _ in range(4))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_backup_takes_what_the_history_takes(dtype):
+    problem = Problem(PLAIN)
+    opt = problem.optimizer(AndersonConfig(method="subspace", history_dtype=dtype, averages=()))
+    for k in range(25):
+        problem.set_gradient(opt, problem.gradient(k, flat(opt)))
+        opt.step()
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and not function.is_view:
+                copied.append(found.numel() * found.element_size())
+            return found
+
+    with Copies():
+        opt.anderson.backup()
+    n = sum(map(int, opt.anderson_engine.problem.sizes))
+    assert opt.anderson.history_bytes <= sum(copied) <= opt.anderson.history_bytes + 8 * n + 1000
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
