@@ -105,11 +105,18 @@ class WeightAverages:
         if self.use_kernels:
             first, end, _ = part.indices(w.numel())
             return kernels.gains(w, r, [*self._means], slice(first, end)).mul_(0.5)
-        sums = [self._gains_of(w, r, rows) for rows in chunks(w, part, vectors=len(self.decays))]
-        if len(sums) == 1:
-            return sums[0].mul_(0.5)
-        zero = w.new_zeros(len(self.decays), dtype=torch.float64)
-        return torch.stack([zero, *sums]).sum(dim=0).mul_(0.5)
+        count, pieces = len(self.decays), [*chunks(w, part, vectors=len(self.decays))]
+        longest = max((rows.stop - rows.start for rows in pieces), default=0)
+        # Once for all chunks: a few numbers that are kept from each chunk, and large memory that is
+        # not, left gaps of 3 n/P numbers in the C library's heap.
+        memory, parts = w.new_empty(2, count, longest), w.new_empty(len(pieces), count)
+        for rows, out in zip(pieces, parts, strict=True):
+            of_w, of_r = part_of(self._means, rows).unbind(1)
+            r_sum, w_difference = memory[..., : rows.stop - rows.start]
+            torch.add(of_r, part_of(r, rows), out=r_sum)
+            torch.sub(of_w, part_of(w, rows), out=w_difference)
+            torch.sum(r_sum.mul_(w_difference), dim=1, out=out)
+        return parts.sum(dim=0, dtype=torch.float64).mul_(0.5)
 
     def of(self, w: Tensor, r: Tensor, part: slice) -> WeightAverages:
         """Measures the gains at an iterate in the next reduction; see `partial_gains`."""
@@ -230,7 +237,3 @@ class WeightAverages:
         """Weight of the newest iterate in each mean."""
         # A plain mean as long as there are too few iterates for the decay factor.
         return [max(1.0 - decay**steps, 1.0 / self.count) for decay in self.decays]
-
-    def _gains_of(self, w: Tensor, r: Tensor, rows: slice) -> Tensor:
-        of_w, of_r = part_of(self._means, rows).unbind(1)
-        return (of_r + part_of(r, rows)).mul_(of_w - part_of(w, rows)).sum(dim=1).double()

@@ -2,8 +2,11 @@
 
 import contextlib
 import functools
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from aadl_hvd.core.shard import WeightShard
 from aadl_hvd.core.state import AcceleratorState
 from aadl_hvd.optim import diagonals, flatten
 from aadl_hvd.optim.problem import OptimizerFixedPoint
+
+ROOT = Path(__file__).parents[2]
 
 
 class Allocations(TorchDispatchMode):
@@ -146,3 +151,25 @@ def test_a_history_that_is_made_anew_leaves_nothing_behind(monkeypatch):
         w.grad = None
     step()
     assert views and not any(view() is not None for view in views)
+
+
+GROWTH = """
+import resource
+import torch
+from aadl_hvd.core.averages import WeightAverages
+
+n = 2**22
+averages = WeightAverages((0.9, 0.99, 0.997), 2, n, torch.float32, torch.device("cpu"))
+w, r = torch.ones(2, n)
+averages.take(w, r)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+averages.partial_gains(w, r)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 4 / n)
+"""
+
+
+def test_chunks_of_averages_leave_no_gaps_in_memory():
+    """What is kept from each chunk must not lie between memory that comes and goes: 3 n/P."""
+    run = [sys.executable, "-c", GROWTH]
+    found = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(found.stdout) < 0.5
