@@ -282,12 +282,12 @@ def test_loaded_averages_are_there_before_the_first_step():
     def program(comm):
         run = Run(comm).train(20)
         state = everybodys(comm, run.opt.consolidate_state_dict())[0]
-        with run.opt.averaged_weights(which=0.9) as kind:
-            assert kind == 0.9
+        with run.opt.averaged_weights(which=0.99) as kind:
+            assert kind == 0.99
             expected = run.weights()
         new = Run(comm).resumed(run.model.state_dict(), state)
-        with new.opt.averaged_weights(which=0.9) as kind:
-            assert kind == 0.9
+        with new.opt.averaged_weights(which=0.99) as kind:
+            assert kind == 0.99
             assert torch.equal(new.weights(), expected)
 
     run_ranks(2, program)

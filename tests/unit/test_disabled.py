@@ -94,7 +94,7 @@ def test_no_closure_is_asked_for():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("which", ["auto", None, 0.9])
+@pytest.mark.parametrize("which", ["auto", None, 0.99])
 def test_averaged_weights_are_the_weights(which):
     model, opt = trained(OFF)
     opt.sharded_state_dict()
