@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from training import assert_same_on_all
 
-STEPS = 40
+STEPS = 60
 EXAMPLES = Path(__file__).parents[2] / "examples"
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -44,7 +44,7 @@ for name in sys.argv[1:]:
     loss, opt = train(name)
     assert opt.anderson.stats.steps == STEPS, name
     assert opt.anderson.stats.accelerated > 5, name
-    # 0.24 to 0.35: 40 steps amplify how a processor rounds.
-    assert loss < 0.5 * base, name
+    # 0.01 and less. After 40 steps it was 0.24 to 0.35, as the processor rounds.
+    assert loss < 0.1 * base, name
 destroy()
 os._exit(0)  # Lightning and Accelerate would end the group again
