@@ -65,8 +65,8 @@ class Blocks:
         self._columns: Tensor | None = None  # dW and dG, [2, DEPTH, rows]
         self._vectors: Tensor  # [VECTORS, rows]
         self._each: tuple[Tensor, ...] = ()  # views of them, made once
-        # One view: the gradient, the noises, dW and dG, [_FEW + 2 DEPTH, rows]. None where columns
-        # are narrower.
+        # One view: the gradient, the noises, dW and dG, [_FEW + 2 DEPTH, rows]. Empty where columns
+        # are narrower. A tuple: a backup copies tensors, and these rows are copied as others.
         self._joined: tuple[Tensor, ...] = ()
         self._gaps: deque[int] = deque(maxlen=DEPTH)
         # On own rows: sum of <w - start, g> over the block, and that product of its means; [2].

@@ -36,6 +36,7 @@ from aadl_hvd.optim.snapshots import Undo, restore, snapshot
 
 # Rows of the flat gradient, and the indices of the parameters there that have no gradient.
 _Gradient = tuple[Tensor, set[int]]
+_Wanted = Callable[[], bool] | None
 
 
 class OptimizerFixedPoint:
@@ -55,6 +56,7 @@ class OptimizerFixedPoint:
         skip_step: ends a step without moving; to be set before `skip` is called.
         evaluate: the loss of this rank at the current weights; to be set before `loss` is called.
         samples: samples of the gradient; None: the noise is not measured.
+        last_rates: the last rates that were not all 0. `signature` uses them while all are 0.
 
     Raises:
         UnsupportedError: parameters or optimizer cannot be accelerated in this way.
@@ -74,8 +76,8 @@ class OptimizerFixedPoint:
         self.skip_step: Callable[[], Any]
         self.evaluate: Callable[[], float]
         self.samples: GradientSamples | None = None
-        self._sampling: tuple[tuple[Any, ...], Callable[[], bool] | None] | None = None
-        self._last_rates: tuple[float, ...] = ()
+        self._sampling: tuple[int, float, int, int, _Wanted] | None = None
+        self.last_rates: tuple[float, ...] = ()
         self._due: tuple[int, int, Tensor] | None = None
         self._gradient: _Gradient | None = None
         self._layout = FlatLayout([])
@@ -96,15 +98,20 @@ class OptimizerFixedPoint:
         check_parameters(optimizer, residual, sharded)
         self._refresh()
 
-    def sample_gradients(self, *what: Any, wanted: Callable[[], bool] | None = None) -> None:
+    def sample_gradients(
+        self, samples: int, factor: float, rank: int = 0, ranks: int = 1, wanted: _Wanted = None
+    ) -> None:
         """Starts to sample gradients, so that their noise can be measured.
 
         Args:
-            what: arguments of `GradientSamples`, all but the parameters.
+            samples: see `GradientSamples`.
+            factor: see `GradientSamples`.
+            rank: see `GradientSamples`.
+            ranks: see `GradientSamples`.
             wanted: hooks take a sample after every backward pass in which it returns True. None:
                 no hooks, the caller takes the samples.
         """
-        self._sampling = what, wanted
+        self._sampling = samples, factor, rank, ranks, wanted
         self._make_samples()
 
     def sample_no_gradients(self) -> None:
@@ -134,8 +141,8 @@ class OptimizerFixedPoint:
         rates = tuple(learning_rate(group) for group in self._groups)
         if not any(rates):  # as at the start of a warm-up: take earlier rates, or later ones
             initial = (float(group.get("initial_lr", 1.0)) for group in self._groups)
-            rates = self._last_rates or tuple(initial)
-        self._last_rates = rates
+            rates = self.last_rates or tuple(initial)
+        self.last_rates = rates
         if self._residual == "gradient":
             rates = tuple(map(bool, rates))  # whether a group moves
         else:
@@ -305,15 +312,6 @@ class OptimizerFixedPoint:
         restore(self._optimizer, undo)
 
     @property
-    def last_rates(self) -> tuple[float, ...]:
-        """The last learning rates that were not all 0. `signature` uses them while all are 0."""
-        return self._last_rates
-
-    @last_rates.setter
-    def last_rates(self, rates: tuple[float, ...]) -> None:
-        self._last_rates = rates
-
-    @property
     def settings(self) -> list[list[float]]:
         """What stored pairs depend on besides the parameters: weight decays and rates by group."""
         signature: Any = self.signature
@@ -388,10 +386,10 @@ class OptimizerFixedPoint:
         """Makes the samples anew, for the parameters there are now."""
         if self._sampling is None:
             return
-        what, wanted = self._sampling
+        samples, factor, rank, ranks, wanted = self._sampling
         if self.samples is not None:
             self.samples.remove_hooks()
-        self.samples = GradientSamples(self._parameters, *what)
+        self.samples = GradientSamples(self._parameters, samples, factor, rank, ranks)
         if wanted is not None:
             self.samples.take_by_hooks(wanted)
 
