@@ -30,6 +30,7 @@ LONGEST = 400, 600  # lines of a file of the library, of any other
 MAY_IMPORT = {
     "horovod": {
         "comm.horovod",
+        "comm.horovod_groups",
         "engines.distributed",  # types alone
         "engines.horovod",
         "engines.horovod_elastic",
@@ -38,7 +39,12 @@ MAY_IMPORT = {
     "mpi4py": {"comm.mpi", "comm.tree", "comm.departures"},
 }
 # They import Horovod when they are imported: others may import them only when they need them.
-WITH_HOROVOD = {"comm.horovod", "engines.horovod_elastic", "engines.horovod_engine"}
+WITH_HOROVOD = {
+    "comm.horovod",
+    "comm.horovod_groups",
+    "engines.horovod_elastic",
+    "engines.horovod_engine",
+}
 
 
 # They measure parts of the library that no user meets alone.

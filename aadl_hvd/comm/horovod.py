@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import pickle
-import platform
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -18,14 +15,12 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
-from horovod.torch.mpi_ops import is_homogeneous
 from torch import Tensor
 
 from aadl_hvd.comm.base import (
     ADVICE,
     Communicator,
     Gathering,
-    ShardGroup,
     Values,
     checked_tensor,
 )
@@ -33,7 +28,7 @@ from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.messages import KINDS
 from aadl_hvd.comm.mpi import MpiCommunicator
-from aadl_hvd.errors import CommunicationError, ConfigError
+from aadl_hvd.errors import CommunicationError
 
 _instances = itertools.count()
 
@@ -54,10 +49,19 @@ class HorovodCommunicator(Communicator):
         process_set: a Horovod process set that includes this rank.
         host: a communicator of the same ranks in the same order. None: small vectors go through
             Horovod too, which takes about a millisecond each, because its ranks agree first.
+        world: of a shard group: all ranks that train together. A gathering in the group ends when
+            all groups have begun theirs. Otherwise ranks that gather in their last step may exit
+            while another group still gathers. Horovod then ends that one's gathering with an error.
     """
 
-    def __init__(self, process_set: Any, host: MpiCommunicator | None = None) -> None:
+    def __init__(
+        self,
+        process_set: Any,
+        host: MpiCommunicator | None = None,
+        world: HorovodCommunicator | None = None,
+    ) -> None:
         self._set = process_set
+        self._world = world
         self.rank = process_set.rank()
         self.size = process_set.size()
         self.host = host
@@ -171,25 +175,47 @@ class HorovodCommunicator(Communicator):
         block = checked_tensor(block)
         if self._later is not None:  # nobody wanted it, and Horovod allows one of a name at a time
             self._later.wait()
-        with self._explained():
-            handle = hvd.allgather_async(
-                block, name=f"{self._name}.later", process_set=self._process_set
-            )
+        started = self._start_gathering(block, "later")
 
         def finish() -> Tensor:
             self._later = None
-            with self._explained():
-                return _finished(handle).view(self.size, -1)
+            return self._gathered(*started).view(self.size, -1)
 
         self._later = Gathering(finish)
         return self._later
 
     def _allgather(self, block: Tensor) -> Tensor:
+        return self._gathered(*self._start_gathering(block, "allgather"))
+
+    def _start_gathering(self, block: Tensor, name: str) -> list[Any]:
+        """Horovod's handles: of the gathering, and of the sum that says that all have begun it.
+
+        In a cycle Horovod looks at the sets one by one. If the sum is found complete in one cycle,
+        all ranks' gatherings are complete when that cycle ends. A later cycle can end Horovod.
+        """
         with self._explained():
-            handle = hvd.allgather_async(
-                block, name=f"{self._name}.allgather", process_set=self._process_set
-            )
-            return _finished(handle)
+            handles = [
+                hvd.allgather_async(
+                    block, name=f"{self._name}.{name}", process_set=self._process_set
+                )
+            ]
+            if (world := self._world) is not None:
+                handles.append(
+                    hvd.allreduce_async(
+                        torch.zeros(1, device="cpu"),
+                        op=hvd.Sum,
+                        name=f"{world._name}.begun.{name}",
+                        process_set=world._process_set,
+                    )
+                )
+        return handles
+
+    def _gathered(self, gathering: Any, *begun: Any) -> Tensor:
+        with self._explained():
+            blocks = _finished(gathering)
+            for handle in begun:
+                _finished(handle)
+        return blocks
 
     def _send(
         self, data: Tensor | None, out: Tensor | None, length: int, source: int, to: int
@@ -292,105 +318,3 @@ def _announce_joins(host: MpiCommunicator) -> None:
         return original(*args, **kwargs)
 
     hvd.join = join
-
-
-def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup:
-    """The ranks that share one history with this rank. Collective over `comm`.
-
-    Args:
-        comm: `horovod_communicator(process_set)`.
-        process_set: the ranks that train together.
-        wanted: `AndersonConfig.shard_group`, of the same kind on all ranks.
-
-    Raises:
-        ConfigError: on every rank, if the ranks cannot be split in this way.
-    """
-    if comm.size == 1 or (isinstance(wanted, str) and wanted == "world"):
-        return ShardGroup(comm)
-    groups = _groups_of_nodes(comm) if wanted == "node" else _groups_of_sets(comm, wanted)
-    mine = next(i for i, ranks in enumerate(groups) if hvd.rank() in ranks)
-    if len(groups) == 1:
-        return ShardGroup(comm)
-    if len(groups[mine]) == 1:
-        return ShardGroup(LocalCommunicator(), len(groups), mine)
-    if wanted == "node":
-        wanted = _registered(comm, process_set, groups)[mine]
-    return ShardGroup(HorovodCommunicator(wanted), len(groups), mine)
-
-
-def _groups_of_nodes(comm: Communicator) -> list[list[int]]:
-    if not is_homogeneous():
-        raise ConfigError(
-            "Invalid shard_group='node': the nodes of this job run different numbers of ranks. All "
-            "nodes must run the same number, so that all groups divide the history in the same "
-            "way. Otherwise use shard_group='world'."
-        )
-    nodes = defaultdict(list)
-    for rank, host, cross in comm.allgather_object((hvd.rank(), platform.node(), hvd.cross_rank())):
-        nodes[host].append((rank, cross))
-    groups = []
-    for ranks in nodes.values():
-        # Several nodes may have the same name: then cross ranks tell them apart. Horovod numbers
-        # cross ranks for each local rank separately, so they need not have the same order.
-        named = defaultdict(list)
-        for rank, cross in ranks:
-            named[cross if len(ranks) > hvd.local_size() else None].append(rank)
-        groups += list(named.values())
-    groups.sort()
-    _check_sizes("'node'", groups)
-    return groups
-
-
-def _groups_of_sets(comm: Communicator, wanted: Any) -> list[list[int]]:
-    known = wanted.process_set_id is not None
-    said = comm.allgather_object((hvd.rank(), list(wanted.ranks) if known else None))
-    for rank, ranks in said:
-        if ranks is None or rank not in ranks:
-            raise ConfigError(
-                f"Invalid shard_group on rank {rank}: its process set "
-                + ("is not registered" if ranks is None else f"of ranks {ranks} leaves it out")
-                + ". Must include this rank. Give the set to hvd.init or hvd.add_process_set first."
-            )
-    groups = sorted({tuple(ranks) for _, ranks in said})
-    if sorted(rank for ranks in groups for rank in ranks) != sorted(rank for rank, _ in said):
-        raise ConfigError(
-            f"Invalid shard_group: process sets of ranks {[list(ranks) for ranks in groups]}. Each "
-            "of the ranks that train together must be in exactly one of them."
-        )
-    _check_sizes("process set", groups)
-    return [list(ranks) for ranks in groups]
-
-
-def _check_sizes(wanted: str, groups: Any) -> None:
-    sizes = sorted({len(ranks) for ranks in groups})
-    if len(sizes) > 1:
-        raise ConfigError(
-            f"Invalid shard_group={wanted}: groups of {sizes} ranks. All groups must have the same "
-            "size, so that they divide the history in the same way."
-        )
-
-
-def _registered(comm: Communicator, process_set: Any, groups: list[list[int]]) -> list[Any]:
-    """Horovod's process sets of these ranks. Those that do not exist are added."""
-    from horovod.common import process_sets
-
-    # Horovod has no public way to find existing sets. The answer is the same on every rank.
-    table = process_sets._basics._get_process_set_ids_and_ranks()
-    known = {tuple(ranks): number for number, ranks in table.items()}
-    missing = [ranks for ranks in groups if tuple(ranks) not in known]
-    dynamic = os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS", "0") not in ("", "0")
-    if missing and not (all(comm.allgather_object(dynamic)) and comm.size == hvd.size()):
-        raise ConfigError(
-            f"Invalid shard_group='node': Horovod has no process sets of the ranks {missing}. "
-            "Set HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment of all ranks. If the optimizer "
-            "is on a process set, give the sets to hvd.init instead."
-        )
-    found = []
-    for ranks in groups:
-        if tuple(ranks) in known:
-            known_set = hvd.ProcessSet(ranks)
-            known_set.process_set_id = known[tuple(ranks)]
-            found.append(known_set)
-        else:
-            found.append(hvd.add_process_set(ranks))
-    return found

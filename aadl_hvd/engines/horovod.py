@@ -68,7 +68,8 @@ def accelerate(
         raise job.horovod_missing(error) from error
     job.check_started(hvd)
 
-    from aadl_hvd.comm.horovod import horovod_communicator, shard_group
+    from aadl_hvd.comm.horovod import horovod_communicator
+    from aadl_hvd.comm.horovod_groups import shard_group
     from aadl_hvd.engines.horovod_engine import HorovodEngine, with_hooks_on_reduced
 
     op = hvd.Average if op is None else op

@@ -19,7 +19,8 @@ from horovod.torch import Compression, mpi_enabled, poll
 from torch import Tensor
 
 from aadl_hvd.comm.base import Communicator, ShardGroup
-from aadl_hvd.comm.horovod import horovod_communicator, shard_group
+from aadl_hvd.comm.horovod import horovod_communicator
+from aadl_hvd.comm.horovod_groups import shard_group
 from aadl_hvd.engines.rank_checks import compare_ranks
 from aadl_hvd.errors import ConfigError, UnsupportedError
 from aadl_hvd.optim.classes import TORCH_MODULE

@@ -70,3 +70,13 @@ def test_the_run_goes_on_on_all_ranks(fault):
     assert code == 0, output
     assert f"{fault} at" in output, output
     assert "16 steps" in output and "replicas are equal" in output, output
+
+
+@pytest.mark.parametrize("controller", ["mpirun", "gloo"])
+def test_a_group_that_is_done_does_not_end_the_gathering_of_another(controller):
+    """The first rank that exits ends Horovod on all, in whatever gathering they are."""
+    program = str(ROOT / "tests" / "faults" / "last_gathering.py")
+    code, output = start(program, ranks=4, controller=controller, limit=LIMIT)
+    assert output.count("is late") == 1, output
+    assert code == 0, output
+    assert len(re.findall("ends after [1-9] accelerated", output)) == 4, output

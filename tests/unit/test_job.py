@@ -171,7 +171,13 @@ def without_torch():
 def test_without_horovod(use, state, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("elastic", "comm.horovod", "engines.horovod_elastic", "engines.horovod_engine"):
+    for name in (
+        "elastic",
+        "comm.horovod",
+        "comm.horovod_groups",
+        "engines.horovod_elastic",
+        "engines.horovod_engine",
+    ):
         monkeypatch.delitem(sys.modules, f"aadl_hvd.{name}", raising=False)
     monkeypatch.delattr(aadl_hvd, "elastic", raising=False)
     reason = "halted|No module"

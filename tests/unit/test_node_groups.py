@@ -1,12 +1,13 @@
 """Which ranks share a node, from what the launcher says of each."""
 
+import platform
 import threading
 
 import pytest
 
 pytest.importorskip("horovod.torch", reason="needs Horovod")
 
-from aadl_hvd.comm import horovod as adapter
+from aadl_hvd.comm import horovod_groups
 from aadl_hvd.comm.simulated import run_ranks
 
 # By rank: its node's place among the nodes. The last two: one machine under two names.
@@ -23,10 +24,10 @@ CASES = {
 @pytest.mark.parametrize("nodes", CASES)
 def test_any_order_of_ranks(nodes, monkeypatch):
     here = threading.local()
-    monkeypatch.setattr(adapter, "is_homogeneous", lambda: True)
-    monkeypatch.setattr(adapter.platform, "node", lambda: "one" if nodes.islower() else here.node)
+    monkeypatch.setattr(horovod_groups, "is_homogeneous", lambda: True)
+    monkeypatch.setattr(platform, "node", lambda: "one" if nodes.islower() else here.node)
     for name in ("rank", "local_size", "cross_rank"):
-        monkeypatch.setattr(adapter.hvd, name, lambda name=name: getattr(here, name))
+        monkeypatch.setattr(horovod_groups.hvd, name, lambda name=name: getattr(here, name))
 
     def program(comm):
         before = nodes[: comm.rank]
@@ -35,6 +36,6 @@ def test_any_order_of_ranks(nodes, monkeypatch):
         # As Horovod numbers them: ranks with this local rank, in the order of ranks.
         local = [nodes[:rank].count(nodes[rank]) for rank in range(len(nodes))]
         here.cross_rank = local[: comm.rank].count(before.count(here.node))
-        return adapter._groups_of_nodes(comm)
+        return horovod_groups._groups_of_nodes(comm)
 
     assert run_ranks(len(nodes), program) == [CASES[nodes]] * len(nodes)
