@@ -25,11 +25,13 @@ NOISES = 3  # blocks whose noise is kept
 # g; three sums over steps: g in those of odd number, w - start in all, g in those of even number;
 # noises. When a block has ended, the last two sums become its means of w and g. So the mean of g,
 # the noises and the columns lie side by side, and one product has all of them.
-_START, _LAST, _ODD, _MOVED, _EVEN, _FIRST_NOISE = 2, slice(3, 5), 5, 6, 7, 8
+_START, _LAST_W, _LAST_G, _ODD, _MOVED, _EVEN, _FIRST_NOISE = range(2, 9)
+_LAST = slice(_LAST_W, _LAST_G + 1)
 _SUMS, _MEANS = slice(_ODD, _EVEN + 1), slice(_MOVED, _EVEN + 1)
 VECTORS = _FIRST_NOISE + NOISES
 _FEW = 1 + NOISES  # the gradient and the noises
-_SAVED = _START, _MOVED, _EVEN, _ODD, 3, 4, *range(_FIRST_NOISE, VECTORS)  # order in checkpoints
+# Their order in checkpoints:
+_SAVED = _START, _MOVED, _EVEN, _ODD, _LAST_W, _LAST_G, *range(_FIRST_NOISE, VECTORS)
 
 
 class Blocks:

@@ -43,14 +43,19 @@ class Captures:
         wanted: whether graphs are used at all.
         device: of the work.
         rows: of this rank.
+
+    Attributes:
+        failed: whether a capture has failed in this process. Then no new object captures anything.
     """
 
+    failed = False
     WARM = 2  # calls before a piece is captured: libraries set themselves up in the first
     MOST = 32  # pieces that are remembered, those used last
 
     def __init__(self, wanted: bool, device: torch.device, rows: int) -> None:
         self._device = device
-        self._used = wanted and device.type == "cuda" and 0 < rows <= CHUNK_GPU
+        may = wanted and not Captures.failed
+        self._used = may and device.type == "cuda" and 0 < rows <= CHUNK_GPU
         self._known: dict[Hashable, _Known] = {}
         self._steady: dict[str, tuple[int, Tensor | None]] = {}  # see `steady`
         self._stream: Any = None  # of all captures: libraries keep memory for each stream
@@ -119,7 +124,7 @@ class Captures:
                 with cuda.graph(graph, **how):
                     result = work()
         except RuntimeError as error:
-            self._used = False
+            self._used, Captures.failed = False, True
             self.forget()
             warnings.warn(
                 f"cuda_graphs=True: a CUDA graph could not be captured ({error}). Steps go on "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Deviations:
     """How the samples of one gradient deviate from their mean.
 

@@ -132,11 +132,14 @@ class GradientSamples:
             self._read(self._mean)
             self._reduced = True
 
-    def deviations(self) -> Deviations | None:
+    def deviations(self, rows: Tensor | None = None) -> Deviations | None:
         """How each sample deviates from the gradient that the optimizer gets. Ends the step.
 
         To be called when gradients are final. If they have been clipped or unscaled since the mean
         was read, the deviations are scaled in the same way.
+
+        Args:
+            rows: this rank's rows of that gradient, if it has read them.
 
         Returns:
             None if samples are missing.
@@ -167,7 +170,8 @@ class GradientSamples:
         if self.samples > 1:  # differences of accumulated sums are the samples
             own = torch.diff(own, dim=0, prepend=torch.zeros_like(own[:1]))
         values = torch.sub(own if self.factor == 1.0 else own * self.factor, mean).mul_(changed)
-        return Deviations(values, squared)
+        known = None if rows is None or self.complete else torch.dot(rows, rows)
+        return Deviations(values, squared, known)
 
     def _read(self, out: Tensor) -> list[Tensor | None]:
         """Reads the coordinates of all gradients, zeros where there is none; returns these."""

@@ -243,10 +243,8 @@ class OptimizerFixedPoint:
             if self._due is not None:
                 self._gradient = self._gradients.read(*self._due)
             if self.samples is not None:
-                self._deviations = self.samples.deviations()
-                if self._deviations and self._gradient and not self.samples.complete:
-                    rows, _ = self._gradient
-                    self._deviations.rows = torch.dot(rows, rows)
+                rows = None if self._gradient is None else self._gradient[0]
+                self._deviations = self.samples.deviations(rows)
 
     def forget_gradient(self) -> None:
         """Ends a step, even if it raised an error before its residual was read."""

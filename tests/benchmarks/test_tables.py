@@ -1,5 +1,6 @@
 """Tables of README and docs are those of the results, and no result lies about unused."""
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,21 @@ def test_tables_are_those_of_the_results(path):
     text = path.read_text()
     assert tables.renewed(text) == text, "python -m benchmarks.tables writes them anew"
     assert text.count("<!-- table:") == text.count("<!-- end -->") == len(tables.names_in(text))
+
+
+def test_predictions_in_the_readme_are_those_of_the_results():
+    found = json.loads((tables.RESULTS / "simulate.json").read_text())["methods_table"]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    shares = {
+        row["method"]: row["% of a float32 step"]
+        for row in rows
+        if row["GPU"].startswith("V100") and row["history of"] == "all ranks"
+    }
+    methods = "residual-norm, p = q = 5", "residual-norm", "subspace", "subspace, overlap=True"
+    readme = (tables.ROOT / "README.md").read_text()
+    said = re.search(r"1,536 V100 GPUs with ResNet50, predicted \|(.*)", readme)[1]
+    assert re.findall(r"([\d.]+) %", said) == [shares[method] for method in methods]
 
 
 def test_another_number_is_seen():

@@ -176,6 +176,7 @@ def test_falls_back_for_good_with_one_warning(monkeypatch):
         raise RuntimeError("no graphs today")
 
     monkeypatch.setattr(PretendGraph, "note", refuse)
+    monkeypatch.setattr(captures.Captures, "failed", False)  # and so again after this test
     with PretendGpu() as gpu:
         with_graphs, without = (Run(gpu, graphs) for graphs in (True, False))
         with warnings.catch_warnings(record=True) as seen:
@@ -190,6 +191,7 @@ def test_falls_back_for_good_with_one_warning(monkeypatch):
         ]
         assert torch.equal(with_graphs.flat, without.flat)
         assert not any(with_graphs.graphs) and not with_graphs.captures.used
+        assert not Run(gpu, True).captures.used, "tried again"
 
 
 def test_without_averages_no_empty_graph_is_captured():

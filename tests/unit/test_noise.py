@@ -1,5 +1,6 @@
 """The variance of the mean gradient against its definition."""
 
+import dataclasses
 import itertools
 import math
 
@@ -302,8 +303,8 @@ def test_noise_of_a_table_of_which_few_rows_have_gradients(ranks):
         sums, square = np.zeros(NoiseMeter.PAYLOAD), sum(p.grad.square().sum() for p in parameters)
         for taker, meter in zip(takers, meters, strict=True):
             taker.take_mean()
-            found = taker.deviations()
-            found.rows = square / ranks  # each has another part of the rows
+            # Each rank has another part of the rows.
+            found = dataclasses.replace(taker.deviations(), rows=square / ranks)
             meter.note(found, k)
             sums += payload_of(meter)
         if k:
