@@ -199,16 +199,18 @@ class HorovodCommunicator(Communicator):
                     block, name=f"{self._name}.{name}", process_set=self._process_set
                 )
             ]
-            if (world := self._world) is not None:
-                handles.append(
-                    hvd.allreduce_async(
-                        torch.zeros(1, device="cpu"),
-                        op=hvd.Sum,
-                        name=f"{world._name}.begun.{name}",
-                        process_set=world._process_set,
-                    )
-                )
+            if self._world is not None:
+                handles.append(self._world.say_begun(name))
         return handles
+
+    def say_begun(self, name: str) -> Any:
+        """Starts a sum that ends when all ranks have started it; Horovod's handle."""
+        return hvd.allreduce_async(
+            torch.zeros(1, device="cpu"),
+            op=hvd.Sum,
+            name=f"{self._name}.begun.{name}",
+            process_set=self._process_set,
+        )
 
     def _gathered(self, gathering: Any, *begun: Any) -> Tensor:
         with self._explained():

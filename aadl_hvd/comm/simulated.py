@@ -57,7 +57,8 @@ class SimulatedCommunicator(Communicator):
         return ShardGroup(group, count, index)
 
     def allgather_object(self, item: Any) -> list[Any]:
-        return [copy.deepcopy(x) for x in self._exchange(item)]
+        # Its own rank may go on and change it while others still copy it.
+        return [copy.deepcopy(x) for x in self._exchange(copy.deepcopy(item))]
 
     def _exchange(self, item: Any) -> list[Any]:
         """The items of all ranks, by rank, not copied."""

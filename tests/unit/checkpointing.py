@@ -105,11 +105,6 @@ def assert_same(found, expected):
         assert found == expected or (found != found and expected != expected)
 
 
-def everybodys(comm, item):
-    """A copy of an object of every rank, made before any of them goes on."""
-    return comm.allgather_object(copy.deepcopy(item))
-
-
 def through_a_file(state, folder):
     checkpoint.save(folder / "state.pt", state)
     return checkpoint.load(folder / "state.pt")

@@ -14,7 +14,6 @@ from checkpointing import (
     P,
     Run,
     assert_same,
-    everybodys,
     through_a_file,
 )
 
@@ -70,7 +69,7 @@ def test_resume_is_bitwise(name, ranks, observe, tmp_path):
             to = k % ranks
             whole = run.opt.consolidate_state_dict(to)
             assert (whole is not None) == (comm.rank == to)
-            whole = everybodys(comm, whole)[to]
+            whole = comm.allgather_object(whole)[to]
             saved.append((k, copy.deepcopy(run.model.state_dict()), part, whole))
         expected = run.train(STEPS, observe).outcome()
         folder = tmp_path / str(comm.rank)
@@ -122,7 +121,7 @@ def test_resume_with_groups():
     def program(comm):
         run = Run(comm, {"noise_gate": 0.01}, **noisy).train(20)
         part = copy.deepcopy({**run.opt.state_dict(), **run.opt.sharded_state_dict()})
-        whole = everybodys(comm, run.opt.consolidate_state_dict(3))[3]
+        whole = comm.allgather_object(run.opt.consolidate_state_dict(3))[3]
         weights = copy.deepcopy(run.model.state_dict())
         expected = run.train(STEPS).outcome()
         for state in (part, whole):
@@ -187,7 +186,7 @@ def test_resharding(layouts, sizes, dtype):
         run.resumed(weights, state | merged)
         run.k = 22
         part = run.opt.sharded_state_dict()  # before the first step: what was loaded
-        whole = everybodys(comm, run.opt.consolidate_state_dict(0))[0]
+        whole = comm.allgather_object(run.opt.consolidate_state_dict(0))[0]
         return part, whole, copy.deepcopy(run.opt.sharded_state_dict()), run.train(25).weights()
 
     results = run_ranks(sizes[1], after)
@@ -266,7 +265,7 @@ def test_history_of_one_rank_alone_restarts_everywhere():
             if comm.rank == 1:
                 run.opt.load_state_dict(copy.deepcopy(whole))
                 # its base state and its weights are then broadcast: here it takes the others'
-            base = everybodys(comm, run.opt.state_dict())[0]
+            base = comm.allgather_object(run.opt.state_dict())[0]
             torch.optim.SGD.load_state_dict(run.opt, base)
             run.train(STEPS, True)
             return run.weights(), run.opt.anderson.stats
@@ -281,7 +280,7 @@ def test_history_of_one_rank_alone_restarts_everywhere():
 def test_loaded_averages_are_there_before_the_first_step():
     def program(comm):
         run = Run(comm).train(20)
-        state = everybodys(comm, run.opt.consolidate_state_dict())[0]
+        state = comm.allgather_object(run.opt.consolidate_state_dict())[0]
         with run.opt.averaged_weights(which=0.99) as kind:
             assert kind == 0.99
             expected = run.weights()

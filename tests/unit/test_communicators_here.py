@@ -1,5 +1,6 @@
 """The communicators that need no launcher: one rank, and simulated ones."""
 
+import threading
 import time
 
 import numpy as np
@@ -76,3 +77,24 @@ def test_simulated_ranks_share_no_memory():
             assert (np.asarray(result) == comm.rank + 1).all()
 
     run_ranks(3, program)
+
+
+def test_an_object_is_gathered_as_it_was():
+    """Its rank may change it at once, while other ranks still read what they have got."""
+
+    class Changed:
+        def __init__(self, value):
+            self.value, self.thread = value, threading.get_ident()
+
+        def __deepcopy__(self, memo):
+            if threading.get_ident() != self.thread:
+                time.sleep(0.1)
+            return Changed(self.value)
+
+    def program(comm):
+        item = Changed("before")
+        found = comm.allgather_object(item)
+        item.value = "after"
+        return [each.value for each in found]
+
+    assert run_ranks(2, program) == [["before"] * 2] * 2
