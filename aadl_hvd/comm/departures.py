@@ -27,6 +27,7 @@ from aadl_hvd.errors import CommunicationError
 NAP = 1e-4  # seconds between two tests, once a rank has waited a while
 ASK_AFTER = 1.0  # seconds until a rank that waits asks the other one where it is
 NOTICE_TIME = 0.1  # seconds that a notice may take to arrive
+LATE = 0.5  # seconds that a message may take to arrive after its sender's program has ended
 
 _ERROR, _END = "!", "."  # first character of a notice
 
@@ -95,6 +96,8 @@ class Departures:
         warn_after, end_after = _stall_seconds()
         while not test():
             if self._closed or self._probe(Tag.LEFT):
+                if self._comes(test):
+                    return
                 self.give_up()
             waited = time.monotonic() - started
             time.sleep(NAP if waited > 100 * NAP else 0.0)
@@ -120,6 +123,20 @@ class Departures:
                     f"Rank {self._rank} has waited for rank {rank}{self._place(rank)} for "
                     f"{waited:.0f} s. That is longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS."
                 )
+
+    def _comes(self, test: Callable[[], bool]) -> bool:
+        """Whether a message still comes after a rank has left. `busy` is set.
+
+        A rank that is done with the last operation of its program leaves, while others in the same
+        operation still wait for their messages.
+        """
+        deadline = time.monotonic() + LATE
+        while not test():
+            self._take_notices()
+            if self._all_know or time.monotonic() > deadline:
+                return test()
+            time.sleep(NAP)
+        return True
 
     def poll_until(self, done: Callable[[], bool], header: float) -> None:
         """Waits for gradients, as `Communicator.poll_until`.

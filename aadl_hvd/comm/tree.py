@@ -26,6 +26,18 @@ from aadl_hvd.errors import CommunicationError
 # How often a rank tests for a message before `wait` is called. A test takes 0.2 microseconds.
 _SPINS = range(2000)
 
+
+def _keep_own(own: Values, others: Values, out: Values) -> None:
+    """In a broadcast: rank 0 ends with its own values."""
+
+
+_COMBINE: dict[str, Callable[..., Any]] = {
+    "sum": np.add,
+    "maximum": np.maximum,
+    "broadcast": _keep_own,
+    "gathering": np.maximum,
+}
+
 Test = Callable[[], bool]
 """Whether a message has arrived, or has been sent."""
 
@@ -61,7 +73,8 @@ class Tree:
 
         Args:
             kind: one of `messages.KINDS`. "broadcast" gives the values of rank 0, "maximum" and
-                "gathering" the largest ones.
+                "gathering" the largest ones. In all of them messages go up first. So no rank is
+                done, and may exit, before all have begun.
             values: [k] float64, k the same on every rank.
             wait: is called where a message does not come soon. It may raise.
 
@@ -145,11 +158,10 @@ class _Requests:
     ) -> None:
         own = np.empty(1 + length)
         self.kind_and_length = kind_and_length(kind, length)
-        self.combine: Callable[..., Any] = np.add if kind == "sum" else np.maximum
+        self.combine: Callable[..., Any] = _COMBINE[kind]
         self.own, self.own_values = _view(own), own[1:]
         self.expect: list[Callable[[], None]] = []
         self.sent: list[tuple[Test, int]] = []
-        upwards = kind != "broadcast"
 
         def receiver(rank: int) -> tuple[Test, int, Any, Values]:
             memory = np.empty(1 + length)
@@ -163,12 +175,11 @@ class _Requests:
             start: Callable[[], None] = request.Start
             return start
 
-        self.from_children = [receiver(rank) for rank in children if upwards]
+        self.from_children = [receiver(rank) for rank in children]
         self.send_up: Callable[[], None] = lambda: None
         self.from_parent, down = None, own
         if parent is not None:
-            if upwards:
-                self.send_up = sender(own, parent)
+            self.send_up = sender(own, parent)
             self.from_parent = receiver(parent)
             down = np.asarray(self.from_parent[2])
         self.result: Values = down[1:]

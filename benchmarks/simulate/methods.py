@@ -129,16 +129,15 @@ def cost(
     whole = sum(model.WHOLE_PARTS.values()) * n / bandwidth
     if method.startswith("subspace"):
         streamed = rows * (steps * IN_STEP + IN_JUMP) / bandwidth
-        tiny = [FLOAT64 * (SUMS + 7 + averages), FLOAT64 * model.OBSERVED]
-        broadcast = FLOAT64 * JUMP
+        tiny = [FLOAT64 * (SUMS + 7 + averages), FLOAT64 * JUMP, FLOAT64 * model.OBSERVED]
     else:
         streamed = rows * sum(timers.bytes_per_row.values()) / bandwidth
-        tiny = [model.gram_message(timers.m, averages), FLOAT64, FLOAT64 * model.OBSERVED]
-        broadcast = FLOAT64 * timers.m
+        numbers = timers.m, 1, model.OBSERVED
+        tiny = [model.gram_message(timers.m, averages), *(FLOAT64 * k for k in numbers)]
     seconds = {
         "host": kernels.seconds * count,
         "device": streamed + whole,
-        "tiny messages": sum(map(everybody.reduce_and_broadcast, tiny)) + everybody.tree(broadcast),
+        "tiny messages": sum(map(everybody.reduce_and_broadcast, tiny)),
         "negotiation": 0.0 if late else group.negotiation(),
         "large message": 0.0 if late else group.allgather(4 * n),
     }

@@ -138,10 +138,10 @@ def talk(network: Network, n: int, m: int, averages: int, itemsize: int = 4) -> 
         return {"tiny messages": 0.0, "negotiation": 0.0, "large message": 0.0}
     tiny = sum(
         network.reduce_and_broadcast(k)
-        for k in (gram_message(m, averages), FLOAT64, FLOAT64 * OBSERVED)
+        for k in (gram_message(m, averages), FLOAT64 * m, FLOAT64, FLOAT64 * OBSERVED)
     )
     return {
-        "tiny messages": tiny + network.tree(FLOAT64 * m),
+        "tiny messages": tiny,
         "negotiation": network.negotiation(),
         "large message": network.allgather(itemsize * n),
     }

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 import horovod.torch as hvd
 import numpy as np
@@ -23,7 +24,17 @@ AT = int(sys.argv[2]) if len(sys.argv) > 2 else 10
 if FAULT == "raises amid the gathering":
     mpi.MpiCommunicator.piece = 4  # of 26 weights
 hvd.init()
-LAST = hvd.rank() == hvd.size() - 1
+RANK, LAST = hvd.rank(), hvd.rank() == hvd.size() - 1
+
+
+def say(kind, error, trace):
+    """The error in one line, and when: launchers forward the lines of ranks in any order."""
+    words = " ".join(traceback.format_exception_only(error)).replace("\n", " ")
+    print(f"rank {RANK} says at {time.time():.6f}: {words}", file=sys.stderr, flush=True)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say
 
 
 class DamagedImage(Exception):

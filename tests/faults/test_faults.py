@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(LIMIT + 20)]
 
 # Before what horovodrun forwards, also amid a line that came in two pieces.
 OF_WHOM = re.compile(r"\[\d+(,\d+)?\]<std(out|err)>:")
+SAID = re.compile(r"^rank \d says at ([\d.]+): (.*)", re.MULTILINE)
 DAMAGED = "DamagedImage: image 7"
 ALL_MUST = r"All ranks must call step\(\)"
 
@@ -56,11 +57,12 @@ def test_the_run_ends_on_all_ranks(fault, ranks, controller, first, then):
     assert f"{fault} at" in output, output
     assert " steps, " not in output, "it went on"
     assert "after MPI_FINALIZE" not in output, output
-    output = OF_WHOM.sub("", output)
-    places = [re.search(words, output) for words in (first, then) if words]
-    assert all(places), output
-    starts = [place.start() for place in places]
-    assert starts == sorted(starts), output
+    said = sorted((float(at), words) for at, words in SAID.findall(OF_WHOM.sub("", output)))
+    found = []
+    for wanted in filter(None, (first, then)):
+        found.append([i for i, (_, words) in enumerate(said) if re.search(wanted, words)])
+        assert found[-1], output
+    assert found == sorted(found), output
 
 
 @pytest.mark.parametrize("fault", ["scaler", "is late"])

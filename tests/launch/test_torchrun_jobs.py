@@ -84,9 +84,10 @@ def test_the_agent_hands_the_signal_on_and_the_exit_code_back(tmp_path, code, ex
          sys.executable, tmp_path / "rank.py", str(code)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"),
     )  # fmt: skip
-    for _ in range(2):
-        while b"ready" not in (line := agent.stdout.readline()):
-            assert line, "it has ended"
+    said = b""
+    while said.count(b"ready") < 2:
+        said += (line := agent.stdout.readline())
+        assert line, f"it has ended: {said.decode()}"
     agent.send_signal(signal.SIGUSR1)
     assert agent.wait(60) == expected
 

@@ -1,5 +1,7 @@
 """The conformance suite on real ranks: Horovod with and without mpi4py, MPI, and a part of them."""
 
+import time
+
 import horovod.torch as hvd
 import numpy as np
 import pytest
@@ -161,3 +163,33 @@ def test_blocks_that_differ_are_refused_on_all_ranks(kind):
     with pytest.raises(CommunicationError, match="bytes on rank"):
         list(comm.gather_by_pieces(block))
     assert comm.allreduce(np.ones(1))[0] == hvd.size()
+
+
+@pytest.mark.skipif(not ON_MPI, reason="Horovod does not run on MPI here")
+def test_a_message_may_come_after_the_notice_that_a_rank_has_left():
+    """A rank whose program ends is done, but its messages may still be on their way."""
+    comm = MpiCommunicator(list(range(hvd.size())))
+    if comm.rank == comm.size - 1:
+        comm._departures.leave(None)
+        time.sleep(0.2)
+    assert comm.allreduce(np.ones(1)) == [comm.size]
+
+
+@pytest.mark.skipif(not ON_MPI, reason="Horovod does not run on MPI here")
+def test_no_rank_is_done_before_all_have_begun():
+    """Else it might exit, and end the operation of the others."""
+    comm = MpiCommunicator(list(range(hvd.size())))
+    operations = [
+        lambda: comm.broadcast(np.zeros(3)),
+        lambda: comm.allreduce(np.zeros(3)),
+        lambda: comm.allreduce(np.zeros(3), "max"),
+        lambda: list(comm.gather_by_pieces(torch.zeros(3))),
+    ]
+    for operation in operations:
+        hvd.barrier()
+        if comm.rank == comm.size - 1:
+            time.sleep(0.2)
+        begun = time.monotonic()  # of one clock: the ranks share a host
+        operation()
+        done = time.monotonic()
+        assert min(comm.allgather_object(done)) >= max(comm.allgather_object(begun))
