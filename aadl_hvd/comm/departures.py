@@ -27,7 +27,7 @@ from aadl_hvd.errors import CommunicationError
 NAP = 1e-4  # seconds between two tests, once a rank has waited a while
 ASK_AFTER = 1.0  # seconds until a rank that waits asks the other one where it is
 NOTICE_TIME = 0.1  # seconds that a notice may take to arrive
-LATE = 0.5  # seconds that a message may take to arrive after its sender's program has ended
+LATE = 5.0  # seconds that a message may take to arrive after another rank's program has ended
 
 _ERROR, _END = "!", "."  # first character of a notice
 
@@ -51,7 +51,8 @@ class Departures:
 
     Attributes:
         busy: this rank uses MPI. `in_use()` sets it.
-        over: the communicator can no longer be used: a rank has left, or MPI is being finalized.
+        over: no other operation begins: a rank has left, or MPI is being finalized. The one under
+            way may still end well.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Departures:
         started, asked, warned = time.monotonic(), False, False
         warn_after, end_after = _stall_seconds()
         while not test():
-            if self._closed or self._probe(Tag.LEFT):
+            if self.over or self._probe(Tag.LEFT):
                 if self._comes(test):
                     return
                 self.give_up()
@@ -274,13 +275,14 @@ class Departures:
         """
         from mpi4py import MPI
 
-        if self._closed or self._all_know or MPI.Is_finalized():
-            return
         said = "its program has ended." if error is None else f"{type(error).__name__}: {error}"
         notice = ((_END if error is None else _ERROR) + said[:500]).encode()
         everybody = [rank for rank in range(self._size) if rank != self._rank]
-        for rank in self._neighbours if error is None else everybody:
-            self._sent.append(self._comm.Isend([notice, MPI.BYTE], rank, Tag.LEFT))
+        with self.in_use():
+            if self._closed or self._all_know or MPI.Is_finalized():
+                return
+            for rank in self._neighbours if error is None else everybody:
+                self._sent.append(self._comm.Isend([notice, MPI.BYTE], rank, Tag.LEFT))
 
     def close(self) -> None:
         """MPI is about to be finalized. Another thread calls this than the one that uses MPI."""

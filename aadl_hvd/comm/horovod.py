@@ -190,8 +190,9 @@ class HorovodCommunicator(Communicator):
     def _start_gathering(self, block: Tensor, name: str) -> list[Any]:
         """Horovod's handles: of the gathering, and of the sum that says that all have begun it.
 
-        In a cycle Horovod looks at the sets one by one. If the sum is found complete in one cycle,
-        all ranks' gatherings are complete when that cycle ends. A later cycle can end Horovod.
+        In a cycle Horovod looks at the sets one by one, at that of all ranks first. If it finds the
+        sum complete in one cycle, all ranks' gatherings are complete when that cycle ends. Only a
+        later cycle can end Horovod.
         """
         with self._explained():
             handles = [

@@ -27,8 +27,7 @@ def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup
     Raises:
         ConfigError: on every rank, if the ranks cannot be split in this way.
     """
-    world = isinstance(wanted, str) and wanted == "world"
-    if world or not isinstance(comm, HorovodCommunicator):  # one rank has another communicator
+    if comm.size == 1 or (isinstance(wanted, str) and wanted == "world"):
         return ShardGroup(comm)
     groups = _groups_of_nodes(comm) if wanted == "node" else _groups_of_sets(comm, wanted)
     mine = next(i for i, ranks in enumerate(groups) if hvd.rank() in ranks)
@@ -38,6 +37,7 @@ def shard_group(comm: Communicator, process_set: Any, wanted: Any) -> ShardGroup
         return ShardGroup(LocalCommunicator(), len(groups), mine)
     if wanted == "node":
         wanted = _registered(comm, process_set, groups)[mine]
+    assert isinstance(comm, HorovodCommunicator)
     return ShardGroup(HorovodCommunicator(wanted, world=comm), len(groups), mine)
 
 

@@ -27,8 +27,10 @@ class MpiCommunicator(Communicator):
     Small vectors travel along a binomial tree (`tree`). A rank that waits in such an operation
     raises `CommunicationError` (`departures`):
 
-    - at once, when the program of another rank has ended, by an error or not; when MPI is shut
-      down; or when the other rank is in another operation;
+    - at once, when the program of another rank has ended by an error, or when the other rank is in
+      another operation;
+    - after `departures.LATE` seconds, when the program of another rank has ended without an error,
+      or when MPI is shut down: a message may still be on its way;
     - after a second, when the other rank waits for the gradients of a later step, or has called
       `hvd.join()`.
 

@@ -30,7 +30,7 @@ RANK, LAST = hvd.rank(), hvd.rank() == hvd.size() - 1
 def say(kind, error, trace):
     """The error in one line, and when: launchers forward the lines of ranks in any order."""
     words = " ".join(traceback.format_exception_only(error)).replace("\n", " ")
-    print(f"rank {RANK} says at {time.time():.6f}: {words}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"rank {RANK} says at {time.time():.6f}: {words}\n")
     sys.__excepthook__(kind, error, trace)
 
 

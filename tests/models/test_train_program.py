@@ -204,9 +204,9 @@ def test_each_signal_is_a_request(name):
 def test_asked_twice_a_program_that_hangs_ends(hangs, code):
     """Within a library, where no handler of Python's runs; one that has looked goes on."""
     program = (
-        "import ctypes, os, signal, time\n"
+        "import ctypes, os, signal, sys, time\n"
         "from models import preemption\n"
-        "preemption.PATIENCE = 0.2\n"
+        "preemption.PATIENCE = 1.5\n"
         "request = preemption.StopRequest()\n"
         "request.listen()\n"
         "reader, writer = os.pipe()\n"
@@ -215,20 +215,30 @@ def test_asked_twice_a_program_that_hangs_ends(hangs, code):
         f"while not {hangs} and not request():\n"
         "    time.sleep(0.01)\n"
         "print('looked', flush=True)\n"
-        f"{'ctypes.CDLL(None).read(reader, letter, 1)' if hangs else 'time.sleep(1.5)'}\n"
+        f"{'ctypes.CDLL(None).read(reader, letter, 1)' if hangs else 'sys.stdin.readline()'}\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         assert run.stdout.readline() == b"ready\n"
+        if not hangs:
+            run.send_signal(signal.SIGUSR1)
+        assert run.stdout.readline() == b"looked\n"
         time.sleep(0.2)
-        run.send_signal(signal.SIGUSR1)
-        time.sleep(0.05)
+        if hangs:
+            run.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
         run.send_signal(signal.SIGTERM)  # too early
-        time.sleep(0.5)
+        time.sleep(2)
         assert run.poll() is None
         run.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        run.stdin.close()
         assert run.wait(timeout=20) == code
         assert (b"hangs" in run.stderr.read()) == hangs
     finally:

@@ -10,6 +10,7 @@ from conformance import CHECKS
 from problems import TEXTBOOK
 
 from aadl_hvd import AndersonConfig, CommunicationError, DistributedAndersonOptimizer
+from aadl_hvd.comm import departures
 from aadl_hvd.comm.horovod import LENGTH, HorovodCommunicator, horovod_communicator
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.mpi import MpiCommunicator
@@ -166,13 +167,29 @@ def test_blocks_that_differ_are_refused_on_all_ranks(kind):
 
 
 @pytest.mark.skipif(not ON_MPI, reason="Horovod does not run on MPI here")
-def test_a_message_may_come_after_the_notice_that_a_rank_has_left():
+def test_a_message_may_come_after_the_notice_that_a_rank_has_left(monkeypatch):
     """A rank whose program ends is done, but its messages may still be on their way."""
+    monkeypatch.setattr(departures, "LATE", 60.0)
     comm = MpiCommunicator(list(range(hvd.size())))
     if comm.rank == comm.size - 1:
         comm._departures.leave(None)
         time.sleep(0.2)
     assert comm.allreduce(np.ones(1)) == [comm.size]
+
+
+@pytest.mark.skipif(not ON_MPI or hvd.size() != 3, reason="needs Horovod on MPI and three ranks")
+def test_a_notice_is_not_forgotten_when_another_message_comes(monkeypatch):
+    """Rank 0 waits for rank 1, which is late, and then for rank 2, which has left."""
+    monkeypatch.setattr(departures, "LATE", 1.0)
+    comm = MpiCommunicator([0, 1, 2])
+    if comm.rank == 2:
+        comm._departures.leave(None)
+    else:
+        time.sleep(0.3 * comm.rank)
+        with pytest.raises(CommunicationError, match="has left") as found:
+            comm.allreduce(np.ones(1))
+        comm._departures.leave(found.value)  # rank 1 waits for rank 0
+    hvd.barrier()
 
 
 @pytest.mark.skipif(not ON_MPI, reason="Horovod does not run on MPI here")

@@ -49,6 +49,10 @@ opt = DistributedAndersonOptimizer(sgd(model), anderson=anderson)
 stats = opt.anderson.stats
 
 
+if args.die and life == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all have their say before torchrun ends them
+
+
 def die(*_):
     if args.die and stats.steps == DEATH and rank == 1 and life == 0:
         died.write_text(str(time.time()))
