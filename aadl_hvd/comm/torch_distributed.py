@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import platform
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,11 @@ from aadl_hvd.comm.base import (
 from aadl_hvd.comm.hosts import Hosts
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.errors import CommunicationError, ConfigError
+
+LET_GO = 0.1
+"""Seconds at a program's end in which Gloo's threads let go of the last collective's tensors. For
+that they need Python's lock. When Python ends, it gives the lock to no other thread: one that still
+waits for it aborts the process, whose program has ended well. Plain torch does so, too."""
 
 
 class TorchCommunicator(Communicator):
@@ -50,6 +57,8 @@ class TorchCommunicator(Communicator):
             else:
                 self._device = torch.device("cuda", torch.cuda.current_device())
         self._hosts = Hosts(self.allgather_object)
+        atexit.unregister(_let_go)  # once, whatever the number of communicators
+        atexit.register(_let_go)
 
     def parts(self, groups: list[list[int]]) -> list[Any]:
         """New groups of ranks of the world. Collective over this group.
@@ -209,6 +218,10 @@ def checked_group(name: str, value: Any) -> Any:
             "this rank, or a DeviceMesh of one dimension."
         )
     return group
+
+
+def _let_go() -> None:
+    time.sleep(LET_GO)
 
 
 def shard_group(comm: Communicator, wanted: Any) -> ShardGroup:

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -74,16 +72,6 @@ def weights(model):
 
 def wrapped(model=None, **options):
     return DistributedDataParallel(copy.deepcopy(model) if model else network(), **options)
-
-
-def leave():
-    """Ends a program. Not through Python's end, which a thread of Gloo's may turn into an abort.
-
-    It does if it still holds the tensors of the last collective then (docs/engines.md).
-    """
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def assert_same_on_all(tensor, group=None):

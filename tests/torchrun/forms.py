@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "ddp"))
-from training import data, leave, mine, network, sgd
+from training import data, mine, network, sgd
 
 from aadl_hvd import AndersonConfig, AndersonOptimizer, DistributedAndersonOptimizer
 
@@ -83,7 +83,7 @@ def main():
         found = {method: train(form, method) for method in METHODS}
         torch.save(found, Path(folder) / f"{form}{rank}.pt")
     if group.__name__ == "torch.distributed":
-        leave()
+        group.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from training import leave, network, sgd, train, weights, wrapped
+from training import network, sgd, train, weights, wrapped
 
 from aadl_hvd import AndersonConfig, DistributedAndersonOptimizer
 
@@ -84,4 +84,4 @@ except Exception as error:
     raise
 torch.save(weights(model), args.folder / f"weights{rank}.pt")
 say(steps=stats.steps, accelerated=stats.accelerated, resets=sum(stats.resets.values()))
-leave()
+dist.destroy_process_group()

@@ -1,7 +1,10 @@
 """The communicators that need no launcher: one rank, and simulated ones."""
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from conformance import CHECKS
 from aadl_hvd import CommunicationError
 from aadl_hvd.comm.local import LocalCommunicator
 from aadl_hvd.comm.simulated import run_ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -98,3 +103,23 @@ def test_an_object_is_gathered_as_it_was():
         return [each.value for each in found]
 
     assert run_ranks(2, program) == [["before"] * 2] * 2
+
+
+AT_THE_END = """
+import torch.distributed as dist
+from aadl_hvd.comm import torch_distributed
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for _ in range(2):
+    torch_distributed.TorchCommunicator(dist.group.WORLD)
+torch_distributed.time.sleep = lambda seconds: print("waits for", seconds)
+dist.destroy_process_group()
+print("ends")
+"""
+
+
+def test_threads_of_gloo_have_python_once_more_before_it_ends():
+    """Else one that still holds tensors may abort a process that has ended well."""
+    run = [sys.executable, "-c", AT_THE_END]
+    found = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout == "ends\nwaits for 0.1\n"
