@@ -156,7 +156,9 @@ def entries(
         if not isinstance(value, dict):
             refuse(value, name, "a dict")
         if absent := sorted(wanted.keys() - value.keys()):
-            raise CheckpointError(f"Invalid {name}: it is damaged, it lacks {absent}.")
+            raise CheckpointError(
+                f"Invalid {name}: it is damaged, or something else than that: it lacks {absent}."
+            )
         for key, item in value.items():
             known.get(key, others)(item, f"{name}[{key!r}]")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from aadl_hvd.comm.base import Communicator, ShardGroup
 from aadl_hvd.config import AndersonConfig
 from aadl_hvd.core.accelerator import Accelerator
+from aadl_hvd.errors import ConfigError
 from aadl_hvd.optim.gradient_samples import GradientSamples
 from aadl_hvd.optim.problem import OptimizerFixedPoint
 
@@ -225,6 +226,15 @@ def _measures_noise(engine: Engine | None) -> bool:
     return engine is not None and engine.accelerator.measures_noise
 
 
-def number(loss: float | Tensor) -> float:
-    """A loss as a Python number."""
+def number(loss: float | Tensor | None) -> float:
+    """A loss as a Python number.
+
+    Raises:
+        ConfigError: it is None, as from a closure without `return`.
+    """
+    if loss is None:
+        raise ConfigError(
+            "Invalid loss=None: the closure returned nothing. Must be a number or a tensor of one "
+            "element: end the closure with `return loss`."
+        )
     return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from problems import TEXTBOOK
 
-from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError
 from aadl_hvd.comm.simulated import run_ranks
 from aadl_hvd.core.accelerator import Accelerator
 
 SCRIPT = """
 import torch
 {setting}
-from aadl_hvd import AndersonConfig, AndersonOptimizer
+from aadl_hvd import AndersonConfig, AndersonOptimizer, ConfigError
 matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 before = [m.fp32_precision for m in matmul]
 p = torch.nn.Parameter(torch.randn(10))
@@ -109,6 +109,20 @@ def test_products_are_exact_where_bfloat16_products_are_allowed():
         assert torch.equal(weights(), expected)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+def test_closure_without_a_loss_is_an_error_where_the_loss_is_needed():
+    model = torch.nn.Linear(3, 2)
+    config = AndersonConfig(safeguard="loss", frequency=1, noise_gate=None)
+    opt = AndersonOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), anderson=config)
+
+    def closure():
+        opt.zero_grad()
+        model(torch.ones(3)).square().sum().backward()
+
+    with pytest.raises(ConfigError, match=r"Invalid loss=None: .* `return loss`"):
+        for _ in range(4):
+            opt.step(closure)
 
 
 def test_closure_that_raises_leaves_nothing_behind():
